@@ -1,0 +1,302 @@
+"""Bytes become events, or a refusal with its reason.
+
+`EventRecord` is the contract with whoever sends events; the JSON Schema is generated from it. `Decoder` turns one
+record's bytes into an `Event`, the fixed-width form that the window keeps, or into a `Refusal` that becomes a dead
+letter. It never raises for what a record contains.
+
+What a sender may rely on:
+
+    text       strict JSON in UTF-8: NaN, Infinity, 1e999, lone surrogates, a byte order mark, anything after the object
+               and any nesting that the decoder cannot follow are refused; of a key given twice the last one counts
+    numbers    a number that does not fit its field is refused; fields that we do not know are not looked into
+    time       `ts` is Unix milliseconds or RFC 3339 with an offset; seconds, zero, negative times, anything after 2100,
+               and anything further ahead of the record's own timestamp than `clock_ahead_ms_max` are refused
+    identity   `user_id` and `event_id` count code point by code point: two Unicode forms of one name are two users; with
+               a Kafka key, the key must be the user's id in UTF-8
+    money      `price` is the price of one unit, `quantity` defaults to 1; amounts are never negative, a refund reduces
+               the spend by its type; a currency other than the configured one needs a rate
+    type       an unknown type is kept as `other`; the topic does not restrict the type
+"""
+import enum
+import re
+from datetime import datetime
+from functools import lru_cache
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+from xxhash import xxh3_64_intdigest
+
+RECORD_BYTES_MAX = 1 << 20
+ID_CHARS_MAX = 256
+TS_MS_MIN = 100_000_000_000         # 1973-03-03; below it a "millisecond" time is one in seconds
+TS_MS_MAX = 4_102_444_800_000       # 2100-01-01
+RATING_MAX = 10.0
+
+Id = Annotated[str, Meta(min_length=1, max_length=ID_CHARS_MAX)]
+Name = Annotated[str, Meta(max_length=ID_CHARS_MAX)]
+
+
+class EventType(enum.IntEnum):
+    """What the shopper did. The numbers are stored and are the model's vocabulary: append only."""
+
+    VIEW = 1
+    CLICK = 2
+    SEARCH = 3
+    FAVORITE = 4
+    FOLLOW = 5
+    SHARE = 6
+    LOGIN = 7
+    RATING = 8
+    REVIEW = 9
+    ADD_TO_CART = 10
+    REMOVE_FROM_CART = 11
+    PURCHASE = 12
+    REFUND = 13
+    OTHER = 14
+
+
+CART_TYPES = frozenset({EventType.ADD_TO_CART, EventType.REMOVE_FROM_CART, EventType.PURCHASE, EventType.REFUND})
+TYPE_CODES: dict[str, int] = {kind.name.lower(): int(kind) for kind in EventType}
+TYPE_NAMES: dict[int, str] = {code: name for name, code in TYPE_CODES.items()}
+
+
+class Source(enum.IntEnum):
+    """The two input topics; the number is the place of a topic's offset in a user's record."""
+
+    CLICKS = 0
+    CARTS = 1
+
+
+# The topic where an event of a type code belongs; index 0 is no type.
+SOURCE_OF_TYPE = [Source.CLICKS] + [Source.CARTS if kind in CART_TYPES else Source.CLICKS for kind in EventType]
+
+
+class EventRecord(msgspec.Struct, gc=False):
+    """One shopping event as it is sent. Unknown fields are ignored."""
+
+    event_id: Annotated[Id, Meta(description='Unique per event; a repeat within the window is dropped.')]
+    user_id: Annotated[Id, Meta(description="The shopper; also the Kafka record's key.")]
+    ts: Annotated[int | str, Meta(description='When it happened: Unix milliseconds, or RFC 3339 with an offset.')]
+    type: Annotated[Id, Meta(description=f'One of {", ".join(TYPE_CODES)}; anything else is kept as other.')]
+    item_id: Name | None = None
+    category: Name | None = None
+    price: Annotated[float, Meta(ge=0, le=1e9, description='Price of one unit.')] | None = None
+    quantity: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+    currency: Annotated[str, Meta(min_length=3, max_length=3, description='ISO 4217; absent: the configured one.')] \
+        | None = None
+    order_id: Annotated[Name, Meta(description='Lines that share it are one basket.')] | None = None
+    session_id: Name | None = None
+    rating: Annotated[float, Meta(ge=0, le=RATING_MAX)] | None = None
+    query: str | None = None
+    text: str | None = None
+
+
+class Event(msgspec.Struct, gc=False):
+    """A valid event in the form that the window keeps.
+
+    Units    `ts_ms` Unix milliseconds; `amount` in the configured currency, price times quantity, never negative.
+    Hashes   XXH3 of the text: `key` 64 bits of the event id, `item` and `basket` 32, `category` 16; 0 means absent.
+             Two different events of one window share a key with a chance below 128 / 2**64 per event.
+    """
+
+    user_id: str
+    event_id: str
+    key: int
+    ts_ms: int
+    type: int
+    item: int
+    category: int
+    basket: int
+    amount: float
+    rating: int         # tenths plus one; 0 is no rating
+
+
+class Reason(enum.StrEnum):
+    """Why a record became a dead letter."""
+
+    NULL_VALUE = 'null_value'
+    EMPTY_VALUE = 'empty_value'
+    TOO_LARGE = 'too_large'
+    INVALID_UTF8 = 'invalid_utf8'
+    INVALID_JSON = 'invalid_json'
+    TOO_DEEP = 'too_deep'
+    MISSING_FIELD = 'missing_field'
+    INVALID_FIELD = 'invalid_field'
+    TS_UNREADABLE = 'ts_unreadable'
+    TS_NOT_POSITIVE = 'ts_not_positive'
+    TS_IN_SECONDS = 'ts_in_seconds'
+    TS_OUT_OF_RANGE = 'ts_out_of_range'
+    TS_AHEAD_OF_CLOCK = 'ts_ahead_of_clock'
+    UNKNOWN_CURRENCY = 'unknown_currency'
+    NULL_KEY = 'null_key'
+    KEY_MISMATCH = 'key_mismatch'
+
+
+class Refusal(msgspec.Struct, gc=False):
+    """A record that is no event: a machine-readable reason and a sentence for a person."""
+
+    reason: str
+    detail: str
+
+
+class EventRules(msgspec.Struct, frozen=True):
+    """What the shop has configured about its events.
+
+    currency            ISO 4217 code of all amounts
+    rates               units of `currency` per unit of another one, e.g. {'USD': 0.92}
+    clock_ahead_ms_max  how far an event may be ahead of its Kafka record's timestamp
+    record_bytes_max    larger records are dead letters
+    """
+
+    currency: str = 'EUR'
+    rates: dict[str, float] = {}
+    clock_ahead_ms_max: int = 10 * 60_000
+    record_bytes_max: int = RECORD_BYTES_MAX
+
+
+class _Keyless:
+    """The key of a record that comes from a file and has none."""
+
+
+KEYLESS = _Keyless()
+
+
+class _Time(msgspec.Struct, gc=False):
+    ts: int | str
+
+
+_RFC3339 = re.compile(r'\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)', re.ASCII)
+_decode_record = msgspec.json.Decoder(EventRecord).decode
+_decode_time = msgspec.json.Decoder(_Time).decode
+_MALFORMED = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
+
+
+class Decoder:
+    """Record bytes to `Event` or `Refusal`, by one shop's rules."""
+
+    def __init__(self, rules: EventRules) -> None:
+        self._rules = rules
+        self._bytes_max = rules.record_bytes_max
+        self._ahead_ms = rules.clock_ahead_ms_max
+        self._rates = {**rules.rates, rules.currency: 1.0}
+
+    def __call__(
+        self, value: bytes | None, key: bytes | None | _Keyless = KEYLESS, record_ts_ms: int | None = None,
+    ) -> Event | Refusal:
+        """Decode one record.
+
+        value         the record's value; None is a tombstone
+        key           the Kafka key, KEYLESS for a line of a file
+        record_ts_ms  the Kafka record's own timestamp; None: there is none to compare with
+        Errors        none: whatever is wrong with the record is a `Refusal`.
+        """
+        if not value:
+            if value is None:
+                return Refusal(Reason.NULL_VALUE, 'the record has no value')
+            return Refusal(Reason.EMPTY_VALUE, 'the value has no bytes')
+        if len(value) > self._bytes_max:
+            return Refusal(Reason.TOO_LARGE, f'{len(value)} bytes, at most {self._bytes_max} are taken')
+        try:
+            if not value.isascii():
+                value.decode()      # the JSON decoder does not look into fields that it does not know
+            record = _decode_record(value)
+        except _MALFORMED as error:
+            return _malformed(error)
+
+        ts_ms = record.ts if type(record.ts) is int else parse_rfc3339_ms(record.ts)
+        if ts_ms is None or not TS_MS_MIN <= ts_ms <= TS_MS_MAX:
+            return _bad_time(record.ts, ts_ms)
+        if record_ts_ms is not None and ts_ms > record_ts_ms + self._ahead_ms:
+            return Refusal(Reason.TS_AHEAD_OF_CLOCK, f'{ts_ms - record_ts_ms} ms ahead of the record, '
+                                                     f'at most {self._ahead_ms} are taken')
+        if key is not KEYLESS:
+            if key is None:
+                return Refusal(Reason.NULL_KEY, 'the record has no key, so its partition does not follow the user')
+            if key != record.user_id.encode():
+                return Refusal(Reason.KEY_MISMATCH, "the record's key is not its user_id")
+
+        price = record.price
+        amount = 0.0 if price is None else price if record.quantity is None else price * record.quantity
+        if record.currency is not None:
+            rate = self._rates.get(record.currency)
+            if rate is None:
+                return Refusal(Reason.UNKNOWN_CURRENCY, f'no rate for {record.currency!r}, known: '
+                                                        f'{", ".join(sorted(self._rates))}')
+            amount *= rate
+        return Event(
+            record.user_id,
+            record.event_id,
+            xxh3_64_intdigest(record.event_id.encode()),
+            ts_ms,
+            TYPE_CODES.get(record.type, 14),
+            hash32(record.item_id) if record.item_id else 0,
+            hash16(record.category) if record.category else 0,
+            hash32(record.order_id) if record.order_id else 0,
+            amount,
+            0 if record.rating is None else int(record.rating * 10 + 0.5) + 1,
+        )
+
+
+def peek_ts_ms(value: bytes) -> int | None:
+    """The event time of a record in Unix ms without a look at its other fields; None where it cannot be read."""
+    try:
+        ts = _decode_time(value).ts
+    except _MALFORMED:
+        return None
+    ts_ms = ts if type(ts) is int else parse_rfc3339_ms(ts)
+    return ts_ms if ts_ms is not None and TS_MS_MIN <= ts_ms <= TS_MS_MAX else None
+
+
+def parse_rfc3339_ms(text: str) -> int | None:
+    """Unix ms of an RFC 3339 time, cut to the millisecond; None if it is not one (an offset is required)."""
+    if not _RFC3339.fullmatch(text):
+        return None
+    try:
+        moment = datetime.fromisoformat(text.upper())
+    except ValueError:      # the 31st of February, hour 25
+        return None
+    delta = moment - _EPOCH
+    return (delta.days * 86_400 + delta.seconds) * 1000 + delta.microseconds // 1000
+
+
+_EPOCH = datetime.fromisoformat('1970-01-01T00:00:00+00:00')
+
+
+@lru_cache(maxsize=1 << 16)
+def hash32(text: str) -> int:
+    """32 bits of XXH3, never 0 (0 stands for absent)."""
+    return xxh3_64_intdigest(text.encode()) & 0xFFFF_FFFF or 1
+
+
+@lru_cache(maxsize=1 << 14)
+def hash16(text: str) -> int:
+    """16 bits of XXH3, never 0 (0 stands for absent)."""
+    return xxh3_64_intdigest(text.encode()) & 0xFFFF or 1
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of one event, generated from `EventRecord`."""
+    return {'$schema': 'https://json-schema.org/draft/2020-12/schema', **msgspec.json.schema(EventRecord)}
+
+
+def _malformed(error: Exception) -> Refusal:
+    text = str(error)
+    if isinstance(error, msgspec.ValidationError):
+        missing = text.startswith('Object missing required field')
+        return Refusal(Reason.MISSING_FIELD if missing else Reason.INVALID_FIELD, text)
+    if isinstance(error, RecursionError):
+        return Refusal(Reason.TOO_DEEP, 'nested too deeply')
+    if isinstance(error, UnicodeDecodeError):
+        return Refusal(Reason.INVALID_UTF8, text)
+    return Refusal(Reason.INVALID_JSON, text)
+
+
+def _bad_time(given: int | str, ts_ms: int | None) -> Refusal:
+    if ts_ms is None:
+        return Refusal(Reason.TS_UNREADABLE, f'{given!r:.80} is not RFC 3339 with an offset')
+    if ts_ms <= 0:
+        return Refusal(Reason.TS_NOT_POSITIVE, f'{ts_ms} is not a time in milliseconds')
+    if ts_ms < TS_MS_MIN:
+        return Refusal(Reason.TS_IN_SECONDS, f'{ts_ms} looks like seconds; send milliseconds')
+    return Refusal(Reason.TS_OUT_OF_RANGE, f'{ts_ms} is after 2100-01-01')

@@ -1,0 +1,220 @@
+"""Users' records become tensors. Training and serving both come through here, so that they cannot differ.
+
+A window of up to 128 events becomes up to SLOTS_MAX slots, oldest first: a run of lines of one basket shares a slot.
+Windows are grouped by slot count into length buckets, because most are short and attention pays for every slot.
+
+    categories  int32   [rows, length, 3]            type, item bucket, category bucket; all 0 is padding, at the end
+    numbers     float32 [rows, length, SLOT_NUMBERS] see SLOT_NUMBER_NAMES
+    counters    float32 [rows, COUNTERS]             see COUNTER_GROUPS
+    row_id      int64   [rows, 1]                    passed through by the model, so that mixed-up rows are noticed
+
+Amounts and time spans enter as log(1 + x), spans in days. Everything is as of a moment given per row, never "now".
+"""
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from stream.core.events import TYPE_NAMES, EventType
+from stream.core.window import DAY_DTYPE, DAY_MS, HEADER_DTYPE, ROW_DTYPE, TYPES
+
+SLOTS_MAX = 64
+LENGTHS = (8, 16, 32, 64)
+TYPE_VOCABULARY = TYPES + 1         # 0 is padding
+ITEM_BUCKETS = 4096                 # 0 is absent
+CATEGORY_BUCKETS = 1024             # 0 is absent
+SLOT_NUMBER_NAMES = ('amount', 'gap_days', 'age_days', 'lines', 'rating', 'hour_sin', 'hour_cos')
+SLOT_NUMBERS = len(SLOT_NUMBER_NAMES)
+ROLLING_DAYS = (7, 30, 90)
+
+# What one counter column is, grouped as reasons speak of them.
+COUNTER_GROUPS: dict[str, tuple[str, ...]] = {
+    'lifetime': tuple(f'count_{TYPE_NAMES[kind]}' for kind in EventType),
+    'tenure': ('days_since_first_seen',),
+    'silence': ('days_since_last_seen',),
+    'spend': ('spend', 'refunds', 'spend_per_order'),
+    'orders': ('orders', 'has_ordered', 'days_since_last_order'),
+    'rhythm': ('gap_days_mean', 'gap_days_deviation', 'overdue'),
+    **{f'last_{days}_days': tuple(f'{name}_{days}d' for name in ('browses', 'carts', 'orders', 'spend', 'active_days'))
+       for days in ROLLING_DAYS},
+    'calendar': ('hour_sin', 'hour_cos', 'weekday_sin', 'weekday_cos', 'year_sin', 'year_cos'),
+}
+COUNTER_NAMES = tuple(name for names in COUNTER_GROUPS.values() for name in names)
+COUNTERS = len(COUNTER_NAMES)
+_YEAR_MS = 365.2425 * DAY_MS
+
+
+@dataclass(slots=True)
+class Snapshots:
+    """What the model may know of N users, each as of its own moment.
+
+    headers   HEADER_DTYPE [N]
+    days      DAY_DTYPE [sum of headers['days']], user after user
+    rows      ROW_DTYPE [sum of headers['events']], user after user, ordered by time within a user
+    as_of_ms  int64 [N], never before a user's newest event
+    """
+
+    headers: np.ndarray
+    days: np.ndarray
+    rows: np.ndarray
+    as_of_ms: np.ndarray
+
+    @staticmethod
+    def join(headers: Sequence[bytes], days: Sequence[bytes | bytearray], rows: Sequence[bytes | bytearray],
+             as_of_ms: Sequence[int]) -> 'Snapshots':
+        """From the packed parts of N records."""
+        return Snapshots(np.frombuffer(b''.join(headers), HEADER_DTYPE), np.frombuffer(b''.join(days), DAY_DTYPE),
+                         np.frombuffer(b''.join(rows), ROW_DTYPE), np.array(as_of_ms, np.int64))
+
+    def __len__(self) -> int:
+        return len(self.headers)
+
+
+@dataclass(slots=True)
+class Features:
+    """Slots of N windows, ragged, and their counters. `starts[i]:starts[i + 1]` are the slots of row i.
+
+    slot_of_row  for each event of the snapshots the slot it fell into, -1 where the window had more slots than fit
+    """
+
+    categories: np.ndarray      # int32 [slots, 3]
+    numbers: np.ndarray         # float32 [slots, SLOT_NUMBERS]
+    starts: np.ndarray          # int64 [N + 1]
+    counters: np.ndarray        # float32 [N, COUNTERS]
+    slot_of_row: np.ndarray     # int64 [events]
+
+
+@dataclass(slots=True)
+class Batch:
+    """One request to the model: rows of about the same length. `row_id` are indices into the features' rows."""
+
+    categories: np.ndarray      # int32 [rows, length, 3]
+    numbers: np.ndarray         # float32 [rows, length, SLOT_NUMBERS]
+    counters: np.ndarray        # float32 [rows, COUNTERS]
+    row_id: np.ndarray          # int64 [rows, 1]
+
+    def __len__(self) -> int:
+        return len(self.row_id)
+
+
+def features(snapshots: Snapshots) -> Features:
+    """Slots and counters of each user as of its moment. Shapes in the module's docstring."""
+    categories, numbers, starts, slot_of_row = _slots(snapshots)
+    return Features(categories, numbers, starts, _counters(snapshots), slot_of_row)
+
+
+def batches(inputs: Features, rows_max: int) -> Iterator[Batch]:
+    """Cut into padded batches of at most `rows_max` rows, one length bucket each, shortest bucket first."""
+    lengths = np.diff(inputs.starts)
+    bucket = np.searchsorted(LENGTHS, lengths)
+    for index, length in enumerate(LENGTHS):
+        members = np.flatnonzero(bucket == index)
+        for at in range(0, len(members), rows_max):
+            yield _padded(inputs, members[at:at + rows_max], length)
+
+
+def _padded(inputs: Features, rows: np.ndarray, length: int) -> Batch:
+    counts = inputs.starts[rows + 1] - inputs.starts[rows]
+    filled = np.arange(length) < counts[:, None]                        # [rows, length]
+    slots = (inputs.starts[rows][:, None] + np.arange(length))[filled]
+    categories = np.zeros((len(rows), length, 3), np.int32)
+    categories[filled] = inputs.categories[slots]
+    numbers = np.zeros((len(rows), length, SLOT_NUMBERS), np.float32)
+    numbers[filled] = inputs.numbers[slots]
+    return Batch(categories, numbers, inputs.counters[rows], rows.astype(np.int64)[:, None])
+
+
+def _slots(snapshots: Snapshots) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    rows, events = snapshots.rows, snapshots.headers['events'].astype(np.int64)
+    users = len(events)
+    owner = np.repeat(np.arange(users), events)
+    opens = np.ones(len(rows), bool)        # whether an event opens a slot
+    basket, kind = rows['basket'], rows['type']
+    opens[1:] = ((owner[1:] != owner[:-1]) | (basket[1:] == 0) | (basket[1:] != basket[:-1]) | (kind[1:] != kind[:-1]))
+
+    # Of each user the newest SLOTS_MAX slots are kept: count slots from the user's newest one.
+    slot = np.cumsum(opens) - 1
+    slots_of = np.bincount(owner[opens], minlength=users)
+    ends = np.cumsum(slots_of)
+    keep = ends[owner] - slot <= SLOTS_MAX
+    kept_of = np.minimum(slots_of, SLOTS_MAX)
+    starts = np.concatenate(([0], np.cumsum(kept_of)))
+    slot_of_row = np.where(keep, slot - (ends - starts[1:])[owner], -1)
+
+    first = np.flatnonzero(opens & keep)
+    kept_rows, kept_slot = rows[keep], slot_of_row[keep]
+    head, head_owner = rows[first], owner[first]
+    slots = len(first)
+    lines = np.bincount(kept_slot, minlength=slots)
+    amount = np.bincount(kept_slot, kept_rows['amount'], minlength=slots)
+
+    ts_ms = head['ts_ms']
+    gap_days = np.zeros(slots)
+    gap_days[1:] = (ts_ms[1:] - ts_ms[:-1]) / DAY_MS
+    gap_days[starts[:-1][kept_of > 0]] = 0.0
+    categories = np.empty((slots, 3), np.int32)
+    categories[:, 0] = head['type']
+    categories[:, 1] = np.where(head['item'] > 0, head['item'] % (ITEM_BUCKETS - 1) + 1, 0)
+    categories[:, 2] = np.where(head['category'] > 0, head['category'] % (CATEGORY_BUCKETS - 1) + 1, 0)
+    hour = (ts_ms % DAY_MS) * (2 * np.pi / DAY_MS)
+    numbers = np.empty((slots, SLOT_NUMBERS), np.float32)
+    numbers[:, 0] = np.log1p(amount)
+    numbers[:, 1] = np.log1p(gap_days)
+    numbers[:, 2] = np.log1p((snapshots.as_of_ms[head_owner] - ts_ms) / DAY_MS)
+    numbers[:, 3] = np.log1p(lines - 1)
+    numbers[:, 4] = head['rating'] / 10.0
+    numbers[:, 5] = np.sin(hour)
+    numbers[:, 6] = np.cos(hour)
+    return categories, numbers, starts, slot_of_row
+
+
+def _counters(snapshots: Snapshots) -> np.ndarray:
+    header, as_of_ms = snapshots.headers, snapshots.as_of_ms
+    ordered = header['orders'] > 0
+    gaps = np.maximum(header['gaps'], 1)
+    gap_mean = header['gap_days'] / gaps
+    gap_deviation = np.sqrt(np.maximum(header['gap_days_squared'] / gaps - gap_mean**2, 0.0))
+    order_age = np.where(ordered, (as_of_ms - header['last_order_ms']) / DAY_MS, 0.0)
+    columns = [
+        *np.log1p(header['counts'].T),
+        np.log1p((as_of_ms - header['first_seen_ms']) / DAY_MS),
+        np.log1p((as_of_ms - header['last_seen_ms']) / DAY_MS),
+        np.log1p(header['spend']),
+        np.log1p(header['refunds']),
+        np.log1p(header['spend'] / np.maximum(header['orders'], 1)),
+        np.log1p(header['orders']),
+        ordered,
+        np.log1p(order_age),
+        np.log1p(gap_mean),
+        np.log1p(gap_deviation),
+        np.where(header['gaps'] > 0, np.log1p(order_age / np.maximum(gap_mean, 1.0)), 0.0),
+        *_rolling(snapshots),
+        *_calendar(as_of_ms),
+    ]
+    counters = np.empty((len(header), COUNTERS), np.float32)
+    for index, column in enumerate(columns):
+        counters[:, index] = column
+    return counters
+
+
+def _rolling(snapshots: Snapshots) -> list[np.ndarray]:
+    days, users = snapshots.days, len(snapshots)
+    owner = np.repeat(np.arange(users), snapshots.headers['days'])
+    age = (snapshots.as_of_ms // DAY_MS)[owner] - days['day']
+    columns = []
+    for horizon in ROLLING_DAYS:
+        recent = age < horizon
+        who = owner[recent]
+        for name in ('browses', 'carts', 'orders', 'spend'):
+            total = np.bincount(who, days[name][recent], minlength=users)
+            columns.append(np.log1p(np.maximum(total, 0.0)))    # refunds may outweigh the spend of a short horizon
+        columns.append(np.log1p(np.bincount(who, minlength=users)))
+    return columns
+
+
+def _calendar(as_of_ms: np.ndarray) -> list[np.ndarray]:
+    columns = []
+    for period_ms in (DAY_MS, 7 * DAY_MS, _YEAR_MS):
+        angle = as_of_ms % period_ms * (2 * np.pi / period_ms)
+        columns += [np.sin(angle), np.cos(angle)]
+    return columns
