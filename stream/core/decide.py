@@ -1,0 +1,161 @@
+"""Scores become decisions: tier changes, intent alerts, churn alerts raised and cleared.
+
+    purchase power   the likeliest tier replaces the published one if it is likelier by `tier_margin` (hysteresis), the
+                     power moved by `power_move_min`, and the last change is `power_cooldown_ms` old. A new model's
+                     tiers replace the old one's without a message: that the ruler changed is no news of the shopper.
+    purchase intent  raised at `intent_raise`; re-armed, without a message, at `intent_clear`
+    churn            raised at `churn_raise` for shoppers with `churn_orders_min` orders, cleared at `churn_clear`
+
+Two thresholds each keep a score that trembles around one of them quiet. In a cool-down the state does not move either,
+so an alert comes when it ends, if it is still true. A churn alert is cleared without a cool-down: a coupon for somebody
+who has just bought is the mistake that costs. Decisions are taken on the grid values that are published.
+"""
+import enum
+from collections.abc import Iterator
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from stream.core.scores import STEPS_PER_UNIT, Scores
+from stream.core.window import CHURN_RAISED, DAY_MS, INTENT_RAISED, NO_TIER, User
+
+HOUR_MS = 3_600_000
+
+Occasion = Literal['power_up', 'power_down', 'intent', 'churn_raised', 'churn_cleared']
+
+
+class Kind(enum.StrEnum):
+    """CloudEvents types of the messages."""
+
+    POWER = 'purchase_power.updated'
+    INTENT = 'purchase_intent.alert'
+    CHURN = 'churn.alert'
+    SCORES = 'scores.updated'
+
+
+class ActionRule(msgspec.Struct, frozen=True):
+    """Propose `action` on an occasion for shoppers whose tier lies in [tier_min, tier_max]; the first rule that fits."""
+
+    occasion: Occasion
+    action: str
+    tier_min: int = 0
+    tier_max: int = 100
+
+
+class Policy(msgspec.Struct, frozen=True):
+    """Thresholds on scores in [0, 1], cool-downs and lifetimes in milliseconds of event time."""
+
+    tier_margin: float = 0.05
+    power_move_min: float = 0.05
+    tier_events_min: int = 5
+    intent_raise: float = 0.6
+    intent_clear: float = 0.4
+    churn_raise: float = 0.8
+    churn_clear: float = 0.6
+    churn_orders_min: int = 1
+    power_cooldown_ms: int = DAY_MS
+    intent_cooldown_ms: int = DAY_MS
+    churn_cooldown_ms: int = 7 * DAY_MS
+    power_ttl_ms: int = 30 * DAY_MS
+    intent_ttl_ms: int = 12 * HOUR_MS
+    churn_ttl_ms: int = 7 * DAY_MS
+    actions: tuple[ActionRule, ...] = (
+        ActionRule('churn_raised', 'service_call', tier_min=3),
+        ActionRule('churn_raised', 'coupon'),
+        ActionRule('intent', 'recommendation', tier_min=2),
+        ActionRule('intent', 'coupon'),
+        ActionRule('power_up', 'loyalty_invitation', tier_min=3),
+    )
+
+    def ttl_ms(self, kind: Kind) -> int:
+        """How long a message of this kind is worth acting on."""
+        return {Kind.INTENT: self.intent_ttl_ms, Kind.CHURN: self.churn_ttl_ms}.get(kind, self.power_ttl_ms)
+
+    def action(self, occasion: Occasion, tier: int) -> str | None:
+        """What to propose, None where no rule fits."""
+        for rule in self.actions:
+            if rule.occasion == occasion and rule.tier_min <= tier <= rule.tier_max:
+                return rule.action
+        return None
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """What changes for the user of row `row`; a decision without an occasion changes state and publishes nothing."""
+
+    row: int
+    kind: Kind
+    occasion: Occasion | None
+    tier: int               # after the decision
+    previous_tier: int
+
+
+def decide(headers: np.ndarray, as_of_ms: np.ndarray, scores: Scores, policy: Policy, model: bytes) -> list[Decision]:
+    """Decisions for N scored users, by row, then power, intent, churn.
+
+    headers   HEADER_DTYPE [N], the users' state before the decision
+    as_of_ms  int64 [N]
+    model     first 8 bytes of the model's SHA-256
+    """
+    decisions = [*_power(headers, as_of_ms, scores, policy, model), *_intent(headers, as_of_ms, scores, policy),
+                 *_churn(headers, as_of_ms, scores, policy)]
+    order = {Kind.POWER: 0, Kind.INTENT: 1, Kind.CHURN: 2}
+    return sorted(decisions, key=lambda decision: (decision.row, order[decision.kind]))
+
+
+def apply(user: User, decision: Decision, power: float, as_of_ms: int, model: bytes) -> None:
+    """Write the decision into the user's alert state."""
+    if decision.kind is Kind.POWER:
+        user.tier, user.power_grid, user.model = decision.tier, round(power * STEPS_PER_UNIT), model
+        if decision.occasion:
+            user.power_at_ms = as_of_ms
+    elif decision.kind is Kind.INTENT:
+        user.alerting ^= INTENT_RAISED
+        if decision.occasion:
+            user.intent_at_ms = as_of_ms
+    else:
+        user.alerting ^= CHURN_RAISED
+        if decision.occasion == 'churn_raised':
+            user.churn_at_ms = as_of_ms
+
+
+def _power(headers: np.ndarray, as_of_ms: np.ndarray, scores: Scores, policy: Policy,
+           model: bytes) -> Iterator[Decision]:
+    rows = np.arange(len(scores))
+    tier = headers['tier'].astype(np.int64)
+    best = scores.tiers.argmax(axis=1)
+    first = (tier == NO_TIER) & (headers['applied'] >= policy.tier_events_min)
+    known = (tier != NO_TIER) & (tier < scores.tiers.shape[1])
+    remodelled = (tier != NO_TIER) & (headers['model'] != np.void(model))
+    lead = scores.tiers[rows, best] - scores.tiers[rows, np.where(known, tier, 0)]
+    move = np.abs(scores.power - headers['power_grid'] / STEPS_PER_UNIT)
+    changed = (known & (best != tier) & (lead >= policy.tier_margin) & (move >= policy.power_move_min)
+               & _cooled(headers['power_at_ms'], as_of_ms, policy.power_cooldown_ms))
+    for row in np.flatnonzero(scores.usable & (first | changed | remodelled)):
+        new, old = int(best[row]), int(tier[row])
+        occasion: Occasion | None = None if remodelled[row] else 'power_up' if new > old else 'power_down'
+        yield Decision(int(row), Kind.POWER, occasion, new, old)
+
+
+def _intent(headers: np.ndarray, as_of_ms: np.ndarray, scores: Scores, policy: Policy) -> Iterator[Decision]:
+    raised = (headers['alerting'] & INTENT_RAISED) > 0
+    up = ~raised & (scores.intent >= policy.intent_raise) & _cooled(headers['intent_at_ms'], as_of_ms,
+                                                                   policy.intent_cooldown_ms)
+    down = raised & (scores.intent <= policy.intent_clear)
+    for row in np.flatnonzero(scores.usable & (up | down)):
+        tier = int(headers['tier'][row])
+        yield Decision(int(row), Kind.INTENT, 'intent' if up[row] else None, tier, tier)
+
+
+def _churn(headers: np.ndarray, as_of_ms: np.ndarray, scores: Scores, policy: Policy) -> Iterator[Decision]:
+    raised = (headers['alerting'] & CHURN_RAISED) > 0
+    up = (~raised & (scores.churn >= policy.churn_raise) & (headers['orders'] >= policy.churn_orders_min)
+          & _cooled(headers['churn_at_ms'], as_of_ms, policy.churn_cooldown_ms))
+    down = raised & (scores.churn <= policy.churn_clear)
+    for row in np.flatnonzero(scores.usable & (up | down)):
+        tier = int(headers['tier'][row])
+        yield Decision(int(row), Kind.CHURN, 'churn_raised' if up[row] else 'churn_cleared', tier, tier)
+
+
+def _cooled(at_ms: np.ndarray, as_of_ms: np.ndarray, cooldown_ms: int) -> np.ndarray:
+    return (at_ms == 0) | (as_of_ms - at_ms >= cooldown_ms)

@@ -1,0 +1,120 @@
+"""Decisions become bytes: JSON values with CloudEvents 1.0 attributes, each with its cause.
+
+The same decision always gives the same bytes and the same id, so that a message published twice can be recognised, and
+anyone can recompute it from the log: `cause` names how far the user's state had come in both input topics, or the timer
+that fired, `model` the weights, `previous_id` the user's decision before it.
+"""
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+import msgspec
+import orjson
+from xxhash import xxh3_128_digest
+
+from stream.core.decide import Decision, Kind, Occasion, Policy
+from stream.core.events import Source
+from stream.core.scores import Scores
+from stream.core.window import NO_TIER, User
+
+SPEC_VERSION = '1.0'
+_STATES: Mapping[Occasion, str] = {'intent': 'raised', 'churn_raised': 'raised', 'churn_cleared': 'cleared'}
+
+
+class ModelInfo(msgspec.Struct, frozen=True):
+    """Which model scored: its name, version, and the SHA-256 (hex) of its weights."""
+
+    name: str
+    version: str
+    sha256: str
+
+    @property
+    def tag(self) -> bytes:
+        """The first 8 bytes of the SHA-256, as the user's record keeps them."""
+        return bytes.fromhex(self.sha256[:16])
+
+
+class Origin(msgspec.Struct, frozen=True):
+    """What a message is about: the user as of a moment, reached by events or by a timer (0: by events)."""
+
+    as_of_ms: int
+    timer_ms: int
+
+
+def decision_message(
+    user: User, decision: Decision, occasion: Occasion, origin: Origin, row: int, scores: Scores, model: ModelInfo,
+    policy: Policy, reasons: list[dict] | None,
+) -> bytes:
+    """The message of one decision, as JSON. Advances the user's chain of decisions.
+
+    reasons   None: the budget for reasons was spent
+    """
+    user.decisions += 1
+    identity = _identity(user, origin, model, f'{decision.kind}/{occasion}/{user.decisions}')
+    previous, user.decision_id = user.decision_id, identity
+    value = _head(identity, decision.kind, user, origin, model)
+    if occasion in _STATES:
+        value['state'] = _STATES[occasion]
+    value |= _scores(row, scores)
+    value['tier'] = _tier(decision.tier)
+    if decision.kind is Kind.POWER:
+        value['previous_tier'] = _tier(decision.previous_tier)
+    value |= {
+        'reasons': reasons,
+        'action': policy.action(occasion, decision.tier),
+        'expires_at_ms': origin.as_of_ms + policy.ttl_ms(decision.kind),
+        'previous_id': previous.hex() if any(previous) else None,
+    }
+    return orjson.dumps(value)
+
+
+def scores_message(user: User, origin: Origin, row: int, scores: Scores, model: ModelInfo,
+                   event_id: str | None = None) -> bytes:
+    """The user's scores as JSON, whether anything changed or not; `event_id` names the event it is the output of."""
+    identity = _identity(user, origin, model, f'{Kind.SCORES}/{event_id or ""}')
+    value = _head(identity, Kind.SCORES, user, origin, model)
+    if event_id is not None:
+        value['event_id'] = event_id
+    value |= _scores(row, scores)
+    value['tier'] = _tier(user.tier)
+    return orjson.dumps(value)
+
+
+def cloudevents_headers(message: bytes, source: str) -> list[tuple[str, bytes]]:
+    """The binary-mode CloudEvents headers of a message (Kafka protocol binding 1.0.2)."""
+    value = orjson.loads(message)
+    time = datetime.fromtimestamp(value['as_of_ms'] / 1000, UTC).isoformat(timespec='milliseconds')
+    return [(name, text.encode()) for name, text in (
+        ('ce_specversion', SPEC_VERSION), ('ce_id', value['id']), ('ce_type', value['type']), ('ce_source', source),
+        ('ce_time', time.replace('+00:00', 'Z')), ('ce_subject', value['user_id']),
+        ('content-type', 'application/json'))]
+
+
+def _identity(user: User, origin: Origin, model: ModelInfo, what: str) -> bytes:
+    clicks, carts = user.next_offset
+    text = f'{user.user_id}\n{what}\n{origin.timer_ms}\n{clicks}\n{carts}\n{user.applied}\n{model.sha256}'
+    return xxh3_128_digest(text.encode())
+
+
+def _head(identity: bytes, kind: Kind, user: User, origin: Origin, model: ModelInfo) -> dict:
+    return {
+        'id': identity.hex(),
+        'type': kind,
+        'user_id': user.user_id,
+        'as_of_ms': origin.as_of_ms,
+        'events_seen': user.applied,
+        'cause': {'clicks_offset': user.next_offset[Source.CLICKS], 'carts_offset': user.next_offset[Source.CARTS],
+                  'timer_ms': origin.timer_ms or None},
+        'model': {'name': model.name, 'version': model.version, 'sha256': model.sha256},
+    }
+
+
+def _scores(row: int, scores: Scores) -> dict:
+    return {
+        'scores': {'purchase_intent': float(scores.intent[row]), 'purchase_power': float(scores.power[row]),
+                   'churn': float(scores.churn[row]), 'expected_spend_90d': float(scores.spend[row])},
+        'tier_probabilities': scores.tiers[row].tolist(),
+    }
+
+
+def _tier(tier: int) -> int | None:
+    return None if tier == NO_TIER else tier

@@ -1,0 +1,150 @@
+"""Why a score is what it is, by occlusion: take one thing away, score again, report what moved the score most.
+
+What is taken away is one slot of the window (an event, or the lines of one basket), the silence (the same user as of the
+newest event), or one group of counters (set to the value of a shopper without any). Tens of scores an alert: therefore
+only for users who get one, and within a budget.
+"""
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from stream.core.decide import Kind
+from stream.core.events import TYPE_NAMES
+from stream.core.features import COUNTER_GROUPS, COUNTER_NAMES, ROLLING_DAYS, Features, Snapshots, features
+from stream.core.scores import STEPS_PER_UNIT, Scores
+from stream.core.window import DAY_MS
+
+SLOTS_EXPLAINED_MAX = 16
+REASONS_MAX = 3
+_EFFECT_MIN = 5 / STEPS_PER_UNIT            # smaller moves are the grid's noise, no reason
+_GROUPS = tuple(name for name in COUNTER_GROUPS if name not in ('silence', 'calendar'))
+_GROUP_COLUMNS = {name: [COUNTER_NAMES.index(column) for column in COUNTER_GROUPS[name]] for name in _GROUPS}
+ROWS_PER_USER_MAX = SLOTS_EXPLAINED_MAX + 1 + len(_GROUPS)
+
+_DEEDS = {
+    'view': 'viewed an item', 'click': 'clicked an item', 'search': 'searched', 'favorite': 'marked a favorite',
+    'follow': 'followed', 'share': 'shared an item', 'login': 'logged in', 'rating': 'rated an item',
+    'review': 'wrote a review', 'add_to_cart': 'put an item in the cart', 'remove_from_cart': 'took an item out of the cart',
+    'purchase': 'bought', 'refund': 'returned an item', 'other': 'did something else',
+}
+
+
+@dataclass(slots=True)
+class Occlusions:
+    """Occluded variants of some rows: what was taken away in each, and the features to score.
+
+    row     int64 [variants] index of the row that is explained
+    what    the reason without its effect, [variants]
+    """
+
+    row: np.ndarray
+    what: list[dict]
+    inputs: Features
+
+
+def occlude(snapshots: Snapshots, rows: Sequence[int], base: Features) -> Occlusions:
+    """Variants of the given rows, at most ROWS_PER_USER_MAX each. `base` are the features of `snapshots`."""
+    event_ends = np.cumsum(snapshots.headers['events'].astype(np.int64))
+    day_ends = np.cumsum(snapshots.headers['days'].astype(np.int64))
+    owner: list[int] = []
+    what: list[dict] = []
+    headers, days, events, as_of_ms, neutral = [], [], [], [], []
+
+    def variant(row: int, reason: dict, window: np.ndarray, moment_ms: int, group: str | None = None) -> None:
+        header = snapshots.headers[row].copy()
+        header['events'] = len(window)
+        headers.append(header)
+        days.append(snapshots.days[day_ends[row] - header['days']:day_ends[row]])
+        events.append(window)
+        as_of_ms.append(moment_ms)
+        neutral.append(group)
+        owner.append(row)
+        what.append(reason)
+
+    for row in rows:
+        header, moment_ms = snapshots.headers[row], int(snapshots.as_of_ms[row])
+        span = slice(int(event_ends[row] - header['events']), int(event_ends[row]))
+        window, slots = snapshots.rows[span], base.slot_of_row[span]
+        for slot in range(int(base.starts[row + 1]) - 1, int(base.starts[row]) - 1, -1)[:SLOTS_EXPLAINED_MAX]:
+            variant(row, _event_words(window[slots == slot], moment_ms), window[slots != slot], moment_ms)
+        if moment_ms > header['last_seen_ms']:
+            variant(row, _silence_words(header, moment_ms), window, int(header['last_seen_ms']))
+        for group in _GROUPS:
+            variant(row, _counter_words(group, header, days[-1], moment_ms), window, moment_ms, group)
+
+    inputs = features(Snapshots(np.array(headers, snapshots.headers.dtype), np.concatenate(days),
+                                np.concatenate(events), np.array(as_of_ms, np.int64)))
+    for index, group in enumerate(neutral):
+        if group:
+            inputs.counters[index, _GROUP_COLUMNS[group]] = 0.0
+    return Occlusions(np.array(owner), what, inputs)
+
+
+def explain(occlusions: Occlusions, occluded: Scores, row: int, kind: Kind, scores: Scores) -> list[dict]:
+    """The up to REASONS_MAX strongest reasons for the score behind a message of `kind` about `row`.
+
+    `effect` is the score as it is minus the score without the thing: positive raised it.
+    """
+    column = {Kind.POWER: 'power', Kind.INTENT: 'intent', Kind.CHURN: 'churn'}[kind]
+    mine = np.flatnonzero((occlusions.row == row) & occluded.usable)
+    effect = getattr(scores, column)[row] - getattr(occluded, column)[mine]
+    strongest = np.argsort(-np.abs(effect), kind='stable')[:REASONS_MAX]
+    return [{**occlusions.what[mine[at]], 'effect': round(float(effect[at]), 4)}
+            for at in strongest if abs(effect[at]) >= _EFFECT_MIN]
+
+
+def _event_words(lines: np.ndarray, moment_ms: int) -> dict:
+    name = TYPE_NAMES[int(lines['type'][0])]
+    amount, ts_ms = float(lines['amount'].sum()), int(lines['ts_ms'].max())
+    deed = _DEEDS[name]
+    if name == 'purchase':
+        deed = f'bought {_count(len(lines), "line")}'
+    worth = f' for {amount:.2f}' if amount > 0 else ''
+    return {'name': name, 'text': f'{deed}{worth} {_ago(moment_ms - ts_ms)}', 'ts_ms': ts_ms,
+            'amount': round(amount, 2)}
+
+
+def _silence_words(header: np.void, moment_ms: int) -> dict:
+    return {'name': 'silence', 'text': f'nothing for {_span(moment_ms - int(header["last_seen_ms"]))}'}
+
+
+def _counter_words(group: str, header: np.void, days: np.ndarray, moment_ms: int) -> dict:
+    orders, spend = int(header['orders']), float(header['spend'])
+    if group == 'lifetime':
+        text = f'{_count(int(header["applied"]), "event")} so far'
+    elif group == 'tenure':
+        text = f'known for {_span(moment_ms - int(header["first_seen_ms"]))}'
+    elif group == 'spend':
+        text = f'{spend:.2f} spent in {_count(orders, "order")}'
+    elif group == 'orders':
+        text = (f'{_count(orders, "order")}, the last one {_ago(moment_ms - int(header["last_order_ms"]))}'
+                if orders else 'no order so far')
+    elif group == 'rhythm':
+        gaps = int(header['gaps'])
+        text = (f'an order every {float(header["gap_days"]) / gaps:.0f} days on average' if gaps
+                else 'no rhythm of orders yet')
+    else:
+        horizon = next(days_ for days_ in ROLLING_DAYS if group == f'last_{days_}_days')
+        recent = days[moment_ms // DAY_MS - days['day'].astype(np.int64) < horizon]
+        text = (f'{_count(len(recent), "active day")}, {_count(int(recent["browses"].sum()), "browse")}, '
+                f'{_count(int(recent["carts"].sum()), "cart")} and {_count(int(recent["orders"].sum()), "order")} '
+                f'in {horizon} days')
+    return {'name': group, 'text': text}
+
+
+def _count(number: int, noun: str) -> str:
+    return f'{number} {noun}{"" if number == 1 else "s"}'
+
+
+def _span(span_ms: int) -> str:
+    minutes = span_ms // 60_000
+    if minutes < 120:
+        return _count(minutes, 'minute')
+    if minutes < 48 * 60:
+        return _count(minutes // 60, 'hour')
+    return _count(minutes // (24 * 60), 'day')
+
+
+def _ago(span_ms: int) -> str:
+    return f'{_span(span_ms)} before' if span_ms >= 60_000 else 'just before'

@@ -1,0 +1,392 @@
+"""Recorded files become event JSON, the same bytes that a producer would put on Kafka.
+
+An adapter only renames and converts; whether an event is valid is decided by the one decoder of the core, which reads
+these bytes next. A row that an adapter cannot turn into an event at all is a `BadRow`, not an exception. A row is one
+line, in every text format: a quoted field with a line break in it gives bad rows, so that a quote that is never closed
+costs one row and not the rest of the file.
+
+    format           columns (any order, more are ignored)                     becomes
+    events           one event JSON a line, or Parquet with its field names    itself
+    retailrocket     timestamp visitorid event itemid transactionid            view, add_to_cart, purchase
+    rees46           event_time event_type product_id category_id              view, add_to_cart, remove_from_cart,
+                     category_code price user_id user_session                  purchase
+    online-retail    InvoiceNo StockCode Quantity InvoiceDate UnitPrice        purchase; refund where InvoiceNo starts
+                     CustomerID                                                with C
+    cdnow            customer, yyyymmdd, CDs, dollars; blanks between them     purchase
+    tmall            user_id brand_id type visit_datetime                      click, purchase, favorite, add_to_cart
+
+Text files may be compressed (.gz, .zst). Times without a zone are UTC; no format names a currency.
+
+Event ids: except for `events`, an event's id is its format, 16 hex digits of XXH3 of the row's bytes, and how often
+these bytes have been seen, from 1: `cdnow-0123456789abcdef-1`. The same file gives the same ids whatever the order of
+its rows, and a row that stands there twice is two events.
+
+Sources: Retailrocket recommender system dataset (Kaggle); REES46 eCommerce behavior data from multi category store;
+UCI Online Retail; CDNOW master data of Fader and Hardie; Tmall (Alibaba big data competition 2014).
+"""
+import csv
+import io
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache, partial
+from operator import itemgetter, methodcaller
+from pathlib import Path
+from typing import Any
+
+import orjson
+from xxhash import xxh3_64_hexdigest
+
+from stream.core.events import EventRecord
+from stream.errors import InputError
+
+_READ_BUFFER_BYTES = 1 << 20
+_PARQUET_BATCH_ROWS = 8192
+_DETAIL_CHARS_MAX = 200     # a detail quotes the row, and a row may be long; the whole row is in `raw`
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that is no event.
+
+    raw     the row's bytes without its line end (of a Parquet row, which has none: its Python repr)
+    reason  short_row, long_row, bad_csv, bad_encoding, no_user, bad_time, bad_number, unknown_type, unrenderable
+    detail  one sentence for a person
+    """
+
+    raw: bytes
+    reason: str
+    detail: str
+
+
+class Occurrences:
+    """How often each row has been seen, over all files of one recording: the last part of an event id."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+        self._ts_ms: int | None = None
+
+    def next_number(self, digest: str) -> int:
+        """1 for the first row with this digest, then 2, 3 and so on."""
+        number = self._counts.get(digest, 0) + 1
+        self._counts[digest] = number
+        return number
+
+    def forget_before(self, ts_ms: int) -> None:
+        """Forget everything unless `ts_ms` is the event time of the row before."""
+        if ts_ms != self._ts_ms:
+            self._ts_ms = ts_ms
+            self._counts.clear()
+
+
+Rows = Iterator[bytes | BadRow]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One kind of recorded file: its name, a line of help, and how it is read."""
+
+    name: str
+    help: str
+    read: Callable[[Path, Occurrences], Rows]
+
+    def rows(self, path: Path, occurrences: Occurrences | None = None) -> Rows:
+        """The file's rows in file order, as event JSON or `BadRow`; a header is not a row.
+
+        occurrences  shared by the files of one recording; None: this file stands alone
+        Errors       InputError where the file as a whole cannot be read: missing, truncated, the wrong columns.
+        """
+        return self.read(path, Occurrences() if occurrences is None else occurrences)
+
+
+class _Unusable(Exception):
+    """The adapter cannot make an event of this row: reason and detail of the `BadRow`."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a text file without their line ends; InputError where it cannot be read to its end."""
+    try:
+        with _open(path) as file:
+            yield from map(methodcaller('rstrip', b'\r\n'), file)
+    except FileNotFoundError as error:
+        raise InputError(f'There is no file {path}.', 'check the path.') from error
+    except OSError as error:
+        raise InputError(f'{path} cannot be read: {error}.', _how_to_read(path)) from error
+
+
+def _open(path: Path) -> io.BufferedIOBase:
+    if path.suffix not in _COMPRESSIONS:
+        return open(path, 'rb', buffering=_READ_BUFFER_BYTES)
+    # Arrow's streams, unlike zstandard's, say when a file was cut short; imported here because it takes 0.2 s.
+    import pyarrow
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression=_COMPRESSIONS[path.suffix]),
+                             _READ_BUFFER_BYTES)
+
+
+_COMPRESSIONS = {'.gz': 'gzip', '.zst': 'zstd'}
+
+
+def _how_to_read(path: Path) -> str:
+    if path.suffix in _COMPRESSIONS:
+        return (f'copy or download the file again if it was cut short; a file that is not compressed must not end in '
+                f'{path.suffix}.')
+    return 'name a file (not a folder) that this user may read.'
+
+
+# ---- the product's own events ---------------------------------------------------------------------------------------
+
+def _event_rows(path: Path, _occurrences: Occurrences) -> Rows:
+    return _parquet_rows(path) if path.suffix == '.parquet' else _lines(path)
+
+
+def _parquet_rows(path: Path) -> Rows:
+    """Rows of a Parquet file whose columns are named as the event's fields; other columns are not read."""
+    import pyarrow
+    from pyarrow import parquet
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = [name for name in EventRecord.__struct_fields__ if name in file.schema_arrow.names]
+            missing = [name for name in ('event_id', 'user_id', 'ts', 'type') if name not in names]
+            if missing:
+                raise InputError(f'{path} lacks the columns {", ".join(missing)}.',
+                                 'name the columns as the fields of an event: '
+                                 f'{", ".join(EventRecord.__struct_fields__)}.')
+            for batch in file.iter_batches(_PARQUET_BATCH_ROWS, columns=names):
+                columns = [_plain(batch.column(name), name) for name in names]
+                yield from map(partial(_rendered, names), _values(columns))
+    except FileNotFoundError as error:
+        raise InputError(f'There is no file {path}.', 'check the path.') from error
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f'{path} cannot be read as Parquet: {error}.',
+                         'write the file again; only a Parquet file may end in .parquet.') from error
+
+
+def _plain(column: Any, name: str) -> Any:
+    """The Arrow column in a type that JSON has: times as Unix ms, decimals as floats, whole-number ids as text."""
+    import pyarrow
+    from pyarrow import compute, types
+    if types.is_timestamp(column.type) or types.is_date(column.type):
+        milliseconds = compute.CastOptions(pyarrow.timestamp('ms'), allow_time_truncate=True)
+        if types.is_timestamp(column.type) and column.type.tz is not None:
+            milliseconds = compute.CastOptions(pyarrow.timestamp('ms', column.type.tz), allow_time_truncate=True)
+        return compute.cast(column, options=milliseconds).cast(pyarrow.int64())
+    if types.is_decimal(column.type):
+        return column.cast(pyarrow.float64())
+    if types.is_integer(column.type) and name.endswith('_id'):
+        return column.cast(pyarrow.string())
+    return column
+
+
+def _values(columns: list[Any]) -> Iterator[tuple[Any, ...]]:
+    try:
+        return zip(*[column.to_pylist() for column in columns], strict=True)
+    except UnicodeDecodeError:      # one text that is not UTF-8 must not cost its whole batch
+        return zip(*[map(_value_or_error, column) for column in columns], strict=True)
+
+
+def _value_or_error(cell: Any) -> Any:
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError as error:
+        return error
+
+
+def _rendered(names: list[str], row: tuple[Any, ...]) -> bytes | BadRow:
+    event = {name: value for name, value in zip(names, row, strict=True) if value is not None}
+    for name, value in event.items():
+        if type(value) is float and not math.isfinite(value):   # JSON has none of these: they would turn into null
+            return _bad_parquet_row(event, 'bad_number', f'{name} is {value}')
+    try:
+        return orjson.dumps(event)
+    except orjson.JSONEncodeError as error:
+        return _bad_parquet_row(event, 'unrenderable', str(error))
+
+
+def _bad_parquet_row(event: dict[str, Any], reason: str, detail: str) -> BadRow:
+    return BadRow(repr(event).encode(errors='backslashreplace'), reason, detail[:_DETAIL_CHARS_MAX])
+
+
+# ---- rows of fields -------------------------------------------------------------------------------------------------
+
+def _csv_rows(
+    name: str, columns: tuple[str, ...], convert: Callable[..., dict[str, Any]], sorted_by_time: bool,
+    path: Path, occurrences: Occurrences,
+) -> Rows:
+    """Rows of a comma-separated file with a header that names at least `columns`, in any order."""
+    lines = _lines(path)
+    header_line = next(lines, None)
+    if header_line is None:
+        return
+    header = _header(header_line, columns, path)
+    picked = itemgetter(*[header.index(column) for column in columns])
+
+    def fields_of(text: str) -> tuple[str, ...]:
+        fields = _split(text)
+        _check_count(fields, len(header))
+        return picked(fields)
+
+    yield from _converted(name, lines, fields_of, convert, sorted_by_time, occurrences)
+
+
+def _cdnow_rows(path: Path, occurrences: Occurrences) -> Rows:
+    """Rows of the CDNOW master file: four fields with blanks between them; the header is optional."""
+    lines = _lines(path)
+    first_line = next(lines, None)
+    if first_line is None:
+        return
+    is_header = bool(first_line) and not re.search(rb'[0-9]', first_line)
+    if is_header and tuple(first_line.decode(errors='replace').split()) != _CDNOW_COLUMNS:
+        raise _wrong_header(path, _CDNOW_COLUMNS, first_line)
+
+    def fields_of(text: str) -> list[str]:
+        fields = text.split()
+        _check_count(fields, len(_CDNOW_COLUMNS))
+        return fields
+
+    rows = lines if is_header else _chain_first(first_line, lines)
+    yield from _converted('cdnow', rows, fields_of, _cdnow_event, False, occurrences)
+
+
+def _chain_first(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
+    yield first
+    yield from rest
+
+
+def _converted(
+    name: str, lines: Iterator[bytes], fields_of: Callable[[str], Any], convert: Callable[..., dict[str, Any]],
+    sorted_by_time: bool, occurrences: Occurrences,
+) -> Rows:
+    for raw in lines:
+        try:
+            # Fields that no event takes may be in any encoding; one that is taken fails in orjson below.
+            event = convert(*fields_of(raw.decode(errors='surrogateescape')))
+            if sorted_by_time:
+                # Equal rows have equal times and so stand together: counts of earlier times are not needed again, and
+                # a month of 42 million rows takes no more memory than its busiest second. In a file that is not
+                # sorted after all, a repeat that comes later takes the id of the first and is dropped as a duplicate.
+                occurrences.forget_before(event['ts'])
+            digest = xxh3_64_hexdigest(raw)
+            event['event_id'] = f'{name}-{digest}-{occurrences.next_number(digest)}'
+            yield orjson.dumps(event)
+        except _Unusable as unusable:
+            yield BadRow(raw, unusable.reason, unusable.detail[:_DETAIL_CHARS_MAX])
+        except orjson.JSONEncodeError as error:
+            yield BadRow(raw, 'bad_encoding', str(error)[:_DETAIL_CHARS_MAX])
+
+
+def _header(line: bytes, columns: tuple[str, ...], path: Path) -> list[str]:
+    # Spreadsheets put a byte order mark before the first name.
+    header = _names(line.removeprefix(b'\xef\xbb\xbf'))
+    if not set(columns) <= set(header):
+        raise _wrong_header(path, columns, line)
+    return header
+
+
+def _names(line: bytes) -> list[str]:
+    try:
+        return [field.strip() for field in _split(line.decode(errors='replace'))]
+    except _Unusable:       # a first line that is not even CSV names no column
+        return []
+
+
+def _wrong_header(path: Path, columns: tuple[str, ...], line: bytes) -> InputError:
+    given = set(_names(line.removeprefix(b'\xef\xbb\xbf')))
+    fitting = [name for name, needed in _COLUMNS.items() if set(needed) <= given]
+    if not fitting and line.lstrip().startswith(b'{'):
+        fitting = ['events']
+    shown = line.decode(errors='replace')[:_DETAIL_CHARS_MAX]
+    return InputError(
+        f'{path} does not start with the columns {", ".join(columns)} (its first line is {shown!r}).',
+        f'use --format {fitting[0]}.' if fitting else f'try another --format ({", ".join(FORMATS)}) or add the header.')
+
+
+def _split(text: str) -> list[str]:
+    if '"' not in text:
+        return text.split(',')
+    try:
+        return next(csv.reader([text], strict=True))
+    except csv.Error as error:
+        raise _Unusable('bad_csv', str(error)) from error
+
+
+def _check_count(fields: list[str], expected: int) -> None:
+    if len(fields) != expected:
+        raise _Unusable('short_row' if len(fields) < expected else 'long_row',
+                        f'{len(fields)} fields, expected {expected}')
+
+
+def _check_user(user_id: str) -> None:
+    if not user_id.strip():
+        raise _Unusable('no_user', 'the user id is empty')
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or '_' in text:    # Python reads 1_000 as a number
+        raise _Unusable('bad_number', f'{name} is {text!r}')
+    return number
+
+
+# ---- times ----------------------------------------------------------------------------------------------------------
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MILLISECOND = timedelta(milliseconds=1)
+_UNIX_MS = re.compile(r'[0-9]{1,15}')
+_REES46_TIME = re.compile(r'([0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}) UTC')
+_ISO_TIME = re.compile(r'[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6})?)?')
+_US_TIME = re.compile(r'([0-9]{1,2})/([0-9]{1,2})/([0-9]{4}) ([0-9]{1,2}):([0-9]{2})')
+_COMPACT_DATE = re.compile(r'([0-9]{4})([0-9]{2})([0-9]{2})')
+# Month and day as 6-4 or in Chinese, in UTF-8 or (bytes that are not UTF-8 come as surrogates) in GBK.
+_MONTH_DAY = re.compile('([0-9]{1,2})(?:-|\u6708|\udcd4\udcc2)([0-9]{1,2})(?:\u65e5|\udcc8\udcd5)?')
+_TMALL_YEAR = 2014
+
+
+def _ms(moment: datetime) -> int:
+    return (moment.replace(tzinfo=UTC) - _EPOCH) // _MILLISECOND
+
+
+def _bad_time(text: str) -> _Unusable:
+    return _Unusable('bad_time', f'the time is {text!r}')
+
+
+# Neighbouring rows share their time, so a small cache spares most of the parsing.
+
+@lru_cache(maxsize=4096)
+def _rees46_ms(text: str) -> int:
+    match = _REES46_TIME.fullmatch(text)
+    return _date_ms(text, match and (lambda: datetime.fromisoformat(match[1])))
+
+
+@lru_cache(maxsize=4096)
+def _online_retail_ms(text: str) -> int:
+    if _ISO_TIME.fullmatch(text):
+        return _date_ms(text, lambda: datetime.fromisoformat(text))
+    match = _US_TIME.fullmatch(text)
+    if match is None:
+        raise _bad_time(text)
+    month, day, year, hour, minute = map(int, match.groups())
+    return _date_ms(text, lambda: datetime(year, month, day, hour, minute))
+
+
+@lru_cache(maxsize=4096)
+def _cdnow_ms(text: str) -> int:
+    match = _COMPACT_DATE.fullmatch(text)
+    return _date_ms(text, match and (lambda: datetime(*map(int, match.groups()))))
+
+
+@lru_cache(maxsize=4096)
+def _tmall_ms(text: str) -> int:
+    match = _MONTH_DAY.fullmatch(text)
+    return _date_ms(text, match and (lambda: datetime(_TMALL_YEAR, int(match[1]), int(match[2]))))
