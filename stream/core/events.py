@@ -204,7 +204,7 @@ class Decoder:
         except _MALFORMED as error:
             return _malformed(error)
 
-        ts_ms = record.ts if type(record.ts) is int else parse_rfc3339_ms(record.ts)
+        ts_ms = parse_rfc3339_ms(record.ts) if isinstance(record.ts, str) else record.ts
         if ts_ms is None or not TS_MS_MIN <= ts_ms <= TS_MS_MAX:
             return _bad_time(record.ts, ts_ms)
         if record_ts_ms is not None and ts_ms > record_ts_ms + self._ahead_ms:
@@ -244,7 +244,7 @@ def peek_ts_ms(value: bytes) -> int | None:
         ts = _decode_time(value).ts
     except _MALFORMED:
         return None
-    ts_ms = ts if type(ts) is int else parse_rfc3339_ms(ts)
+    ts_ms = parse_rfc3339_ms(ts) if isinstance(ts, str) else ts
     return ts_ms if ts_ms is not None and TS_MS_MIN <= ts_ms <= TS_MS_MAX else None
 
 

@@ -55,7 +55,7 @@ def occlude(snapshots: Snapshots, rows: Sequence[int], base: Features) -> Occlus
         header = snapshots.headers[row].copy()
         header['events'] = len(window)
         headers.append(header)
-        days.append(snapshots.days[day_ends[row] - header['days']:day_ends[row]])
+        days.append(_slice(snapshots.days, day_ends, snapshots.headers['days'], row))
         events.append(window)
         as_of_ms.append(moment_ms)
         neutral.append(group)
@@ -64,14 +64,15 @@ def occlude(snapshots: Snapshots, rows: Sequence[int], base: Features) -> Occlus
 
     for row in rows:
         header, moment_ms = snapshots.headers[row], int(snapshots.as_of_ms[row])
-        span = slice(int(event_ends[row] - header['events']), int(event_ends[row]))
-        window, slots = snapshots.rows[span], base.slot_of_row[span]
+        window = _slice(snapshots.rows, event_ends, snapshots.headers['events'], row)
+        slots = _slice(base.slot_of_row, event_ends, snapshots.headers['events'], row)
+        active_days = _slice(snapshots.days, day_ends, snapshots.headers['days'], row)
         for slot in range(int(base.starts[row + 1]) - 1, int(base.starts[row]) - 1, -1)[:SLOTS_EXPLAINED_MAX]:
             variant(row, _event_words(window[slots == slot], moment_ms), window[slots != slot], moment_ms)
         if moment_ms > header['last_seen_ms']:
             variant(row, _silence_words(header, moment_ms), window, int(header['last_seen_ms']))
         for group in _GROUPS:
-            variant(row, _counter_words(group, header, days[-1], moment_ms), window, moment_ms, group)
+            variant(row, _counter_words(group, header, active_days, moment_ms), window, moment_ms, group)
 
     inputs = features(Snapshots(np.array(headers, snapshots.headers.dtype), np.concatenate(days),
                                 np.concatenate(events), np.array(as_of_ms, np.int64)))
@@ -92,6 +93,10 @@ def explain(occlusions: Occlusions, occluded: Scores, row: int, kind: Kind, scor
     strongest = np.argsort(-np.abs(effect), kind='stable')[:REASONS_MAX]
     return [{**occlusions.what[mine[at]], 'effect': round(float(effect[at]), 4)}
             for at in strongest if abs(effect[at]) >= _EFFECT_MIN]
+
+
+def _slice(parts: np.ndarray, ends: np.ndarray, counts: np.ndarray, row: int) -> np.ndarray:
+    return parts[int(ends[row]) - int(counts[row]):int(ends[row])]
 
 
 def _event_words(lines: np.ndarray, moment_ms: int) -> dict:

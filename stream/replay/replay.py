@@ -1,0 +1,165 @@
+"""Recorded events through the core, in event-time order, as one stream.
+
+The same steps as a lane of the worker: decode, fire what is due, fold, score, decide, write, publish. Record numbers of
+the file take the place of offsets: each topic's events are counted from 0.
+"""
+from base64 import b64encode
+from collections.abc import Callable, Iterable, Sequence
+from typing import BinaryIO
+
+import msgspec
+import orjson
+
+from stream.core.decide import Policy
+from stream.core.events import SOURCE_OF_TYPE, Decoder, Event, EventRules
+from stream.core.lane import Read, Touched, fire, fold_step, overdue
+from stream.core.window import DAY_MS, HEADER_DTYPE, Fold, User, WindowLimits, decode, encode
+from stream.errors import StateError
+from stream.replay.recording import Block, Recording
+from stream.replay.state import Put, State
+from stream.replay.statistics import Statistics
+from stream.scoring.scorer import Scorer
+from stream.scoring.step import Publish, score_step
+
+BLOCK_SPAN_MS_MAX = DAY_MS
+_TIER_AT = HEADER_DTYPE.fields['tier'][1] if HEADER_DTYPE.fields else 0
+
+
+class ReplayRules(msgspec.Struct, frozen=True):
+    """Everything that decides what comes out, apart from the events and the model."""
+
+    events: EventRules = EventRules()
+    limits: WindowLimits = WindowLimits()
+    policy: Policy = Policy()
+    publish: Publish = 'changes'
+    block_events_max: int = 2_000
+    reasons_rows_max: int = 1_024
+
+
+class Counts(msgspec.Struct):
+    """The account of a replay: read = applied + duplicate + late + dead."""
+
+    read: int = 0
+    applied: int = 0
+    duplicate: int = 0
+    late: int = 0
+    dead: int = 0
+    users: int = 0
+    scored: int = 0
+    alerts: int = 0
+
+
+class Replay:
+    """One pass over a recording.
+
+    outputs       takes one message a line
+    dead_letters  takes one dead letter a line: file, row, reason, detail and the value
+    """
+
+    def __init__(self, recording: Recording, state: State, scorer: Scorer, rules: ReplayRules, outputs: BinaryIO,
+                 dead_letters: BinaryIO) -> None:
+        self.counts = Counts()
+        self.statistics = Statistics()
+        self.refused_scores = 0
+        self._recording = recording
+        self._state = state
+        self._scorer = scorer
+        self._rules = rules
+        self._outputs = outputs
+        self._dead_letters = dead_letters
+        self._decoder = Decoder(rules.events)
+        self._next_offset = [0, 0]
+        self._steps = 0
+
+    async def run(self, progress: Callable[[int], None] | None = None) -> Counts:
+        """Replay everything. `progress` is told the number of rows of each block.
+
+        Errors   InputError, ModelError; StateError if the account does not come out even, which is a defect.
+        """
+        for block in self._recording.blocks(self._rules.block_events_max, BLOCK_SPAN_MS_MAX):
+            await self._block(block)
+            if progress:
+                progress(len(block.values))
+        counts = self.counts
+        for _, record in self._state.records():
+            counts.users += 1
+            self.statistics.add_final_tier(int.from_bytes(record[_TIER_AT:_TIER_AT + 1], 'little', signed=True))
+        if counts.read != counts.applied + counts.duplicate + counts.late + counts.dead:
+            raise StateError(f'The account is not even: {counts}.', 'report this, with the recording.')
+        return counts
+
+    async def _block(self, block: Block) -> None:
+        reads = self._decode(block)
+        if not reads:
+            return
+        self.statistics.add_reads(reads)
+        await self._sweep(reads[0].event.ts_ms)
+        users, stored_due_ms = self._load(dict.fromkeys(read.event.user_id for read in reads))
+        at = 0
+        while at < len(reads):
+            while due := overdue(users, reads[at:]):
+                await self._step(fire(due, self._rules.limits), stored_due_ms)
+            folded = fold_step(users, reads, at, self._rules.limits)
+            self.counts.applied += folded.counts[Fold.APPLIED]
+            self.counts.duplicate += folded.counts[Fold.DUPLICATE]
+            self.counts.late += folded.counts[Fold.LATE]
+            await self._step(folded.touched, stored_due_ms)
+            at = folded.end
+
+    def _decode(self, block: Block) -> list[Read]:
+        decode_event, next_offset, reads = self._decoder, self._next_offset, []
+        for index, value in enumerate(block.values):
+            bad = block.bad.get(index)
+            outcome = bad or decode_event(value)
+            if isinstance(outcome, Event):
+                source = SOURCE_OF_TYPE[outcome.type]
+                reads.append(Read(outcome, source, next_offset[source]))
+                next_offset[source] += 1
+            else:
+                self._dead_letter(block.numbers[index], value, outcome.reason, outcome.detail)
+        self.counts.read += len(block.values)
+        return reads
+
+    def _dead_letter(self, number: int, value: bytes, reason: str, detail: str) -> None:
+        path, row = self._recording.locate(number)
+        letter = {'file': path.name, 'row': row, 'reason': reason, 'detail': detail}
+        try:
+            letter['value'] = value.decode()
+        except UnicodeDecodeError:
+            letter['value_base64'] = b64encode(value).decode()
+        self._dead_letters.write(orjson.dumps(letter) + b'\n')
+        self.counts.dead += 1
+        self.statistics.dead[reason] += 1
+
+    async def _sweep(self, clock_ms: int) -> None:
+        """Fire every timer due at or before the stream's time."""
+        while user_ids := self._state.due(clock_ms, self._rules.block_events_max):
+            users, stored_due_ms = self._load(user_ids)
+            await self._step(fire(users.values(), self._rules.limits), stored_due_ms)
+
+    def _load(self, user_ids: Iterable[str]) -> tuple[dict[str, User], dict[str, int]]:
+        wanted = list(user_ids)
+        users = {user_id: decode(user_id, record) if record else User(user_id)
+                 for user_id, record in zip(wanted, self._state.get_many(wanted), strict=True)}
+        return users, {user_id: user.due_ms for user_id, user in users.items()}
+
+    async def _step(self, touched: Sequence[Touched], stored_due_ms: dict[str, int]) -> None:
+        rules = self._rules
+        self._steps += 1
+        for entry in touched:
+            entry.user.step = self._steps
+        scored = await score_step(touched, self._scorer, rules.policy, rules.publish, rules.reasons_rows_max)
+        self._state.write([
+            Put(user.user_id, encode(user), stored_due_ms[user.user_id], user.due_ms)
+            for user in (entry.user for entry in touched)])
+        for entry in touched:
+            stored_due_ms[entry.user.user_id] = entry.user.due_ms
+        self.counts.scored += len(scored.touched) - scored.refused
+        self.counts.alerts += scored.decisions
+        self.refused_scores += scored.refused
+        if scored.scores is not None:
+            self.statistics.add_scores(scored.scores)
+        if scored.messages:
+            self._outputs.write(b'\n'.join(scored.messages) + b'\n')
+            if scored.decisions:
+                self.statistics.add_messages(scored.messages)

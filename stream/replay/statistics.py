@@ -1,0 +1,88 @@
+"""What a replay adds up for its report, block by block, in bounded memory."""
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import orjson
+
+from stream.core.decide import Kind
+from stream.core.events import TYPE_NAMES
+from stream.core.lane import Read
+from stream.core.scores import Scores
+from stream.core.window import DAY_MS, NO_TIER
+
+SCORE_BINS = 50
+USERS_AT_RISK_MAX = 20
+ALERTS_SHOWN_MAX = 15
+_DAY_TYPE = 256         # a day and a type code in one integer
+
+
+class Statistics:
+    """Sums over a replay.
+
+    events_per_day    day since 1970 -> type name -> events that were read and valid
+    alerts_per_day    day -> message label (type, and state where it has one) -> messages
+    score_histograms  intent, churn, power -> counts in SCORE_BINS equal bins over [0, 1]
+    tiers             last tier of every user; None for those without one
+    dead              reason -> dead letters
+    """
+
+    def __init__(self) -> None:
+        self.events_per_day: defaultdict[int, Counter[str]] = defaultdict(Counter)
+        self.alerts_per_day: defaultdict[int, Counter[str]] = defaultdict(Counter)
+        self.score_histograms = {name: np.zeros(SCORE_BINS, np.int64) for name in ('intent', 'churn', 'power')}
+        self.tiers: Counter[int | None] = Counter()
+        self.dead: Counter[str] = Counter()
+        self.alerts_shown: list[dict[str, Any]] = []
+        self._at_risk: dict[str, dict[str, Any]] = {}
+
+    def add_reads(self, reads: Sequence[Read]) -> None:
+        """Count valid events by day and type."""
+        keys = np.fromiter((read.event.ts_ms // DAY_MS * _DAY_TYPE + read.event.type for read in reads), np.int64,
+                           len(reads))
+        for key, count in zip(*np.unique(keys, return_counts=True), strict=True):
+            day, code = divmod(int(key), _DAY_TYPE)
+            self.events_per_day[day][TYPE_NAMES[code]] += int(count)
+
+    def add_scores(self, scores: Scores) -> None:
+        """Add usable scores to the histograms."""
+        for name, histogram in self.score_histograms.items():
+            values = getattr(scores, name)[scores.usable]
+            histogram += np.histogram(values, SCORE_BINS, (0.0, 1.0))[0]
+
+    def add_messages(self, messages: Sequence[bytes]) -> None:
+        """Count decisions by day and label; remember who is at risk."""
+        for message in messages:
+            value = orjson.loads(message)
+            if value['type'] == Kind.SCORES:
+                continue
+            label = ' '.join(filter(None, (value['type'], value.get('state'))))
+            self.alerts_per_day[value['as_of_ms'] // DAY_MS][label] += 1
+            if value['type'] == Kind.CHURN:
+                if value['state'] == 'raised':
+                    self._at_risk[value['user_id']] = value
+                else:
+                    self._at_risk.pop(value['user_id'], None)
+            self._show(value)
+
+    def add_final_tier(self, tier: int) -> None:
+        """Count one user's last tier."""
+        self.tiers[None if tier == NO_TIER else tier] += 1
+
+    def users_at_risk(self) -> list[dict[str, Any]]:
+        """Churn alerts still standing at the end, by the spend at risk: churn times the expected spend."""
+        return sorted(self._at_risk.values(),
+                      key=lambda value: (-_spend_at_risk(value), value['user_id']))[:USERS_AT_RISK_MAX]
+
+    def _show(self, value: dict[str, Any]) -> None:
+        """Keep the newest alerts of each label, so that a short table has some of each."""
+        label = (value['type'], value.get('state'))
+        same = [at for at, shown in enumerate(self.alerts_shown) if (shown['type'], shown.get('state')) == label]
+        if len(same) >= ALERTS_SHOWN_MAX // 3:
+            del self.alerts_shown[same[0]]
+        self.alerts_shown.append(value)
+
+
+def _spend_at_risk(value: dict[str, Any]) -> float:
+    return value['scores']['churn'] * value['scores']['expected_spend_90d']

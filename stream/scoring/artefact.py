@@ -1,0 +1,86 @@
+"""A served model's folder: what is in it is what its manifest says, or it is not loaded.
+
+    triton_models/<name>/config.pbtxt, labels and the model card
+    triton_models/<name>/<version>/model.onnx
+    triton_models/<name>/<version>/manifest.json    SHA-256 per file, tiers, feature layout
+"""
+import hashlib
+from pathlib import Path
+
+import msgspec
+
+from stream.core.features import COUNTER_NAMES, SLOT_NUMBER_NAMES, SLOTS_MAX, TYPE_VOCABULARY
+from stream.core.messages import ModelInfo
+from stream.errors import ModelError
+
+MANIFEST = 'manifest.json'
+WEIGHTS = 'model.onnx'
+
+
+class FeatureLayout(msgspec.Struct, frozen=True):
+    """The tensors that a model was trained on; another layout would be read as nonsense, silently."""
+
+    slots_max: int
+    type_vocabulary: int
+    slot_numbers: tuple[str, ...]
+    counters: tuple[str, ...]
+
+
+LAYOUT = FeatureLayout(SLOTS_MAX, TYPE_VOCABULARY, SLOT_NUMBER_NAMES, COUNTER_NAMES)
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What stands beside the weights. `tier_edges` are the lower bounds of tiers 1 and up, spend in 90 days."""
+
+    name: str
+    version: str
+    files: dict[str, str]
+    layout: FeatureLayout
+    tier_names: tuple[str, ...]
+    tier_edges: tuple[float, ...]
+    command: str
+    seed: int
+
+
+class Artefact(msgspec.Struct, frozen=True):
+    """A verified model folder."""
+
+    weights: Path
+    info: ModelInfo
+    manifest: Manifest
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def load_artefact(version_dir: Path) -> Artefact:
+    """Verify the folder of one model version.
+
+    Errors   ModelError where a file is missing, changed, unlisted, a link, or of another feature layout.
+    """
+    restore = 'restore the folder from where it was exported, or export the model again.'
+    path = version_dir / MANIFEST
+    if not path.is_file():
+        raise ModelError(f'There is no model at {version_dir}: {MANIFEST} is missing.',
+                         'point --model at <repository>/<name>/<version>, e.g. triton_models/shopper/1.')
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except msgspec.DecodeError as error:
+        raise ModelError(f'{path} cannot be read: {error}.', restore) from error
+    found = {entry.name for entry in version_dir.iterdir()} - {MANIFEST}
+    if found != set(manifest.files) or WEIGHTS not in found:
+        raise ModelError(f'{version_dir} holds {sorted(found)}, its manifest lists {sorted(manifest.files)}.', restore)
+    for name, digest in manifest.files.items():
+        file = version_dir / name
+        if file.is_symlink() or not file.is_file():
+            raise ModelError(f'{file} is not a regular file.', restore)
+        if sha256(file) != digest:
+            raise ModelError(f'{file} is not the file that its manifest lists: the SHA-256 differs.', restore)
+    if manifest.layout != LAYOUT:
+        raise ModelError(f'The model in {version_dir} was trained on another feature layout.',
+                         'train and export it again with this version of the code.')
+    info = ModelInfo(manifest.name, manifest.version, manifest.files[WEIGHTS])
+    return Artefact(version_dir / WEIGHTS, info, manifest)

@@ -1,0 +1,59 @@
+"""The scorer inside the process: onnxruntime on the same ONNX file that Triton serves."""
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from stream.core.features import Batch
+from stream.core.scores import Outputs
+from stream.errors import ModelError
+from stream.scoring.artefact import load_artefact
+
+OUTPUT_NAMES = ('purchase_intent', 'tier_probabilities', 'expected_spend', 'churn', 'row_id_out')
+
+
+class EmbeddedScorer:
+    """Runs a model folder with onnxruntime, off the event loop.
+
+    threads   of one model run; 1 keeps the result independent of the machine's core count
+    """
+
+    def __init__(self, version_dir: Path, threads: int = 1, rows_max: int = 256) -> None:
+        artefact = load_artefact(version_dir)
+        self.model = artefact.info
+        self.manifest = artefact.manifest
+        self.rows_max = rows_max
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3      # errors; they come as exceptions too
+        try:
+            self._session = onnxruntime.InferenceSession(artefact.weights, options, providers=['CPUExecutionProvider'])
+        except Exception as error:      # onnxruntime's own exceptions have no common base
+            raise ModelError(f'{artefact.weights} cannot be loaded: {error}.',
+                             'export the model again for this version of onnxruntime.') from error
+        self.windows_scored = 0
+
+    async def score(self, batches: Sequence[Batch]) -> list[Outputs]:
+        """Outputs of each batch. Errors: ModelError where onnxruntime refuses the inputs."""
+        return await asyncio.to_thread(self.score_now, batches)
+
+    def score_now(self, batches: Sequence[Batch]) -> list[Outputs]:
+        """The same, in the calling thread."""
+        return [self._run(batch) for batch in batches]
+
+    async def close(self) -> None:
+        """Nothing is held beyond the session's memory."""
+
+    def _run(self, batch: Batch) -> Outputs:
+        try:
+            outputs = self._session.run(OUTPUT_NAMES, {
+                'categories': batch.categories, 'numbers': batch.numbers, 'counters': batch.counters,
+                'row_id': batch.row_id})
+        except Exception as error:      # onnxruntime's own exceptions have no common base
+            raise ModelError(f'The model cannot run a batch of {batch.categories.shape}: {error}.',
+                             'check that the model was exported by this version of the code.') from error
+        self.windows_scored += len(batch)
+        return Outputs(*(np.asarray(output) for output in outputs))

@@ -1,0 +1,95 @@
+"""A step's touched users go to the scorer and come back as decisions and messages."""
+import itertools
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from stream.core.decide import Decision, Kind, Policy, apply, decide
+from stream.core.features import Features, Snapshots, batches, features
+from stream.core.lane import Touched, snapshot
+from stream.core.messages import decision_message, scores_message
+from stream.core.reasons import ROWS_PER_USER_MAX, Occlusions, explain, occlude
+from stream.core.scores import Scores, collect
+from stream.core.window import pack_outbox
+from stream.scoring.scorer import Scorer
+
+Publish = Literal['changes', 'all', 'events']
+
+# Who is explained first when the budget is short: the alerts that cost money before the news.
+_PRIORITY = {Kind.CHURN: 0, Kind.INTENT: 1, Kind.POWER: 2}
+
+
+class Scored(msgspec.Struct):
+    """What a step has led to. `messages` in order; `scores` row by row for the `touched` that were scored."""
+
+    touched: list[Touched]
+    scores: Scores | None
+    messages: list[bytes]
+    decisions: int
+    refused: int        # rows whose scores were no numbers in range; they decide nothing
+
+
+async def score_step(
+    touched: Sequence[Touched], scorer: Scorer, policy: Policy, publish: Publish, reasons_rows_max: int,
+) -> Scored:
+    """Score, decide, explain, and write the messages into the users' outboxes.
+
+    publish            changes: decisions only; all: scores of every scored user too; events: scores once per event
+    reasons_rows_max   model rows that the reasons of one step may cost
+    Errors             ModelError from the scorer; the users' alert state is untouched then.
+    """
+    rows = [entry for entry in touched if entry.origin is not None]
+    for entry in touched:
+        entry.user.outbox = b''
+    if not rows:
+        return Scored([], None, [], 0, 0)
+    snapshots = snapshot(rows)
+    inputs = features(snapshots)
+    scores = await _score(inputs, scorer)
+    decisions = decide(snapshots.headers, snapshots.as_of_ms, scores, policy, scorer.model.tag)
+    published = [decision for decision in decisions if decision.occasion]
+    explained, occlusions, occluded = await _reasons(published, snapshots, inputs, scorer, reasons_rows_max)
+
+    by_row: dict[int, list[Decision]] = {}
+    for decision in decisions:
+        by_row.setdefault(decision.row, []).append(decision)
+    messages: list[bytes] = []
+    talkative = range(len(rows)) if publish != 'changes' else sorted(by_row)
+    for row in talkative:
+        entry = rows[row]
+        user, origin = entry.user, entry.origin
+        assert origin is not None
+        mine: list[bytes] = []
+        for decision in by_row.get(row, ()):
+            apply(user, decision, float(scores.power[row]), origin.as_of_ms, scorer.model.tag)
+            if decision.occasion:
+                reasons = (explain(occlusions, occluded, row, decision.kind, scores)
+                           if row in explained and occlusions and occluded else None)
+                mine.append(decision_message(user, decision, decision.occasion, origin, row, scores, scorer.model,
+                                             policy, reasons))
+        if publish != 'changes' and scores.usable[row]:
+            named = entry.event_ids if publish == 'events' and entry.event_ids else [None]
+            mine += [scores_message(user, origin, row, scores, scorer.model, event_id) for event_id in named]
+        if mine:
+            user.outbox = pack_outbox(mine)
+            messages += mine
+    return Scored(rows, scores, messages, len(published), int(np.sum(~scores.usable)))
+
+
+async def _score(inputs: Features, scorer: Scorer) -> Scores:
+    cut = list(batches(inputs, scorer.rows_max))
+    return collect(cut, await scorer.score(cut), len(inputs.counters))
+
+
+async def _reasons(
+    published: Sequence[Decision], snapshots: Snapshots, inputs: Features, scorer: Scorer, rows_max: int,
+) -> tuple[set[int], Occlusions | None, Scores | None]:
+    by_priority = sorted(published, key=lambda decision: (_PRIORITY[decision.kind], decision.row))
+    unique = dict.fromkeys(decision.row for decision in by_priority)
+    explained = sorted(itertools.islice(unique, rows_max // ROWS_PER_USER_MAX))
+    if not explained:
+        return set(), None, None
+    occlusions = occlude(snapshots, explained, inputs)
+    return set(explained), occlusions, await _score(occlusions.inputs, scorer)
