@@ -324,11 +324,6 @@ def _check_count(fields: list[str], expected: int) -> None:
                         f'{len(fields)} fields, expected {expected}')
 
 
-def _check_user(user_id: str) -> None:
-    if not user_id.strip():
-        raise _Unusable('no_user', 'the user id is empty')
-
-
 def _number(name: str, text: str) -> float:
     try:
         number = float(text)
@@ -344,49 +339,138 @@ def _number(name: str, text: str) -> float:
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
 _UNIX_MS = re.compile(r'[0-9]{1,15}')
-_REES46_TIME = re.compile(r'([0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}) UTC')
-_ISO_TIME = re.compile(r'[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6})?)?')
-_US_TIME = re.compile(r'([0-9]{1,2})/([0-9]{1,2})/([0-9]{4}) ([0-9]{1,2}):([0-9]{2})')
-_COMPACT_DATE = re.compile(r'([0-9]{4})([0-9]{2})([0-9]{2})')
-# Month and day as 6-4 or in Chinese, in UTF-8 or (bytes that are not UTF-8 come as surrogates) in GBK.
-_MONTH_DAY = re.compile('([0-9]{1,2})(?:-|\u6708|\udcd4\udcc2)([0-9]{1,2})(?:\u65e5|\udcc8\udcd5)?')
-_TMALL_YEAR = 2014
+# The groups are the parameters of datetime().
+_DATE = r'(?P<year>[0-9]{4})-(?P<month>[0-9]{2})-(?P<day>[0-9]{2})'
+_CLOCK = r'(?P<hour>[0-9]{2}):(?P<minute>[0-9]{2})'
+_REES46_TIME = re.compile(rf'{_DATE} {_CLOCK}:(?P<second>[0-9]{{2}}) UTC')
+_ISO_TIME = re.compile(rf'{_DATE}[T ]{_CLOCK}(?::(?P<second>[0-9]{{2}})(?:\.(?P<microsecond>[0-9]{{1,6}}))?)?')
+_US_TIME = re.compile(
+    r'(?P<month>[0-9]{1,2})/(?P<day>[0-9]{1,2})/(?P<year>[0-9]{4}) (?P<hour>[0-9]{1,2}):(?P<minute>[0-9]{2})')
+_COMPACT_DATE = re.compile(r'(?P<year>[0-9]{4})(?P<month>[0-9]{2})(?P<day>[0-9]{2})')
+# Month and day as 6-4 or in Chinese, in UTF-8 or in GBK (whose bytes, being no UTF-8, arrive as surrogates).
+_MONTH_DAY = re.compile(
+    '(?P<month>[0-9]{1,2})(?:-|\u6708|\udcd4\udcc2)(?P<day>[0-9]{1,2})(?:\u65e5|\udcc8\udcd5)?')
 
 
-def _ms(moment: datetime) -> int:
-    return (moment.replace(tzinfo=UTC) - _EPOCH) // _MILLISECOND
+# Neighbouring rows share their time, so a small cache spares most of the parsing.
+@lru_cache(maxsize=4096)
+def _utc_ms(pattern: re.Pattern[str], text: str, year: int | None = None) -> int:
+    """Unix ms of a time in UTC that `pattern` matches; `year` where the pattern has none."""
+    match = pattern.fullmatch(text)
+    if match is None:
+        raise _bad_time(text)
+    given = {part: digits for part, digits in match.groupdict().items() if digits is not None}
+    if 'microsecond' in given:
+        given['microsecond'] = given['microsecond'].ljust(6, '0')       # .5 is half a second
+    parts = {part: int(digits) for part, digits in given.items()}
+    if year is not None:
+        parts['year'] = year
+    try:
+        return (datetime(**parts, tzinfo=UTC) - _EPOCH) // _MILLISECOND
+    except ValueError as error:     # the 31st of February
+        raise _bad_time(text) from error
 
 
 def _bad_time(text: str) -> _Unusable:
     return _Unusable('bad_time', f'the time is {text!r}')
 
 
-# Neighbouring rows share their time, so a small cache spares most of the parsing.
+# ---- one row each ---------------------------------------------------------------------------------------------------
 
-@lru_cache(maxsize=4096)
-def _rees46_ms(text: str) -> int:
-    match = _REES46_TIME.fullmatch(text)
-    return _date_ms(text, match and (lambda: datetime.fromisoformat(match[1])))
-
-
-@lru_cache(maxsize=4096)
-def _online_retail_ms(text: str) -> int:
-    if _ISO_TIME.fullmatch(text):
-        return _date_ms(text, lambda: datetime.fromisoformat(text))
-    match = _US_TIME.fullmatch(text)
-    if match is None:
-        raise _bad_time(text)
-    month, day, year, hour, minute = map(int, match.groups())
-    return _date_ms(text, lambda: datetime(year, month, day, hour, minute))
+_RETAILROCKET_TYPES = {'view': 'view', 'addtocart': 'add_to_cart', 'transaction': 'purchase'}
+_REES46_TYPES = {'view': 'view', 'cart': 'add_to_cart', 'remove_from_cart': 'remove_from_cart', 'purchase': 'purchase'}
+_TMALL_TYPES = {'0': 'click', '1': 'purchase', '2': 'favorite', '3': 'add_to_cart'}
+_TMALL_YEAR = 2014      # the set names month and day only
+_CDNOW_COLUMNS = ('customer_id', 'date', 'number_of_cds', 'dollar_value')
 
 
-@lru_cache(maxsize=4096)
-def _cdnow_ms(text: str) -> int:
-    match = _COMPACT_DATE.fullmatch(text)
-    return _date_ms(text, match and (lambda: datetime(*map(int, match.groups()))))
+def _event_type(types: dict[str, str], given: str) -> str:
+    known = types.get(given)
+    if known is None:
+        raise _Unusable('unknown_type', f'the type is {given!r}, known: {", ".join(types)}')
+    return known
 
 
-@lru_cache(maxsize=4096)
-def _tmall_ms(text: str) -> int:
-    match = _MONTH_DAY.fullmatch(text)
-    return _date_ms(text, match and (lambda: datetime(_TMALL_YEAR, int(match[1]), int(match[2]))))
+def _event(user_id: str, ts_ms: int, event_type: str, **optional: str | float) -> dict[str, Any]:
+    """The event without its id; an empty text is a field that the row does not have."""
+    if not user_id.strip():
+        raise _Unusable('no_user', 'the user id is empty')
+    event = {'event_id': '', 'user_id': user_id, 'ts': ts_ms, 'type': event_type}
+    for name, value in optional.items():
+        if value != '':
+            event[name] = value
+    return event
+
+
+def _retailrocket_event(
+    timestamp: str, visitorid: str, event: str, itemid: str, transactionid: str,
+) -> dict[str, Any]:
+    if not _UNIX_MS.fullmatch(timestamp):
+        raise _bad_time(timestamp)
+    return _event(visitorid, int(timestamp), _event_type(_RETAILROCKET_TYPES, event),
+                  item_id=itemid, order_id=transactionid)
+
+
+def _rees46_event(
+    event_time: str, event_type: str, product_id: str, category_id: str, category_code: str, price: str, user_id: str,
+    user_session: str,
+) -> dict[str, Any]:
+    return _event(user_id, _utc_ms(_REES46_TIME, event_time), _event_type(_REES46_TYPES, event_type),
+                  item_id=product_id, category=category_code or category_id,
+                  price=_number('price', price) if price else '', session_id=user_session)
+
+
+def _online_retail_event(
+    invoice_no: str, stock_code: str, quantity: str, invoice_date: str, unit_price: str, customer_id: str,
+) -> dict[str, Any]:
+    is_refund = invoice_no.startswith('C')
+    units = _number('Quantity', quantity)
+    price = _number('UnitPrice', unit_price)
+    event = _event(customer_id, _utc_ms(_US_TIME if '/' in invoice_date else _ISO_TIME, invoice_date),
+                   'refund' if is_refund else 'purchase',
+                   item_id=stock_code, price=price, quantity=-units if is_refund else units, order_id=invoice_no)
+    if event['quantity'] <= 0:
+        raise _Unusable('bad_number', f'Quantity is {quantity} on {"a cancellation" if is_refund else "an invoice"}')
+    if price < 0:
+        raise _Unusable('bad_number', f'UnitPrice is {unit_price}')
+    return event
+
+
+def _cdnow_event(customer: str, date: str, cds: str, dollars: str) -> dict[str, Any]:
+    """`dollars` is the total of the row: a price per CD would be rounded, so a row is one unit at that price."""
+    _number('number_of_cds', cds)       # not taken, but a row without a number there is not what it seems
+    price = _number('dollar_value', dollars)
+    if price < 0:
+        raise _Unusable('bad_number', f'dollar_value is {dollars}')
+    return _event(customer, _utc_ms(_COMPACT_DATE, date), 'purchase', price=price, quantity=1)
+
+
+def _tmall_event(user_id: str, brand_id: str, kind: str, visit_datetime: str) -> dict[str, Any]:
+    return _event(user_id, _utc_ms(_MONTH_DAY, visit_datetime, _TMALL_YEAR), _event_type(_TMALL_TYPES, kind),
+                  item_id=brand_id)
+
+
+# ---- the formats ----------------------------------------------------------------------------------------------------
+
+_COLUMNS = {
+    'retailrocket': ('timestamp', 'visitorid', 'event', 'itemid', 'transactionid'),
+    'rees46': ('event_time', 'event_type', 'product_id', 'category_id', 'category_code', 'price', 'user_id',
+               'user_session'),
+    'online-retail': ('InvoiceNo', 'StockCode', 'Quantity', 'InvoiceDate', 'UnitPrice', 'CustomerID'),
+    'tmall': ('user_id', 'brand_id', 'type', 'visit_datetime'),
+}
+
+
+def _csv_format(name: str, help_line: str, convert: Callable[..., dict[str, Any]], is_sorted: bool = False) -> Format:
+    return Format(name, help_line, partial(_csv_rows, name, _COLUMNS[name], convert, is_sorted))
+
+
+FORMATS: dict[str, Format] = {given.name: given for given in (
+    Format('events', 'Event JSON, one a line (.jsonl, also .gz or .zst), or a .parquet file with its fields.',
+           _event_rows),
+    _csv_format('retailrocket', 'events.csv of the Retailrocket data set.', _retailrocket_event),
+    _csv_format('rees46', 'A month of the REES46 multi-category store data set.', _rees46_event, is_sorted=True),
+    _csv_format('online-retail', 'UCI Online Retail as CSV: invoice lines.', _online_retail_event),
+    Format('cdnow', 'CDNOW_master.txt: customer, day, CDs, dollars.', _cdnow_rows),
+    _csv_format('tmall', 'Tmall (Alibaba 2014): user, brand, type, month and day.', _tmall_event),
+)}

@@ -154,12 +154,11 @@ class Replay:
             for user in (entry.user for entry in touched)])
         for entry in touched:
             stored_due_ms[entry.user.user_id] = entry.user.due_ms
-        self.counts.scored += len(scored.touched) - scored.refused
-        self.counts.alerts += scored.decisions
+        self.counts.scored += len(scored.rows) - scored.refused
+        self.counts.alerts += len(scored.alerts)
         self.refused_scores += scored.refused
         if scored.scores is not None:
             self.statistics.add_scores(scored.scores)
         if scored.messages:
             self._outputs.write(b'\n'.join(scored.messages) + b'\n')
-            if scored.decisions:
-                self.statistics.add_messages(scored.messages)
+            self.statistics.add_alerts(scored.alerts)

@@ -1,33 +1,34 @@
 """A seeded shop: shoppers who visit, want, buy and leave, as event lines, with the truth beside them.
 
 Shoppers follow "buy till you die": each visits at an own, gamma-distributed Poisson rate until an own, exponential time
-at which he or she is gone for good, seen by nobody. Source: Fader, Hardie, Lee (2005), "Counting Your Customers the Easy
-Way: An Alternative to the Pareto/NBD Model", Marketing Science 24(2). Different from BG/NBD: death comes in time rather
-than after a purchase (as in Pareto/NBD), visits have seasons, and buying needs desire, which earlier sessions build up.
+at which he or she is gone for good, seen by nobody. Source: Fader, Hardie, Lee (2005), "Counting Your Customers the
+Easy Way: An Alternative to the Pareto/NBD Model", Marketing Science 24(2). Different from BG/NBD: death comes in time
+(as in Pareto/NBD) and not after a purchase, visits have seasons, and desire, which earlier sessions build up, drives
+buying.
 
 The world (the constants below, in this order)
 
-| part       | what                                  | value                                         | unit             |
-|------------|---------------------------------------|-----------------------------------------------|------------------|
-| shop       | categories x items                    | 40 x 50, Zipf popularity                      | items            |
-|            | price of an item                      | log-normal about its category's, spread 0.5   | currency units   |
-| tier       | purchase power 0..4, shares           | 30, 27, 22, 14, 7                             | % of shoppers    |
-|            | price level: normal about the tier's  | -1.2 .. 1.6, spread 0.25                      | sd of log price  |
-|            | lines added to a basket, mean         | 0.2 .. 1.4, log-normal spread 0.2             | lines            |
-|            | visit rate factor                     | 0.85 .. 1.25                                  | 1                |
-| presence   | there before the start                | 60; the others join at uniform times          | % of shoppers    |
-|            | life from joining, or from the start  | exponential, own hazard gamma(4), median ~100 | days             |
-|            | fading before the end of life         | 60 % of shoppers, over the last 15 .. 50      | days             |
-| visits     | own rate                              | gamma(1.3), mean 0.22, kept in 0.05 .. 1      | visits a day     |
-|            | times hour, weekday, year             | tables; peak at the end of November           | 1                |
-|            | times personal interest               | exp(0.5 sin), own period of 25 .. 90 days     | 1                |
-| a session  | browsing steps                        | geometric, mean 4.5                           | steps            |
-|            | back to what was left in a cart       | after 50 % of such sessions, 1, 2, .. later   | days             |
-| desire     | per view of the wanted item, per cart | +0.35, +1; half-life 2.5 days; 0 on purchase  | 1                |
-|            | on buying                             | 1.1                                           | log-odds per 1   |
-|            | buying without desire                 | log-normal, median 2.8, spread 0.5            | % of sessions    |
-|            | drift of that, the whole shop         | +-20, cosine of one year from the start       | %                |
-| follow-ups | rating, review, refund                | 8, 4, 4; 1 .. 20 days later                   | % of lines       |
+| part       | what                                  | value                                         | unit            |
+|------------|---------------------------------------|-----------------------------------------------|-----------------|
+| shop       | categories x items                    | 40 x 50, Zipf popularity                      | items           |
+|            | price of an item                      | log-normal about its category's, spread 0.5   | currency units  |
+| tier       | purchase power 0..4, shares           | 30, 27, 22, 14, 7                             | % of shoppers   |
+|            | price level: normal about the tier's  | -1.2 .. 1.6, spread 0.25                      | sd of log price |
+|            | lines added to a basket, mean         | 0.2 .. 1.4, log-normal spread 0.2             | lines           |
+|            | visit rate factor                     | 0.85 .. 1.25                                  | 1               |
+| presence   | there before the start                | 60; the others join at uniform times          | % of shoppers   |
+|            | life from joining, or from the start  | exponential, own hazard gamma(4), median ~100 | days            |
+|            | fading before the end of life         | 60 % of shoppers, over the last 15 .. 50      | days            |
+| visits     | own rate                              | gamma(1.3), mean 0.22, kept in 0.05 .. 1      | visits a day    |
+|            | times hour, weekday, year             | tables; peak at the end of November           | 1               |
+|            | times personal interest               | exp(0.5 sin), own period of 25 .. 90 days     | 1               |
+| a session  | browsing steps                        | geometric, mean 4.5                           | steps           |
+|            | back to what was left in a cart       | after 50 % of such sessions, 1, 2, .. later   | days            |
+| desire     | per view of the wanted item, per cart | +0.35, +1; half-life 2.5 days; 0 on purchase  | 1               |
+|            | on buying                             | 1.1                                           | log-odds per 1  |
+|            | buying without desire                 | log-normal, median 2.8, spread 0.5            | % of sessions   |
+|            | drift of that, the whole shop         | +-20, cosine of one year from the start       | %               |
+| follow-ups | rating, review, refund                | 8, 4, 4; 1 .. 20 days later                   | % of lines      |
 
 Nothing of a shopper is recorded at or after `churned_ms`. Each shopper lives from an own child seed: shopper i does the
 same things however many others there are; only the event ids, which count lines in time order, differ.
@@ -175,6 +176,8 @@ class SimulatorOptions:
             raise UsageError(f'The seed {self.seed} is negative.', do='use a seed of 0 or more.')
         if not 0 <= self.noise <= 0.5:
             raise UsageError(f'The noise {self.noise} is not a share of 0 to 0.5.', do='use, say, 0.02.')
+        if self.currency is not None and len(self.currency) != 3:
+            raise UsageError(f'The currency {self.currency!r} is no ISO 4217 code.', do='use three letters, as in EUR.')
 
     @property
     def end_ms(self) -> int:
@@ -567,9 +570,7 @@ class _Life:
             }
         )
 
-    def _record_item(
-        self, kind: str, item: int, ts: int | None = None, session: bool = True, **fields: object
-    ) -> None:
+    def _record_item(self, kind: str, item: int, ts: int | None = None, session: bool = True, **fields: object) -> None:
         event = {
             'user_id': self.shopper.user_id,
             'ts': self._tick() if ts is None else ts,

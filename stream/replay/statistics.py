@@ -51,12 +51,10 @@ class Statistics:
             values = getattr(scores, name)[scores.usable]
             histogram += np.histogram(values, SCORE_BINS, (0.0, 1.0))[0]
 
-    def add_messages(self, messages: Sequence[bytes]) -> None:
+    def add_alerts(self, messages: Sequence[bytes]) -> None:
         """Count decisions by day and label; remember who is at risk."""
         for message in messages:
             value = orjson.loads(message)
-            if value['type'] == Kind.SCORES:
-                continue
             label = ' '.join(filter(None, (value['type'], value.get('state'))))
             self.alerts_per_day[value['as_of_ms'] // DAY_MS][label] += 1
             if value['type'] == Kind.CHURN:

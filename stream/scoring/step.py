@@ -22,12 +22,17 @@ _PRIORITY = {Kind.CHURN: 0, Kind.INTENT: 1, Kind.POWER: 2}
 
 
 class Scored(msgspec.Struct):
-    """What a step has led to. `messages` in order; `scores` row by row for the `touched` that were scored."""
+    """What a step has led to.
 
-    touched: list[Touched]
+    rows      the touched users that were scored, in the order of `scores`
+    messages  everything to publish, in order
+    alerts    those of the messages that announce a decision
+    """
+
+    rows: list[Touched]
     scores: Scores | None
     messages: list[bytes]
-    decisions: int
+    alerts: list[bytes]
     refused: int        # rows whose scores were no numbers in range; they decide nothing
 
 
@@ -44,7 +49,7 @@ async def score_step(
     for entry in touched:
         entry.user.outbox = b''
     if not rows:
-        return Scored([], None, [], 0, 0)
+        return Scored([], None, [], [], 0)
     snapshots = snapshot(rows)
     inputs = features(snapshots)
     scores = await _score(inputs, scorer)
@@ -56,6 +61,7 @@ async def score_step(
     for decision in decisions:
         by_row.setdefault(decision.row, []).append(decision)
     messages: list[bytes] = []
+    alerts: list[bytes] = []
     talkative = range(len(rows)) if publish != 'changes' else sorted(by_row)
     for row in talkative:
         entry = rows[row]
@@ -69,13 +75,14 @@ async def score_step(
                            if row in explained and occlusions and occluded else None)
                 mine.append(decision_message(user, decision, decision.occasion, origin, row, scores, scorer.model,
                                              policy, reasons))
+        alerts += mine
         if publish != 'changes' and scores.usable[row]:
             named = entry.event_ids if publish == 'events' and entry.event_ids else [None]
             mine += [scores_message(user, origin, row, scores, scorer.model, event_id) for event_id in named]
         if mine:
             user.outbox = pack_outbox(mine)
             messages += mine
-    return Scored(rows, scores, messages, len(published), int(np.sum(~scores.usable)))
+    return Scored(rows, scores, messages, alerts, int(np.sum(~scores.usable)))
 
 
 async def _score(inputs: Features, scorer: Scorer) -> Scores:
