@@ -470,15 +470,17 @@ class _Life:
 
     def _browse(self, category: int) -> int:
         """Look at one item, perhaps again at the wanted one, and do something with it; returns the item."""
-        again = self.wanted is not None and self.draw() < WANT_AGAIN + WANT_AGAIN_PER_DESIRE * self.desire
-        if again:
-            item = self.wanted
-            self._want(item, DESIRE_PER_REPEATED_VIEW)
-        else:
+        wanted = self._wanted_again()
+        if wanted is None:
             item = self._pick(category)
+            add_to_cart = ADD_TO_CART
             # A new thing takes the place of the wanted one the more easily, the weaker the desire.
             if self.wanted is None or self.draw() > self.desire:
                 self.wanted = item
+        else:
+            item = wanted
+            add_to_cart = ADD_WANTED_TO_CART
+            self._want(item, DESIRE_PER_REPEATED_VIEW)
         self._record_item('view', item)
         if self.draw() < CLICK:
             self._record_item('click', item)
@@ -488,10 +490,16 @@ class _Life:
             self._record_item('share', item)
         if self.draw() < FOLLOW:
             self._record('follow', category=CATEGORIES[item // ITEMS_PER_CATEGORY])
-        if self.draw() < (ADD_WANTED_TO_CART if again else ADD_TO_CART):
+        if self.draw() < add_to_cart:
             self._add_to_cart(item)
             self._want(item, DESIRE_PER_CART)
         return item
+
+    def _wanted_again(self) -> int | None:
+        """The wanted item, if there is one and it draws the shopper back now."""
+        if self.wanted is not None and self.draw() < WANT_AGAIN + WANT_AGAIN_PER_DESIRE * self.desire:
+            return self.wanted
+        return None
 
     def _buying_chance(self) -> float:
         days = (self.at_ms - self.options.start_ms) / DAY_MS
