@@ -35,7 +35,7 @@ class Kind(enum.StrEnum):
 
 
 class ActionRule(msgspec.Struct, frozen=True):
-    """Propose `action` on an occasion for shoppers whose tier lies in [tier_min, tier_max]; the first rule that fits."""
+    """Propose `action` on an occasion to shoppers with a tier in [tier_min, tier_max]; the first rule that fits."""
 
     occasion: Occasion
     action: str

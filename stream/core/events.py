@@ -11,8 +11,8 @@ What a sender may rely on:
     numbers    a number that does not fit its field is refused; fields that we do not know are not looked into
     time       `ts` is Unix milliseconds or RFC 3339 with an offset; seconds, zero, negative times, anything after 2100,
                and anything further ahead of the record's own timestamp than `clock_ahead_ms_max` are refused
-    identity   `user_id` and `event_id` count code point by code point: two Unicode forms of one name are two users; with
-               a Kafka key, the key must be the user's id in UTF-8
+    identity   `user_id` and `event_id` count code point by code point: two Unicode forms of one name are two users;
+               a Kafka key, where there is one, must be the user's id in UTF-8
     money      `price` is the price of one unit, `quantity` defaults to 1; amounts are never negative, a refund reduces
                the spend by its type; a currency other than the configured one needs a rate
     type       an unknown type is kept as `other`; the topic does not restrict the type
@@ -182,7 +182,7 @@ class Decoder:
         self._rates = {**rules.rates, rules.currency: 1.0}
 
     def __call__(
-        self, value: bytes | None, key: bytes | None | _Keyless = KEYLESS, record_ts_ms: int | None = None,
+        self, value: bytes | None, key: bytes | _Keyless | None = KEYLESS, record_ts_ms: int | None = None,
     ) -> Event | Refusal:
         """Decode one record.
 

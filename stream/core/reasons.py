@@ -1,8 +1,8 @@
 """Why a score is what it is, by occlusion: take one thing away, score again, report what moved the score most.
 
-What is taken away is one slot of the window (an event, or the lines of one basket), the silence (the same user as of the
-newest event), or one group of counters (set to the value of a shopper without any). Tens of scores an alert: therefore
-only for users who get one, and within a budget.
+What is taken away is one slot of the window (an event, or the lines of one basket), the silence (the same user as of
+the newest event), or one group of counters (set to the value of a shopper without any). Tens of scores an alert:
+therefore only for users who get one, and within a budget.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,8 +25,9 @@ ROWS_PER_USER_MAX = SLOTS_EXPLAINED_MAX + 1 + len(_GROUPS)
 _DEEDS = {
     'view': 'viewed an item', 'click': 'clicked an item', 'search': 'searched', 'favorite': 'marked a favorite',
     'follow': 'followed', 'share': 'shared an item', 'login': 'logged in', 'rating': 'rated an item',
-    'review': 'wrote a review', 'add_to_cart': 'put an item in the cart', 'remove_from_cart': 'took an item out of the cart',
-    'purchase': 'bought', 'refund': 'returned an item', 'other': 'did something else',
+    'review': 'wrote a review', 'add_to_cart': 'put an item in the cart',
+    'remove_from_cart': 'took an item out of the cart', 'purchase': 'bought',
+    'refund': 'returned an item', 'other': 'did something else',
 }
 
 
@@ -130,7 +131,7 @@ def _counter_words(group: str, header: np.void, days: np.ndarray, moment_ms: int
         text = (f'an order every {float(header["gap_days"]) / gaps:.0f} days on average' if gaps
                 else 'no rhythm of orders yet')
     else:
-        horizon = next(days_ for days_ in ROLLING_DAYS if group == f'last_{days_}_days')
+        horizon = next(span for span in ROLLING_DAYS if group == f'last_{span}_days')
         recent = days[moment_ms // DAY_MS - days['day'].astype(np.int64) < horizon]
         text = (f'{_count(len(recent), "active day")}, {_count(int(recent["browses"].sum()), "browse")}, '
                 f'{_count(int(recent["carts"].sum()), "cart")} and {_count(int(recent["orders"].sum()), "order")} '

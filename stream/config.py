@@ -1,0 +1,180 @@
+"""Every setting: its unit, its default, and where it may come from.
+
+A setting is read from a TOML file, then from the environment (`STREAM_<NAME>`), then from the command line; the later
+one wins. `stream config` prints what is in effect.
+"""
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from pydantic import BaseModel, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from stream.core.decide import ActionRule, Occasion, Policy
+from stream.core.events import EventRules
+from stream.core.window import DAY_MS, WindowLimits
+from stream.errors import UsageError
+from stream.replay.replay import ReplayRules
+
+CONFIG_FILE = Path('stream.toml')
+SHIPPED_MODEL = Path('triton_models/shopper/1')
+_REPLAY = ReplayRules()
+_EVENTS, _LIMITS, _POLICY = _REPLAY.events, _REPLAY.limits, _REPLAY.policy
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Milliseconds = Annotated[int, Field(ge=0)]
+
+
+class Action(BaseModel, extra='forbid'):
+    """Propose `action` on an occasion for shoppers whose tier lies in [tier_min, tier_max]."""
+
+    occasion: Occasion
+    action: str
+    tier_min: int = 0
+    tier_max: int = 100
+
+
+class Settings(BaseSettings):
+    """All settings with their defaults; names end with their unit."""
+
+    model_config = SettingsConfigDict(env_prefix='STREAM_', extra='forbid')
+
+    model: Path = Field(SHIPPED_MODEL, description='folder of the model version that scores')
+    scorer: Literal['embedded', 'constant'] = Field(
+        'embedded', description='embedded: onnxruntime in the process; constant: the same scores for everybody')
+    scorer_threads: int = Field(1, ge=1, description='threads of one embedded model run')
+    batch_rows_max: int = Field(256, ge=1, le=4096, description='windows in one request to the model')
+    publish: Literal['changes', 'all', 'events'] = Field(
+        'changes', description='changes: decisions only; all: also the scores of every scored user; '
+                               'events: also one output per event')
+    state: Literal['memory', 'rocksdb'] = Field('memory', description="where a replay keeps the users' records")
+    block_events_max: int = Field(
+        _REPLAY.block_events_max, ge=1, le=100_000, description='events folded and scored together')
+
+    currency: str = Field(_EVENTS.currency, pattern='^[A-Z]{3}$', description='ISO 4217 code of all amounts')
+    currency_rates: dict[str, float] = Field(
+        default_factory=dict, description='units of `currency` for one unit of another; any other is refused')
+    clock_ahead_ms_max: Milliseconds = Field(
+        _EVENTS.clock_ahead_ms_max, description="how far an event's time may be ahead of its Kafka record's")
+    record_bytes_max: int = Field(_EVENTS.record_bytes_max, ge=64, description='larger records are dead letters')
+
+    window_events_max: int = Field(_LIMITS.events_max, ge=1, le=65_535, description='events kept per user')
+    window_span_days: int = Field(
+        _LIMITS.span_ms // DAY_MS, ge=1, description='no event older than this before the newest one is kept')
+    silence_days: list[Annotated[int, Field(ge=1)]] = Field(
+        default_factory=lambda: [delay_ms // DAY_MS for delay_ms in _LIMITS.silence_ms],
+        description='days without an event after which a user is scored again')
+
+    tier_margin: Share = Field(
+        _POLICY.tier_margin, description='how much likelier a new tier must be than the published one')
+    power_move_min: Share = Field(
+        _POLICY.power_move_min, description='how far purchase power must have moved for a new tier')
+    tier_events_min: int = Field(_POLICY.tier_events_min, ge=1, description='events before the first tier is published')
+    intent_raise: Share = Field(_POLICY.intent_raise, description='purchase intent at which an alert is raised')
+    intent_clear: Share = Field(_POLICY.intent_clear, description='purchase intent at which the alert is re-armed')
+    churn_raise: Share = Field(_POLICY.churn_raise, description='churn at which an alert is raised')
+    churn_clear: Share = Field(_POLICY.churn_clear, description='churn at which the alert is cleared')
+    churn_orders_min: int = Field(
+        _POLICY.churn_orders_min, ge=0, description='orders that a shopper must have had for a churn alert')
+    power_cooldown_ms: Milliseconds = Field(
+        _POLICY.power_cooldown_ms, description='between two tier changes of one user')
+    intent_cooldown_ms: Milliseconds = Field(
+        _POLICY.intent_cooldown_ms, description='between two intent alerts of one user')
+    churn_cooldown_ms: Milliseconds = Field(
+        _POLICY.churn_cooldown_ms, description='between two churn alerts of one user')
+    power_ttl_ms: Milliseconds = Field(_POLICY.power_ttl_ms, description='after which a tier change expires')
+    intent_ttl_ms: Milliseconds = Field(_POLICY.intent_ttl_ms, description='after which an intent alert expires')
+    churn_ttl_ms: Milliseconds = Field(_POLICY.churn_ttl_ms, description='after which a churn alert expires')
+    reasons_rows_max: int = Field(
+        _REPLAY.reasons_rows_max, ge=0, description='model rows that the reasons of one step may cost')
+    actions: list[Action] = Field(
+        default_factory=lambda: [Action(**msgspec.structs.asdict(rule)) for rule in _POLICY.actions],
+        description='proposed actions; the first rule that fits')
+
+    @model_validator(mode='after')
+    def _thresholds_in_order(self) -> 'Settings':
+        if self.intent_clear > self.intent_raise:
+            raise ValueError('intent_clear is above intent_raise: an alert would be re-armed while it is raised')
+        if self.churn_clear > self.churn_raise:
+            raise ValueError('churn_clear is above churn_raise: an alert would be cleared while it is raised')
+        if self.silence_days != sorted(set(self.silence_days)):
+            raise ValueError('silence_days must ascend')
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource, dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    def event_rules(self) -> EventRules:
+        """What the decoder needs."""
+        return EventRules(self.currency, self.currency_rates, self.clock_ahead_ms_max, self.record_bytes_max)
+
+    def window_limits(self) -> WindowLimits:
+        """What the fold needs."""
+        return WindowLimits(self.window_events_max, self.window_span_days * DAY_MS,
+                            tuple(days * DAY_MS for days in self.silence_days))
+
+    def policy(self) -> Policy:
+        """What the decisions need."""
+        values = {name: getattr(self, name) for name in Policy.__struct_fields__ if name != 'actions'}
+        return Policy(**values, actions=tuple(ActionRule(**action.model_dump()) for action in self.actions))
+
+    def replay_rules(self) -> ReplayRules:
+        """What a replay needs."""
+        return ReplayRules(self.event_rules(), self.window_limits(), self.policy(), self.publish,
+                           self.block_events_max, self.reasons_rows_max)
+
+
+def load_settings(config: Path | None = None, **flags: Any) -> Settings:
+    """The settings in effect. `flags` that are None were not given.
+
+    config   TOML file; None: `stream.toml` of the working directory, if there is one
+    Errors   UsageError that names each wrong setting.
+    """
+    if config and not config.is_file():
+        raise UsageError(f'There is no settings file {config}.', 'name an existing file with --config.')
+    given = {name: value for name, value in flags.items() if value is not None}
+
+    class FromFile(Settings):
+        model_config = SettingsConfigDict(toml_file=config or CONFIG_FILE)
+
+    try:
+        return FromFile(**given)
+    except ValidationError as error:
+        wrong = '; '.join(f'{".".join(map(str, item["loc"])) or "settings"}: {item["msg"]}' for item in error.errors())
+        raise UsageError(f'Wrong settings: {wrong}.', 'see `stream config --help` and `stream config`.') from error
+    except ValueError as error:     # the TOML file, or JSON in an environment variable, cannot be parsed
+        raise UsageError(f'The settings cannot be read: {error}.', 'correct the file or the variable.') from error
+
+
+def render(settings: Settings) -> str:
+    """The effective settings as TOML with descriptions; secrets are masked."""
+    lines = []
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        default = field.get_default(call_default_factory=True)
+        note = '' if value == default else f' (default: {_toml(default)})'
+        lines += [f'# {field.description}{note}', f'{name} = {_toml(value)}', '']
+    return '\n'.join(lines)
+
+
+def _toml(value: Any) -> str:
+    match value:
+        case SecretStr():
+            return '"**********"'
+        case bool():
+            return str(value).lower()
+        case BaseModel():
+            return _toml(value.model_dump())
+        case dict():
+            return '{' + ', '.join(f'{key} = {_toml(entry)}' for key, entry in value.items()) + '}'
+        case list() | tuple():
+            return '[' + ', '.join(_toml(entry) for entry in value) + ']'
+        case int() | float():
+            return str(value)
+        case _:
+            return msgspec.json.encode(str(value)).decode()
