@@ -1,0 +1,132 @@
+import msgspec
+import numpy as np
+import pytest
+
+from stream.core.decide import Decision, Kind, Policy, apply, decide
+from stream.core.scores import Scores
+from stream.core.window import DAY_MS, HEADER_DTYPE, User, pack_header
+
+T0_MS = 1_700_000_000_000
+MODEL = b'model--1'
+POLICY = Policy(tier_margin=0.1, power_move_min=0.1, tier_events_min=3, intent_raise=0.7, intent_clear=0.3,
+                churn_raise=0.8, churn_clear=0.5, churn_orders_min=2)
+
+
+def shopper(**state: object) -> User:
+    user = User('u')
+    user.applied, user.orders, user.model = 10, 5, MODEL
+    for name, value in state.items():
+        setattr(user, name, value)
+    return user
+
+
+def scores_of(intent: float = 0.5, churn: float = 0.6, tiers: tuple[float, ...] = (0.2, 0.6, 0.2),
+              usable: bool = True) -> Scores:
+    table = np.array([tiers])
+    return Scores(np.array([usable]), np.array([intent]), np.array([churn]),
+                  table @ np.arange(len(tiers)) / (len(tiers) - 1), table, np.array([1.0]))
+
+
+def decided(user: User, scores: Scores, as_of_ms: int = T0_MS, policy: Policy = POLICY) -> list[tuple[Kind, str | None]]:
+    """Decide and apply; what was decided."""
+    headers = np.frombuffer(pack_header(user), HEADER_DTYPE)
+    decisions = decide(headers, np.array([as_of_ms]), scores, policy, MODEL)
+    for decision in decisions:
+        apply(user, decision, float(scores.power[0]), as_of_ms, MODEL)
+    return [(decision.kind, decision.occasion) for decision in decisions]
+
+
+def test_the_first_tier_waits_for_enough_events():
+    assert decided(shopper(applied=2), scores_of()) == []
+    user = shopper(applied=3)
+    assert decided(user, scores_of()) == [(Kind.POWER, 'power_up')]
+    assert (user.tier, user.power_grid, user.power_at_ms, user.model) == (1, 5000, T0_MS, MODEL)
+
+
+@pytest.mark.parametrize(('tiers', 'expected'), [
+    ((0.10, 0.35, 0.55), 'power_up'),
+    ((0.55, 0.35, 0.10), 'power_down'),
+    ((0.05, 0.45, 0.50), None),         # not likelier by the margin
+    ((0.40, 0.20, 0.40), None),         # likelier, but the power stayed where it was
+    ((0.10, 0.80, 0.10), None),
+])
+def test_a_tier_changes_by_margin_and_move(tiers: tuple[float, ...], expected: str | None):
+    user = shopper(tier=1, power_grid=5000)
+    assert decided(user, scores_of(tiers=tiers)) == ([(Kind.POWER, expected)] if expected else [])
+
+
+def test_a_tier_change_waits_for_its_cool_down_and_comes_then():
+    user = shopper(tier=1, power_grid=5000, power_at_ms=T0_MS)
+    up = scores_of(tiers=(0, 0, 1))
+    assert decided(user, up, T0_MS + DAY_MS - 1) == []
+    assert user.tier == 1
+    assert decided(user, up, T0_MS + DAY_MS) == [(Kind.POWER, 'power_up')]
+
+
+def test_a_new_model_sets_tiers_anew_without_a_message():
+    user = shopper(tier=1, power_grid=5000, model=b'model--0', power_at_ms=77)
+    assert decided(user, scores_of(tiers=(0, 0, 1))) == [(Kind.POWER, None)]
+    assert (user.tier, user.model, user.power_at_ms) == (2, MODEL, 77)
+    assert decided(user, scores_of(tiers=(0, 0, 1))) == []
+
+
+def test_a_model_with_fewer_tiers_does_not_trip_over_an_old_tier():
+    user = shopper(tier=7, power_grid=5000, model=b'model--0')
+    assert decided(user, scores_of()) == [(Kind.POWER, None)]
+    assert user.tier == 1
+
+
+def test_intent_is_raised_once_and_re_armed_below_the_lower_threshold():
+    user = shopper(tier=1, power_grid=5000)
+    assert decided(user, scores_of(intent=0.7)) == [(Kind.INTENT, 'intent')]
+    assert decided(user, scores_of(intent=0.9), T0_MS + 9 * DAY_MS) == []
+    assert decided(user, scores_of(intent=0.31), T0_MS + 9 * DAY_MS) == []
+    assert decided(user, scores_of(intent=0.3), T0_MS + 9 * DAY_MS) == [(Kind.INTENT, None)]
+    assert decided(user, scores_of(intent=0.7), T0_MS + 9 * DAY_MS) == [(Kind.INTENT, 'intent')]
+
+
+def test_intent_waits_for_its_cool_down():
+    user = shopper(tier=1, power_grid=5000, intent_at_ms=T0_MS)
+    assert decided(user, scores_of(intent=0.9), T0_MS + DAY_MS - 1) == []
+    assert decided(user, scores_of(intent=0.9), T0_MS + DAY_MS) == [(Kind.INTENT, 'intent')]
+
+
+def test_churn_is_raised_and_cleared_each_at_its_threshold():
+    user = shopper(tier=1, power_grid=5000)
+    assert decided(user, scores_of(churn=0.79)) == []
+    assert decided(user, scores_of(churn=0.8)) == [(Kind.CHURN, 'churn_raised')]
+    assert decided(user, scores_of(churn=0.51)) == []
+    assert decided(user, scores_of(churn=0.5)) == [(Kind.CHURN, 'churn_cleared')]     # clearing has no cool-down
+    assert decided(user, scores_of(churn=0.9)) == []
+    assert decided(user, scores_of(churn=0.9), T0_MS + 7 * DAY_MS) == [(Kind.CHURN, 'churn_raised')]
+
+
+def test_churn_needs_orders():
+    assert decided(shopper(tier=1, power_grid=5000, orders=1), scores_of(churn=1.0)) == []
+
+
+def test_several_decisions_come_in_one_order():
+    user = shopper(tier=1, power_grid=5000)
+    assert [kind for kind, _ in decided(user, scores_of(0.9, 0.9, (0, 0, 1)))] == [Kind.POWER, Kind.INTENT, Kind.CHURN]
+
+
+def test_an_unusable_row_decides_nothing():
+    assert decided(shopper(applied=3), scores_of(0.9, 0.9, (0, 0, 1), usable=False)) == []
+
+
+def test_rows_are_decided_alone():
+    users = [shopper(tier=1, power_grid=5000) for _ in range(3)]
+    headers = np.frombuffer(b''.join(map(pack_header, users)), HEADER_DTYPE)
+    one = scores_of()
+    scores = Scores(np.ones(3, bool), np.array([0.1, 0.9, 0.1]), np.array([0.1, 0.1, 0.9]), one.power.repeat(3),
+                    one.tiers.repeat(3, axis=0), one.spend.repeat(3))
+    assert decide(headers, np.full(3, T0_MS), scores, POLICY, MODEL) == [
+        Decision(1, Kind.INTENT, 'intent', 1, 1), Decision(2, Kind.CHURN, 'churn_raised', 1, 1)]
+
+
+def test_the_first_rule_that_fits_proposes_the_action():
+    policy = Policy()
+    assert policy.action('churn_raised', 4) == 'service_call'
+    assert policy.action('churn_raised', 1) == 'coupon'
+    assert policy.action('churn_cleared', 4) is None
+    assert msgspec.structs.replace(policy, actions=()).action('intent', 1) is None
