@@ -27,10 +27,10 @@ def scores_of(intent: float = 0.5, churn: float = 0.6, tiers: tuple[float, ...] 
                   table @ np.arange(len(tiers)) / (len(tiers) - 1), table, np.array([1.0]))
 
 
-def decided(user: User, scores: Scores, as_of_ms: int = T0_MS, policy: Policy = POLICY) -> list[tuple[Kind, str | None]]:
+def decided(user: User, scores: Scores, as_of_ms: int = T0_MS) -> list[tuple[Kind, str | None]]:
     """Decide and apply; what was decided."""
     headers = np.frombuffer(pack_header(user), HEADER_DTYPE)
-    decisions = decide(headers, np.array([as_of_ms]), scores, policy, MODEL)
+    decisions = decide(headers, np.array([as_of_ms]), scores, POLICY, MODEL)
     for decision in decisions:
         apply(user, decision, float(scores.power[0]), as_of_ms, MODEL)
     return [(decision.kind, decision.occasion) for decision in decisions]

@@ -172,8 +172,8 @@ def test_one_future_event_only_moves_its_own_window():
 def test_money_orders_and_gaps():
     buy, back = EventType.PURCHASE, EventType.REFUND
     user, _ = folded([
-        event(T0_MS, 1, buy, 10.0, basket=5), event(T0_MS, 2, buy, 2.5, basket=5),              # one order of two lines
-        event(T0_MS + 4 * DAY_MS, 3, buy, 1.0), event(T0_MS + 4 * DAY_MS, 4, buy, 1.0),         # one order, no basket id
+        event(T0_MS, 1, buy, 10.0, basket=5), event(T0_MS, 2, buy, 2.5, basket=5),          # one order of two lines
+        event(T0_MS + 4 * DAY_MS, 3, buy, 1.0), event(T0_MS + 4 * DAY_MS, 4, buy, 1.0),     # one order, no basket id
         event(T0_MS + 6 * DAY_MS, 5, buy, 4.0, basket=6), event(T0_MS + 7 * DAY_MS, 6, back, 3.0),
     ], WindowLimits())
     assert (user.orders, user.spend, user.refunds) == (3, 18.5, 3.0)

@@ -1,0 +1,43 @@
+# `make` lists the commands. Everything is installed into .venv; nothing else on the machine changes.
+PYTHON ?= python3
+BIN := .venv/bin
+CONSTRAINTS := deploy/constraints.txt
+INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint $(CONSTRAINTS)
+
+.PHONY: help demo test check train clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo    simulated shoppers to alerts with reasons and a report, on embedded parts'
+	@echo 'make test    all tests (installs torch for the training tests)'
+	@echo 'make check   lint and types'
+	@echo 'make train   train the shipped model anew and export it into triton_models/'
+	@echo 'make clean   remove the environment and what the demo wrote'
+
+demo: .venv/base
+	@$(BIN)/stream demo
+
+test: .venv/test
+	@$(BIN)/python -m pytest
+
+check: .venv/test
+	@$(BIN)/ruff check stream tests
+	@$(BIN)/pyright
+
+clean:
+	rm -rf .venv demo
+
+.venv/bin/uv: $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'stream needs Python 3.11 or newer. Do: make PYTHON=python3.11'; exit 2; }
+	@$(PYTHON) -m venv .venv || { echo 'Do: install the venv module (Debian: apt-get install python3-venv)'; exit 2; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) uv
+	@touch $@
+
+.venv/base: .venv/bin/uv pyproject.toml
+	$(INSTALL) --editable .
+	@touch $@
+
+.venv/test: .venv/bin/uv pyproject.toml
+	$(INSTALL) --editable '.[train,test]'
+	@touch $@ .venv/base

@@ -1,0 +1,100 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from stream.core.decide import Kind
+from stream.core.events import Event, EventType, Source
+from stream.core.features import COUNTER_NAMES, Snapshots, features
+from stream.core.reasons import REASONS_MAX, ROWS_PER_USER_MAX, Occlusions, explain, occlude
+from stream.core.scores import Scores
+from stream.core.window import DAY_MS, User, WindowLimits, fold, pack_header
+
+T0_MS = 1_700_000_000_000
+BUY, VIEW, CART = EventType.PURCHASE, EventType.VIEW, EventType.ADD_TO_CART
+
+
+def snapshots_of(*users: list[tuple[int, EventType, float, int]], silent_ms: int = 0) -> Snapshots:
+    folded = []
+    for events in users:
+        user = User('u')
+        for at, (after_ms, kind, amount, basket) in enumerate(events):
+            fold(user, Event('u', str(at), at, T0_MS + after_ms, kind, 1, 1, basket, amount, 0), WindowLimits(),
+                 Source.CLICKS, at)
+        folded.append(user)
+    return Snapshots.join([pack_header(user) for user in folded], [user.days for user in folded],
+                          [user.rows for user in folded], [user.last_seen_ms + silent_ms for user in folded])
+
+
+def scored(values: np.ndarray) -> Scores:
+    zeros = np.zeros(len(values))
+    return Scores(np.ones(len(values), bool), values, zeros, zeros, np.zeros((len(values), 2)), zeros)
+
+
+def carts(occlusions: Occlusions) -> np.ndarray:
+    """A stand-in for the model: the intent is 0.3 for each cart event in the window."""
+    starts = occlusions.inputs.starts
+    return np.array([0.3 * np.sum(occlusions.inputs.categories[start:end, 0] == CART)
+                     for start, end in itertools.pairwise(starts)])
+
+
+def test_the_event_that_made_the_score_is_the_first_reason():
+    shopper = [(0, VIEW, 0, 0), (3_600_000 * 5, CART, 9.9, 0), (3_600_000 * 8, VIEW, 0, 0)]
+    snapshots = snapshots_of([(0, VIEW, 0, 0)], shopper)
+    occlusions = occlude(snapshots, [1], features(snapshots))
+    reasons = explain(occlusions, scored(carts(occlusions)), 1, Kind.INTENT, scored(np.array([0.0, 0.3])))
+    assert reasons == [{'name': 'add_to_cart', 'text': 'put an item in the cart for 9.90 3 hours before',
+                        'ts_ms': T0_MS + 5 * 3_600_000, 'amount': 9.9, 'effect': 0.3}]
+
+
+def test_a_basket_is_taken_away_whole():
+    snapshots = snapshots_of([(0, BUY, 5.0, 3), (0, BUY, 7.5, 3), (DAY_MS, VIEW, 0, 0)])
+    occlusions = occlude(snapshots, [0], features(snapshots))
+    what = next(at for at, reason in enumerate(occlusions.what) if reason['name'] == 'purchase')
+    assert occlusions.what[what]['text'] == 'bought 2 lines for 12.50 24 hours before'
+    assert occlusions.inputs.starts[what + 1] - occlusions.inputs.starts[what] == 1
+
+
+def test_silence_is_taken_away_by_going_back_to_the_newest_event():
+    snapshots = snapshots_of([(0, VIEW, 0, 0)], silent_ms=14 * DAY_MS)
+    occlusions = occlude(snapshots, [0], features(snapshots))
+    what = next(at for at, reason in enumerate(occlusions.what) if reason['name'] == 'silence')
+    assert occlusions.what[what]['text'] == 'nothing for 14 days'
+    column = COUNTER_NAMES.index('days_since_last_seen')
+    assert occlusions.inputs.counters[what, column] == 0
+    assert occlusions.inputs.counters[what - 1, column] == pytest.approx(np.log1p(14))
+
+
+def test_a_group_of_counters_is_neutralised_alone():
+    snapshots = snapshots_of([(0, BUY, 5.0, 0), (DAY_MS, BUY, 7.0, 0)])
+    base = features(snapshots)
+    occlusions = occlude(snapshots, [0], base)
+    what = next(at for at, reason in enumerate(occlusions.what) if reason['name'] == 'orders')
+    differing = [COUNTER_NAMES[column] for column in
+                 np.flatnonzero(occlusions.inputs.counters[what] != base.counters[0])]
+    assert differing == ['orders', 'has_ordered']       # the last order was just now: its age is 0 already
+    assert occlusions.what[what]['text'] == '2 orders, the last one just before'
+
+
+def test_never_more_variants_than_the_budget_counts_with():
+    snapshots = snapshots_of([(at, VIEW, 0, 0) for at in range(100)], silent_ms=DAY_MS)
+    assert len(occlude(snapshots, [0], features(snapshots)).what) == ROWS_PER_USER_MAX
+
+
+def test_the_strongest_come_first_and_noise_is_no_reason():
+    snapshots = snapshots_of([(0, VIEW, 0, 0), (1, CART, 0, 0)])
+    occlusions = occlude(snapshots, [0], features(snapshots))
+    values = np.full(len(occlusions.what), 0.5)
+    assert explain(occlusions, scored(values), 0, Kind.INTENT, scored(np.array([0.5002]))) == []
+    values[:5] = [0.1, 0.9, 0.45, 0.2, 0.55]
+    reasons = explain(occlusions, scored(values), 0, Kind.INTENT, scored(np.array([0.5])))
+    assert [reason['effect'] for reason in reasons] == [0.4, -0.4, 0.3]
+    assert len(reasons) == REASONS_MAX
+
+
+def test_a_variant_without_a_usable_score_is_no_reason():
+    snapshots = snapshots_of([(0, VIEW, 0, 0)])
+    occlusions = occlude(snapshots, [0], features(snapshots))
+    occluded = scored(np.zeros(len(occlusions.what)))
+    occluded.usable[:] = False
+    assert explain(occlusions, occluded, 0, Kind.INTENT, scored(np.array([0.9]))) == []
