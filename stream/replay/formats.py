@@ -28,13 +28,13 @@ import csv
 import io
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache, partial
 from operator import itemgetter, methodcaller
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import orjson
 from xxhash import xxh3_64_hexdigest
@@ -81,7 +81,7 @@ class Occurrences:
             self._counts.clear()
 
 
-Rows = Iterator[bytes | BadRow]
+Rows = Generator[bytes | BadRow, None, None]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Format:
         return self.read(path, Occurrences() if occurrences is None else occurrences)
 
 
-class _Unusable(Exception):
+class _UnusableRowError(Exception):
     """The adapter cannot make an event of this row: reason and detail of the `BadRow`."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -112,7 +112,7 @@ class _Unusable(Exception):
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
-def _lines(path: Path) -> Iterator[bytes]:
+def _lines(path: Path) -> Generator[bytes, None, None]:
     """The lines of a text file without their line ends; InputError where it cannot be read to its end."""
     try:
         with _open(path) as file:
@@ -123,7 +123,7 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise InputError(f'{path} cannot be read: {error}.', _how_to_read(path)) from error
 
 
-def _open(path: Path) -> io.BufferedIOBase:
+def _open(path: Path) -> BinaryIO:
     if path.suffix not in _COMPRESSIONS:
         return open(path, 'rb', buffering=_READ_BUFFER_BYTES)
     # Arrow's streams, unlike zstandard's, say when a file was cut short; imported here because it takes 0.2 s.
@@ -277,7 +277,7 @@ def _converted(
             digest = xxh3_64_hexdigest(raw)
             event['event_id'] = f'{name}-{digest}-{occurrences.next_number(digest)}'
             yield orjson.dumps(event)
-        except _Unusable as unusable:
+        except _UnusableRowError as unusable:
             yield BadRow(raw, unusable.reason, unusable.detail[:_DETAIL_CHARS_MAX])
         except orjson.JSONEncodeError as error:
             yield BadRow(raw, 'bad_encoding', str(error)[:_DETAIL_CHARS_MAX])
@@ -294,7 +294,7 @@ def _header(line: bytes, columns: tuple[str, ...], path: Path) -> list[str]:
 def _names(line: bytes) -> list[str]:
     try:
         return [field.strip() for field in _split(line.decode(errors='replace'))]
-    except _Unusable:       # a first line that is not even CSV names no column
+    except _UnusableRowError:       # a first line that is not even CSV names no column
         return []
 
 
@@ -315,12 +315,12 @@ def _split(text: str) -> list[str]:
     try:
         return next(csv.reader([text], strict=True))
     except csv.Error as error:
-        raise _Unusable('bad_csv', str(error)) from error
+        raise _UnusableRowError('bad_csv', str(error)) from error
 
 
 def _check_count(fields: list[str], expected: int) -> None:
     if len(fields) != expected:
-        raise _Unusable('short_row' if len(fields) < expected else 'long_row',
+        raise _UnusableRowError('short_row' if len(fields) < expected else 'long_row',
                         f'{len(fields)} fields, expected {expected}')
 
 
@@ -330,7 +330,7 @@ def _number(name: str, text: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number) or '_' in text:    # Python reads 1_000 as a number
-        raise _Unusable('bad_number', f'{name} is {text!r}')
+        raise _UnusableRowError('bad_number', f'{name} is {text!r}')
     return number
 
 
@@ -371,8 +371,8 @@ def _utc_ms(pattern: re.Pattern[str], text: str, year: int | None = None) -> int
         raise _bad_time(text) from error
 
 
-def _bad_time(text: str) -> _Unusable:
-    return _Unusable('bad_time', f'the time is {text!r}')
+def _bad_time(text: str) -> _UnusableRowError:
+    return _UnusableRowError('bad_time', f'the time is {text!r}')
 
 
 # ---- one row each ---------------------------------------------------------------------------------------------------
@@ -387,14 +387,14 @@ _CDNOW_COLUMNS = ('customer_id', 'date', 'number_of_cds', 'dollar_value')
 def _event_type(types: dict[str, str], given: str) -> str:
     known = types.get(given)
     if known is None:
-        raise _Unusable('unknown_type', f'the type is {given!r}, known: {", ".join(types)}')
+        raise _UnusableRowError('unknown_type', f'the type is {given!r}, known: {", ".join(types)}')
     return known
 
 
 def _event(user_id: str, ts_ms: int, event_type: str, **optional: str | float) -> dict[str, Any]:
     """The event without its id; an empty text is a field that the row does not have."""
     if not user_id.strip():
-        raise _Unusable('no_user', 'the user id is empty')
+        raise _UnusableRowError('no_user', 'the user id is empty')
     event = {'event_id': '', 'user_id': user_id, 'ts': ts_ms, 'type': event_type}
     for name, value in optional.items():
         if value != '':
@@ -430,9 +430,9 @@ def _online_retail_event(
                    'refund' if is_refund else 'purchase',
                    item_id=stock_code, price=price, quantity=-units if is_refund else units, order_id=invoice_no)
     if event['quantity'] <= 0:
-        raise _Unusable('bad_number', f'Quantity is {quantity} on {"a cancellation" if is_refund else "an invoice"}')
+        raise _UnusableRowError('bad_number', f'Quantity is {quantity} on invoice {invoice_no}')
     if price < 0:
-        raise _Unusable('bad_number', f'UnitPrice is {unit_price}')
+        raise _UnusableRowError('bad_number', f'UnitPrice is {unit_price}')
     return event
 
 
@@ -441,7 +441,7 @@ def _cdnow_event(customer: str, date: str, cds: str, dollars: str) -> dict[str, 
     _number('number_of_cds', cds)       # not taken, but a row without a number there is not what it seems
     price = _number('dollar_value', dollars)
     if price < 0:
-        raise _Unusable('bad_number', f'dollar_value is {dollars}')
+        raise _UnusableRowError('bad_number', f'dollar_value is {dollars}')
     return _event(customer, _utc_ms(_COMPACT_DATE, date), 'purchase', price=price, quantity=1)
 
 

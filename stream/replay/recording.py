@@ -6,21 +6,21 @@ in order, in the file's order where times are equal. What is in memory:
     always             8 bytes a row: the event times
     files in order     one block of rows besides
     otherwise          8 bytes a row more for the order, and either all rows (`rows_in_memory_max` or fewer) or one
-                       sorted run of that many; the runs go to a temporary file that no name leads to, so that nothing is
-                       left of it whatever happens to the process
+                       sorted run of that many; the runs go to a temporary file that no name leads to, so that
+                       nothing is left of it whatever happens to the process
 
 Because the times are in memory, the order of all rows is known before the second pass: merging the sorted runs is
 taking the next row of the run that comes next, without comparing anything.
 """
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import accumulate, chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO
+from typing import BinaryIO
 
 import msgspec
 import numpy as np
@@ -29,11 +29,14 @@ from stream.core.events import peek_ts_ms
 from stream.errors import InputError, UsageError
 from stream.replay.formats import FORMATS, BadRow, Format, Occurrences
 
-_SCAN_ROWS = 8192
+_READ_ROWS = 8192
 _SPILL_CHUNK_ROWS = 512     # each run has one chunk in memory while the runs are merged
 _LENGTH_BYTES = 8
 
 Row = bytes | BadRow
+
+_encode_rows = msgspec.msgpack.Encoder().encode
+_decode_rows = msgspec.msgpack.Decoder(list[Row]).decode
 
 
 @dataclass
@@ -62,7 +65,8 @@ class Recording:
     """
 
     def __init__(
-        self, paths: Sequence[Path], format: str, rows_in_memory_max: int = 500_000, spill_dir: Path | None = None,
+        self, paths: Sequence[Path], format: str,  # noqa: A002 (the word that the operator types)
+        rows_in_memory_max: int = 500_000, spill_dir: Path | None = None,
     ) -> None:
         """Nothing is read yet.
 
@@ -88,50 +92,48 @@ class Recording:
     def scan(self, progress: Callable[[int], None] | None = None) -> None:
         """First pass: learn the rows' number, times and order.
 
-        A row without a readable time takes the time of the row before it; the first ones that of the first readable row.
+        A row without a readable time takes the time of the row before it; the first ones that of the first readable
+        row.
 
         progress  called now and then with the number of rows read so far
         Errors    InputError where a file cannot be read.
         """
-        times = array('q')      # grows in place; only its bytes matter
-        counts = []
+        times = array('q')      # int64 that grows in place
+        first_numbers = []
         known_from: int | None = None       # the first row with a readable time
         occurrences = Occurrences()
         for path in self._paths:
-            before = len(times)
+            first_numbers.append(len(times))
             with closing(self._format.rows(path, occurrences)) as rows:
-                while chunk := list(islice(rows, _SCAN_ROWS)):
+                while chunk := list(islice(rows, _READ_ROWS)):
+                    found = _peek_times(chunk)
                     if known_from is None:
-                        known_from = _append_first_times(times, chunk)
-                    else:
-                        _append_times(times, chunk)
+                        known_from = next((len(times) + i for i, ts_ms in enumerate(found) if ts_ms is not None), None)
+                    _append_times(times, found)
                     if progress is not None:
                         progress(len(times))
-            counts.append(len(times) - before)
+        times_ms = np.frombuffer(times, dtype=np.int64) if times else np.empty(0, dtype=np.int64)
         if known_from:
-            times[:known_from] = array('q', [times[known_from]]) * known_from
-        self._times_ms = np.frombuffer(times, dtype=np.int64)
-        self._first_numbers = [0, *accumulate(counts)][:-1]
-        self.rows = len(times)
-        self.in_order = _is_sorted(self._times_ms)
-        if self.rows:
-            self.first_ms = int(self._times_ms.min())
-            self.last_ms = int(self._times_ms.max())
+            times_ms[:known_from] = times_ms[known_from]
+        self._times_ms = times_ms
+        self._first_numbers = first_numbers
+        self.rows = len(times_ms)
+        self.in_order = bool(np.all(times_ms[1:] >= times_ms[:-1]))
+        self.first_ms = int(times_ms.min()) if self.rows else 0
+        self.last_ms = int(times_ms.max()) if self.rows else 0
 
     def blocks(self, events_max: int, span_ms_max: int) -> Iterator[Block]:
         """Second pass: all rows in event-time order, equal times in file order.
 
         events_max   most rows of a block, at least 1
         span_ms_max  most milliseconds of event time between a block's first and last row, at least 0
-        Errors       InputError where a file changed since `scan` or the temporary file cannot be written.
+        Errors       InputError where a file changed since `scan`, or where the temporary file cannot be written.
         """
         if self._times_ms is None:
             raise RuntimeError('scan() comes first')
         if events_max < 1 or span_ms_max < 0:
             raise ValueError(f'events_max={events_max} and span_ms_max={span_ms_max} leave no room for a row')
-        if self.in_order:
-            return self._blocks(self._times_ms, None, events_max, span_ms_max)
-        order = np.argsort(self._times_ms, kind='stable')
+        order = None if self.in_order else np.argsort(self._times_ms, kind='stable')
         return self._blocks(self._times_ms, order, events_max, span_ms_max)
 
     def locate(self, number: int) -> tuple[Path, int]:
@@ -144,35 +146,95 @@ class Recording:
     def _blocks(
         self, times_ms: np.ndarray, order: np.ndarray | None, events_max: int, span_ms_max: int,
     ) -> Iterator[Block]:
-        with closing(self._read_again() if order is None else self._sorted_rows(order)) as stream:
+        with closing(self._stream(times_ms, order)) as stream:
             start = 0
             while start < self.rows:
-                candidates = slice(start, start + events_max)
-                times = times_ms[candidates] if order is None else times_ms[order[candidates]]
-                count = int(np.searchsorted(times, int(times[0]) + span_ms_max, side='right'))
-                stop = start + count
-                rows = list(islice(stream, count))
-                numbers = range(start, stop) if order is None else order[start:stop].tolist()
-                yield _block(rows, numbers, int(times[0]), int(times[count - 1]))
-                start = stop
-            # The reader finds a file that has grown only when it is asked for one more row.
-            next(stream, None)
+                window = slice(start, start + events_max)
+                times = times_ms[window] if order is None else times_ms[order[window]]
+                count = int(np.searchsorted(times, times[0] + span_ms_max, side='right'))
+                numbers = range(start, start + count) if order is None else order[start:start + count].tolist()
+                yield _block(list(islice(stream, count)), numbers, int(times[0]), int(times[count - 1]))
+                start += count
+            next(stream, None)      # whether the last file has grown shows where one more row is asked for
 
-    def _read_again(self) -> Iterator[Row]:
-        """All rows in file order; InputError if they are not as many as `scan` saw."""
+    def _stream(self, times_ms: np.ndarray, order: np.ndarray | None) -> Generator[Row, None, None]:
+        if order is None:
+            yield from self._read_again()
+        elif self.rows <= self._rows_in_memory_max:
+            rows = list(self._read_again())
+            yield from map(rows.__getitem__, order.tolist())
+        else:
+            yield from self._merged_runs(times_ms, order)
+
+    def _read_again(self) -> Generator[Row, None, None]:
+        """All rows in file order; InputError where a file has not as many as `scan` saw."""
         occurrences = Occurrences()
-        for path, first, end in zip(self._paths, self._first_numbers, [*self._first_numbers[1:], self.rows],
-                                    strict=True):
-            count = end - first
+        for path, (first, end) in zip(self._paths, pairwise([*self._first_numbers, self.rows]), strict=True):
             with closing(self._format.rows(path, occurrences)) as rows:
-                seen = yield from _counted(rows, count)
-                if seen < count or next(rows, None) is not None:
-                    raise InputError(f'{path} changed while it was replayed (it had {count} rows).',
+                left = end - first
+                while left and (chunk := list(islice(rows, min(left, _READ_ROWS)))):
+                    yield from chunk
+                    left -= len(chunk)
+                if left or next(rows, None) is not None:
+                    raise InputError(f'{path} changed while it was replayed (it had {end - first} rows).',
                                      'replay a copy, or wait until nobody writes to it.')
 
-    def _sorted_rows(self, order: np.ndarray) -> Iterator[Row]:
-        if self.rows <= self._rows_in_memory_max:
-            rows = list(self._read_again())
-            yield from map(rows.__getitem__, map(int, order))
-        else:
-            yield from self._merged_runs(order)
+    def _merged_runs(self, times_ms: np.ndarray, order: np.ndarray) -> Generator[Row, None, None]:
+        try:
+            with TemporaryFile(dir=self._spill_dir) as file:
+                ends = self._write_runs(file, times_ms)
+                runs = [_read_run(file, start, end) for start, end in pairwise([0, *ends])]
+                for first in range(0, self.rows, _READ_ROWS):
+                    next_runs = order[first:first + _READ_ROWS] // self._rows_in_memory_max
+                    yield from map(next, map(runs.__getitem__, next_runs.tolist()))
+        except OSError as error:
+            raise InputError(f'The rows cannot be sorted on disk: {error}.',
+                             'name another folder for temporary files with room for all rows.') from error
+
+    def _write_runs(self, file: BinaryIO, times_ms: np.ndarray) -> list[int]:
+        """Write the rows as sorted runs; give where in the file each run ends."""
+        ends = []
+        with closing(self._read_again()) as rows:
+            for first in range(0, self.rows, self._rows_in_memory_max):
+                run = list(islice(rows, self._rows_in_memory_max))
+                order = np.argsort(times_ms[first:first + len(run)], kind='stable').tolist()
+                for start in range(0, len(run), _SPILL_CHUNK_ROWS):
+                    chunk = _encode_rows([run[place] for place in order[start:start + _SPILL_CHUNK_ROWS]])
+                    file.write(len(chunk).to_bytes(_LENGTH_BYTES, 'little'))
+                    file.write(chunk)
+                ends.append(file.tell())
+            next(rows, None)        # whether the last file has grown shows where one more row is asked for
+        return ends
+
+
+def _peek_times(rows: list[Row]) -> list[int | None]:
+    return [peek_ts_ms(row) if type(row) is bytes else None for row in rows]
+
+
+def _append_times(times: array, found: list[int | None]) -> None:
+    """Append the times; for None the time before it (0 at the very start, until a time is known)."""
+    try:
+        times.fromlist(found)       # all or nothing, and there rarely is a None
+    except TypeError:
+        last = times[-1] if times else 0
+        for ts_ms in found:
+            last = last if ts_ms is None else ts_ms
+            times.append(last)
+
+
+def _block(rows: list[Row], numbers: Sequence[int], first_ms: int, last_ms: int) -> Block:
+    bad = {place: row for place, row in enumerate(rows) if type(row) is BadRow}
+    values = [row.raw if type(row) is BadRow else row for row in rows]
+    return Block(values, numbers, bad, first_ms, last_ms)
+
+
+def _read_run(file: BinaryIO, start: int, end: int) -> Iterator[Row]:
+    return chain.from_iterable(_read_chunks(file, start, end))
+
+
+def _read_chunks(file: BinaryIO, start: int, end: int) -> Iterator[list[Row]]:
+    while start < end:
+        file.seek(start)        # the runs take turns with this file
+        length = int.from_bytes(file.read(_LENGTH_BYTES), 'little')
+        yield _decode_rows(file.read(length))
+        start += _LENGTH_BYTES + length
