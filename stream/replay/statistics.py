@@ -73,6 +73,11 @@ class Statistics:
         return sorted(self._at_risk.values(),
                       key=lambda value: (-_spend_at_risk(value), value['user_id']))[:USERS_AT_RISK_MAX]
 
+    @property
+    def users_at_risk_total(self) -> int:
+        """How many churn alerts still stand at the end."""
+        return len(self._at_risk)
+
     def _show(self, value: dict[str, Any]) -> None:
         """Keep the newest alerts of each label, so that a short table has some of each."""
         label = (value['type'], value.get('state'))

@@ -1,0 +1,394 @@
+"""What a replay found, as one HTML page that opens from disk: no scripts, no outside files, the same bytes each time.
+
+Every plot over time is drawn twice, for a desk and for a phone, and the style sheet shows one: a shrunk plot has
+letters that nobody can read. Legends are HTML beside the plots, with the totals, so that they wrap and can be read out.
+"""
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.resources import files
+from io import StringIO
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from stream.core.decide import Kind
+from stream.core.events import CART_TYPES, EventType, Reason
+from stream.core.messages import ModelInfo
+from stream.core.window import DAY_MS
+from stream.replay.replay import Counts
+from stream.replay.statistics import SCORE_BINS, Statistics
+from stream.scoring.step import Publish
+
+TIME_BINS_MAX = 140
+_BIN_DAYS = (1, 7, 28, 364)     # 364 days suffice for any times that the decoder takes
+_MONDAY = 4                     # 1970-01-05, in days since 1970
+_AXIS_DAYS_MIN = 7
+_LOG_FROM = 100                 # a tallest bar this many times the middling one hides it on a linear axis
+_SOURCES_SHOWN_MAX = 8
+_SHA256_SHOWN = 12
+
+_WIDE, _NARROW = 900, 360       # px
+_INK, _FAINT, _SCORE = '#222222', '#d9d9d9', '#5b8db8'
+
+# Qualitative colours that stay apart under colour blindness: Paul Tol's "muted" scheme for browsing, Okabe and Ito's
+# (Color Universal Design, 2008) for the cart and for alerts.
+_EVENT_COLOURS = {
+    'view': '#88CCEE', 'click': '#332288', 'search': '#DDCC77', 'login': '#44AA99', 'favorite': '#CC6677',
+    'follow': '#882255', 'share': '#AA4499', 'rating': '#999933', 'review': '#117733', 'other': '#BBBBBB',
+    'add_to_cart': '#E69F00', 'remove_from_cart': '#999999', 'purchase': '#0072B2', 'refund': '#D55E00',
+}
+_CART_NAMES = tuple(kind.name.lower() for kind in EventType if kind in CART_TYPES)
+_BROWSING_NAMES = tuple(name for name in _EVENT_COLOURS if name not in _CART_NAMES)
+_ALERTS = {
+    f'{Kind.INTENT} raised': ('purchase within 7 days is likely: raised', '#009E73'),
+    f'{Kind.CHURN} raised': ('no purchase within 30 days is likely: raised', '#D55E00'),
+    f'{Kind.CHURN} cleared': ('no purchase within 30 days is likely: cleared', '#56B4E9'),
+    f'{Kind.POWER}': ('expected spend tier: first set, or changed', '#999999'),
+}
+_PUBLISH_WORDS: dict[Publish, str] = {
+    'changes': 'decisions only',
+    'all': 'decisions, and the scores of every shopper scored',
+    'events': 'decisions, and the scores once per event',
+}
+REASON_WORDS = {
+    Reason.NULL_VALUE: 'the record has no value',
+    Reason.EMPTY_VALUE: 'the line is empty',
+    Reason.TOO_LARGE: 'longer than the configured limit',
+    Reason.INVALID_UTF8: 'not UTF-8 text',
+    Reason.INVALID_JSON: 'not JSON, or cut short',
+    Reason.TOO_DEEP: 'JSON nested too deeply',
+    Reason.MISSING_FIELD: 'a required field is missing',
+    Reason.INVALID_FIELD: 'a field has the wrong kind of value',
+    Reason.TS_UNREADABLE: 'the time cannot be read',
+    Reason.TS_NOT_POSITIVE: 'the time is zero or negative',
+    Reason.TS_IN_SECONDS: 'the time looks like seconds; milliseconds are expected',
+    Reason.TS_OUT_OF_RANGE: 'the time lies after the year 2100',
+    Reason.TS_AHEAD_OF_CLOCK: 'the time lies in the future of its record',
+    Reason.UNKNOWN_CURRENCY: 'there is no rate for the currency',
+    Reason.NULL_KEY: 'the record has no key',
+    Reason.KEY_MISMATCH: 'the key is not the user id',
+    'short_row': 'columns are missing',
+    'long_row': 'there are more columns than expected',
+    'bad_csv': 'the row is no valid CSV',
+    'bad_encoding': 'not UTF-8 text',
+    'no_user': 'the row names no shopper',
+    'bad_time': 'the time cannot be read',
+    'bad_number': 'a number cannot be read',
+    'unknown_type': 'the kind of event is not known',
+    'unrenderable': 'the row cannot be written as an event',
+}
+
+# 'none' keeps text as text, so that the page's font draws it and it can be searched.
+_STYLE = {
+    'svg.fonttype': 'none', 'svg.hashsalt': 'stream', 'text.parse_math': False, 'font.size': 13.0,
+    'text.color': _INK, 'axes.labelcolor': _INK, 'xtick.color': _INK, 'ytick.color': _INK, 'axes.edgecolor': '#888888',
+    'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'axes.grid.axis': 'y',
+    'axes.axisbelow': True, 'grid.color': _FAINT, 'grid.linewidth': 0.8, 'xtick.labelsize': 12.0,
+    'ytick.labelsize': 12.0, 'ytick.major.size': 0.0, 'figure.facecolor': 'none', 'axes.facecolor': 'none',
+}
+_NO_METADATA = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
+
+
+@dataclass(frozen=True)
+class ReportAbout:
+    """What the page says about the replay beside its sums.
+
+    sources            file names, without folders
+    format             name of the recording's format
+    currency           ISO 4217 code of all amounts
+    first_ms, last_ms  event times of the earliest and the latest row, Unix ms; both 0: no row has a time
+    tier_names         lowest tier first; None: the model names none
+    intent_raise, churn_raise, churn_clear   thresholds on scores in [0, 1]
+    """
+
+    sources: Sequence[str]
+    format: str
+    currency: str
+    first_ms: int
+    last_ms: int
+    publish: Publish
+    tier_names: tuple[str, ...] | None
+    intent_raise: float
+    churn_raise: float
+    churn_clear: float
+
+
+@dataclass(frozen=True)
+class Series:
+    """Counts over time: `edges` are days since 1970, one more than counts; every bin is `bin_days` days."""
+
+    edges: np.ndarray
+    counts: dict[str, np.ndarray]
+    bin_days: int
+
+
+def write_report(path: Path, statistics: Statistics, counts: Counts, model: ModelInfo, about: ReportAbout) -> None:
+    """Write the page to `path`, replacing what was there.
+
+    Promise  the same input gives the same bytes (with the same release of matplotlib).
+    Errors   OSError where `path` cannot be written.
+    """
+    path.write_bytes(render_report(statistics, counts, model, about).encode())
+
+
+def render_report(statistics: Statistics, counts: Counts, model: ModelInfo, about: ReportAbout) -> str:
+    """The page as text."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+                              keep_trailing_newline=True)
+    environment.filters['number'] = _number
+    template = environment.from_string(files('stream.replay').joinpath('report.html.j2').read_text('utf-8'))
+    tier_name = _tier_namer(about.tier_names)
+    days = [*statistics.events_per_day, *statistics.alerts_per_day]
+    span = (min(days), max(days)) if days else None
+    with style.context(['default', _STYLE]):
+        draw = _Draw()
+        return template.render(
+            about=about, counts=counts, model=model,
+            sources=about.sources[:_SOURCES_SHOWN_MAX], sources_more=max(0, len(about.sources) - _SOURCES_SHOWN_MAX),
+            short_sha256=model.sha256[:_SHA256_SHOWN],
+            span=_span(about.first_ms, about.last_ms),
+            publish_words=_PUBLISH_WORDS[about.publish],
+            events=_events_over_time(draw, statistics, span),
+            scores=_scores(draw, statistics, about),
+            tiers=_tiers(draw, statistics, tier_name),
+            alerts=_alerts_over_time(draw, statistics, span),
+            dead=[(reason, REASON_WORDS.get(reason, ''), number) for reason, number in
+                  sorted(statistics.dead.items(), key=lambda item: (-item[1], item[0]))],
+            at_risk=[_at_risk(value, tier_name) for value in statistics.users_at_risk()],
+            at_risk_total=statistics.users_at_risk_total,
+        )
+
+
+def binned(per_day: Mapping[int, Mapping[str, int]], first_day: int, last_day: int, names: Sequence[str]) -> Series:
+    """Counts by day, summed up to as few days a bin as give TIME_BINS_MAX bins or fewer; longer bins begin on Mondays.
+
+    per_day   day since 1970 -> name -> count, all days within [first_day, last_day]
+    names     which names to keep; those that never occur are left out
+    """
+    bin_days = next(days for days in _BIN_DAYS if (last_day - first_day) // days + 2 <= TIME_BINS_MAX)
+    start = first_day if bin_days == 1 else (first_day - _MONDAY) // bin_days * bin_days + _MONDAY
+    bins = (last_day - start) // bin_days + 1
+    counts = {name: np.zeros(bins, np.int64) for name in names}
+    for day, row in per_day.items():
+        for name in counts.keys() & row.keys():
+            counts[name][(day - start) // bin_days] += row[name]
+    return Series(start + bin_days * np.arange(bins + 1), {name: row for name, row in counts.items() if row.any()},
+                  bin_days)
+
+
+# The sections
+
+
+def _events_over_time(draw: '_Draw', statistics: Statistics, span: tuple[int, int] | None) -> list[dict[str, Any]]:
+    if not statistics.events_per_day or span is None:
+        return []
+    charts = []
+    for title, names in (('Looking around', _BROWSING_NAMES), ('Cart and orders', _CART_NAMES)):
+        series = binned(statistics.events_per_day, *span, names)
+        if series.counts:
+            charts.append({'title': title, **_over_time(draw, series, _EVENT_COLOURS, f'{title}: events over time',
+                                                        lambda name: name.replace('_', ' '))})
+    return charts
+
+
+def _alerts_over_time(draw: '_Draw', statistics: Statistics, span: tuple[int, int] | None) -> dict[str, Any] | None:
+    if not statistics.alerts_per_day or span is None:
+        return None
+    series = binned(statistics.alerts_per_day, *span, tuple(_ALERTS))
+    colours = {label: colour for label, (_, colour) in _ALERTS.items()}
+    return _over_time(draw, series, colours, 'Alerts over time', lambda label: _ALERTS[label][0])
+
+
+def _over_time(draw: '_Draw', series: Series, colours: Mapping[str, str], label: str,
+               words: Callable[[str], str]) -> dict[str, Any]:
+    step = {1: 'day', 7: 'week', 28: '4 weeks', 364: '52 weeks'}[series.bin_days]
+    legend = [(words(name), colours[name], int(row.sum())) for name, row in series.counts.items()]
+    spoken = f'{label}, per {step}. Totals: {", ".join(f"{name} {_number(total)}" for name, _, total in legend)}.'
+    return {'plot': draw.twice(lambda figure: _stack(figure, series, colours, step), 250, spoken),
+            'legend': legend, 'step': step, 'whole_bins': series.bin_days == 1}
+
+
+def _scores(draw: '_Draw', statistics: Statistics, about: ReportAbout) -> list[dict[str, Any]]:
+    charts = []
+    for name, title, meaning, lines in (
+        ('intent', 'Purchase intent', 'the chance of a purchase within 7 days',
+         [(about.intent_raise, 'alert from', '-')]),
+        ('churn', 'Churn', 'the chance of no purchase within 30 days',
+         [(about.churn_raise, 'alert from', '-'), (about.churn_clear, 'cleared at', '--')]),
+        ('power', 'Purchase power', 'the expected spend tier, from 0 (the lowest) to 1 (the highest)', []),
+    ):
+        histogram = statistics.score_histograms[name]
+        if not histogram.any():
+            continue
+        log = bool(histogram.max() > _LOG_FROM * np.median(histogram[histogram > 0]))
+        spoken = f'Distribution of {int(histogram.sum()):,} scores, {title}: {meaning}. ' + ' '.join(
+            f'{words.capitalize()} {at:g}.' for at, words, _ in lines)
+
+        def fill(figure: Figure, histogram=histogram, lines=lines, log=log) -> None:
+            _histogram(figure, histogram, lines, log)
+
+        charts.append({'title': title, 'meaning': meaning, 'log': log,
+                       'plot': draw.once(fill, 300, 240, spoken.strip())})
+    return charts
+
+
+def _tiers(draw: '_Draw', statistics: Statistics, tier_name: Callable[[int], str]) -> Markup | None:
+    if not statistics.tiers:
+        return None
+    known = sorted((tier for tier in statistics.tiers if tier is not None), reverse=True)
+    rows = [(tier_name(tier), statistics.tiers[tier], True) for tier in
+            (range(known[0], -1, -1) if known else ())]
+    if statistics.tiers[None]:
+        rows.append(('no tier yet', statistics.tiers[None], False))
+    spoken = 'Shoppers by expected spend tier at the end: ' + ', '.join(f'{name} {n:,}' for name, n, _ in rows) + '.'
+    return draw.twice(lambda figure: _bars(figure, rows), 40 + 32 * len(rows), spoken)
+
+
+def _at_risk(value: dict[str, Any], tier_name: Callable[[int], str]) -> dict[str, Any]:
+    return {
+        'user_id': value['user_id'],
+        'churn': f'{value["scores"]["churn"]:.2f}',
+        'spend': f'{value["scores"]["expected_spend_90d"]:,.2f}',
+        'tier': 'none yet' if value['tier'] is None else tier_name(value['tier']),
+        'as_of': _utc(value['as_of_ms']).strftime('%Y-%m-%d'),
+        'reasons': None if value['reasons'] is None else [
+            {'way': 'raised' if reason['effect'] > 0 else 'lowered', 'text': reason['text'],
+             'by': f'{abs(reason["effect"]):.2f}'} for reason in value['reasons']],
+        'action': 'none' if value['action'] is None else value['action'].replace('_', ' '),
+    }
+
+
+# The drawings
+
+
+class _Draw:
+    """Figures as inline SVG. Ids are numbered by figure: matplotlib uses the same ones in each, a page may not."""
+
+    def __init__(self) -> None:
+        self._prefixes: Iterator[int] = count(1)
+
+    def once(self, fill: Callable[[Figure], None], width: int, height: int, label: str, css_class: str = '') -> Markup:
+        """One figure of that many px; `label` is what a screen reader says."""
+        figure = Figure((width / 72, height / 72), layout='constrained')     # SVG of matplotlib has 72 units an inch
+        fill(figure)
+        out = StringIO()
+        figure.savefig(out, format='svg', metadata=_NO_METADATA)
+        return self._inline(out.getvalue(), width, height, label, css_class)
+
+    def twice(self, fill: Callable[[Figure], None], height: int, label: str) -> Markup:
+        """The figure for a desk and the one for a phone."""
+        return (self.once(fill, _WIDE, height, label, 'wide') + Markup('\n')
+                + self.once(fill, _NARROW, height, label, 'narrow'))
+
+    def _inline(self, svg: str, width: int, height: int, label: str, css_class: str) -> Markup:
+        body = svg[svg.index('>', svg.index('<svg')) + 1:].strip()
+        prefix = f'f{next(self._prefixes)}-'
+        body = re.sub(r' d="[^"]*"', _rounded, body)
+        body = re.sub(r'\bid="', f'id="{prefix}', body)
+        body = re.sub(r'href="#', f'href="#{prefix}', body)
+        body = re.sub(r'url\(#', f'url(#{prefix}', body)
+        head = Markup('<svg class="plot {}" viewBox="0 0 {} {}" role="img" aria-label="{}" '
+                      'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">')
+        return head.format(css_class, width, height, label) + Markup(body)
+
+
+def _rounded(path: re.Match[str]) -> str:
+    """A path to a hundredth of a px: half the bytes of the page."""
+    return re.sub(r'\d+\.\d{3,}', lambda number: f'{float(number[0]):.2f}', path[0])
+
+
+def _stack(figure: Figure, series: Series, colours: Mapping[str, str], step: str) -> None:
+    axes = figure.add_subplot()
+    edges = date2num(series.edges.astype('datetime64[D]'))
+    floor = np.zeros(len(edges) - 1)
+    for name, row in series.counts.items():
+        axes.stairs(floor + row, edges, baseline=floor, fill=True, color=colours[name], linewidth=0)
+        floor = floor + row
+    spare = max(0.0, _AXIS_DAYS_MIN - (edges[-1] - edges[0])) / 2
+    axes.set_xlim(edges[0] - spare, edges[-1] + spare)
+    axes.set_ylim(0, floor.max() * 1.05)
+    narrow = figure.get_figwidth() * 72 < _WIDE
+    locator = AutoDateLocator(tz=UTC, minticks=3, maxticks=4 if narrow else 9)
+    axes.xaxis.set_major_locator(locator)
+    axes.xaxis.set_major_formatter(ConciseDateFormatter(locator, tz=UTC))
+    _count_axis(axes, axes.yaxis)
+    axes.set_ylabel(f'per {step}')
+
+
+def _histogram(figure: Figure, histogram: np.ndarray, lines: Sequence[tuple[float, str, str]], log: bool) -> None:
+    # The same room above each, for two lines of words, so that the axes of all three stand at one height.
+    figure.set_layout_engine('constrained', rect=(0, 0, 1, 0.86))
+    axes = figure.add_subplot()
+    floor = 0.5 if log else 0.0     # on a log axis a bar has no zero to stand on; half a score is below any count
+    axes.stairs(np.maximum(histogram, floor), np.linspace(0, 1, SCORE_BINS + 1), baseline=floor, fill=True,
+                color=_SCORE)
+    axes.set_xlim(0, 1)
+    if log:
+        axes.set_yscale('log')
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:,.0f}'))
+        axes.minorticks_off()
+    else:
+        _count_axis(axes, axes.yaxis)
+    axes.set_ylim(floor, histogram.max() * (1.6 if log else 1.05))
+    for place, (at, words, dashes) in enumerate(lines):
+        axes.axvline(at, color=_INK, linestyle=dashes, linewidth=1.4)
+        left = at > 0.5
+        axes.annotate(f'{words} {at:g}', (at, 1), (-3 if left else 3, 3 + 15 * (len(lines) - 1 - place)),
+                      xycoords=axes.get_xaxis_transform(), textcoords='offset points',
+                      ha='right' if left else 'left', va='bottom', fontsize=12).set_in_layout(False)
+    axes.set_xlabel('score')
+    axes.set_ylabel('times scored' + (' (log scale)' if log else ''))
+
+
+def _bars(figure: Figure, rows: Sequence[tuple[str, int, bool]]) -> None:
+    axes = figure.add_subplot()
+    names = [name for name, _, _ in rows]
+    places = np.arange(len(rows))
+    numbers = np.array([number for _, number, _ in rows])
+    bars = axes.barh(places, numbers, height=0.68, color=[_SCORE if known else '#BBBBBB' for _, _, known in rows])
+    axes.bar_label(bars, [_number(int(number)) for number in numbers], padding=5)
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+    axes.grid(False)
+    axes.xaxis.set_visible(False)
+    axes.spines['bottom'].set_visible(False)
+    axes.set_xlim(0, numbers.max() * 1.18)
+
+
+def _count_axis(axes: Axes, axis: Any) -> None:
+    axis.set_major_locator(MaxNLocator(5, integer=True))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:,.0f}'))
+
+
+# Words
+
+
+def _tier_namer(names: tuple[str, ...] | None) -> Callable[[int], str]:
+    return lambda tier: names[tier] if names and tier < len(names) else f'tier {tier}'
+
+
+def _span(first_ms: int, last_ms: int) -> str | None:
+    if not last_ms:
+        return None
+    days = last_ms // DAY_MS - first_ms // DAY_MS + 1
+    first, last = (_utc(at_ms).strftime('%Y-%m-%d %H:%M') for at_ms in (first_ms, last_ms))
+    return f'{first} to {last} UTC ({days:,} {"day" if days == 1 else "days"})'
+
+
+def _utc(at_ms: int) -> datetime:
+    return datetime.fromtimestamp(at_ms / 1000, UTC)
+
+
+def _number(value: int) -> str:
+    return f'{value:,}'
