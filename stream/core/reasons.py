@@ -35,52 +35,50 @@ _DEEDS = {
 class Occlusions:
     """Occluded variants of some rows: what was taken away in each, and the features to score.
 
-    row     int64 [variants] index of the row that is explained
-    what    the reason without its effect, [variants]
+    row         int64 [variants] index of the row that is explained
+    group       [variants] the group of counters that is taken away, 'silence', or '' for a slot
+    taken       [variants] of a slot, the indices of its events in `snapshots.rows`
     """
 
+    snapshots: Snapshots
     row: np.ndarray
-    what: list[dict]
+    group: list[str]
+    taken: list[np.ndarray]
     inputs: Features
 
 
 def occlude(snapshots: Snapshots, rows: Sequence[int], base: Features) -> Occlusions:
     """Variants of the given rows, at most ROWS_PER_USER_MAX each. `base` are the features of `snapshots`."""
-    event_ends = np.cumsum(snapshots.headers['events'].astype(np.int64))
-    day_ends = np.cumsum(snapshots.headers['days'].astype(np.int64))
+    nothing = np.zeros(0, np.int64)
     owner: list[int] = []
-    what: list[dict] = []
-    headers, days, events, as_of_ms, neutral = [], [], [], [], []
-
-    def variant(row: int, reason: dict, window: np.ndarray, moment_ms: int, group: str | None = None) -> None:
-        header = snapshots.headers[row].copy()
-        header['events'] = len(window)
-        headers.append(header)
-        days.append(_slice(snapshots.days, day_ends, snapshots.headers['days'], row))
-        events.append(window)
-        as_of_ms.append(moment_ms)
-        neutral.append(group)
-        owner.append(row)
-        what.append(reason)
-
+    group: list[str] = []
+    taken: list[np.ndarray] = []
+    kept: list[np.ndarray] = []
     for row in rows:
-        header, moment_ms = snapshots.headers[row], int(snapshots.as_of_ms[row])
-        window = _slice(snapshots.rows, event_ends, snapshots.headers['events'], row)
-        slots = _slice(base.slot_of_row, event_ends, snapshots.headers['events'], row)
-        active_days = _slice(snapshots.days, day_ends, snapshots.headers['days'], row)
+        window = _span(snapshots.headers['events'], row)
+        slots = base.slot_of_row[window]
         for slot in range(int(base.starts[row + 1]) - 1, int(base.starts[row]) - 1, -1)[:SLOTS_EXPLAINED_MAX]:
-            variant(row, _event_words(window[slots == slot], moment_ms), window[slots != slot], moment_ms)
-        if moment_ms > header['last_seen_ms']:
-            variant(row, _silence_words(header, moment_ms), window, int(header['last_seen_ms']))
-        for group in _GROUPS:
-            variant(row, _counter_words(group, header, active_days, moment_ms), window, moment_ms, group)
+            taken.append(window[slots == slot])
+            kept.append(window[slots != slot])
+            group.append('')
+        without = [*(['silence'] if snapshots.as_of_ms[row] > snapshots.headers['last_seen_ms'][row] else []), *_GROUPS]
+        group += without
+        taken += [nothing] * len(without)
+        kept += [window] * len(without)
+        owner += [row] * (len(group) - len(owner))
 
-    inputs = features(Snapshots(np.array(headers, snapshots.headers.dtype), np.concatenate(days),
-                                np.concatenate(events), np.array(as_of_ms, np.int64)))
-    for index, group in enumerate(neutral):
-        if group:
-            inputs.counters[index, _GROUP_COLUMNS[group]] = 0.0
-    return Occlusions(np.array(owner), what, inputs)
+    row_of = np.array(owner)
+    headers = snapshots.headers[row_of]
+    headers['events'] = [len(indices) for indices in kept]
+    days = np.concatenate([_span(snapshots.headers['days'], row) for row in owner])
+    as_of_ms = snapshots.as_of_ms[row_of]
+    silenced = np.array([name == 'silence' for name in group])
+    as_of_ms[silenced] = headers['last_seen_ms'][silenced]
+    inputs = features(Snapshots(headers, snapshots.days[days], snapshots.rows[np.concatenate(kept)], as_of_ms))
+    for index, name in enumerate(group):
+        if name in _GROUP_COLUMNS:
+            inputs.counters[index, _GROUP_COLUMNS[name]] = 0.0
+    return Occlusions(snapshots, row_of, group, taken, inputs)
 
 
 def explain(occlusions: Occlusions, occluded: Scores, row: int, kind: Kind, scores: Scores) -> list[dict]:
@@ -92,12 +90,25 @@ def explain(occlusions: Occlusions, occluded: Scores, row: int, kind: Kind, scor
     mine = np.flatnonzero((occlusions.row == row) & occluded.usable)
     effect = getattr(scores, column)[row] - getattr(occluded, column)[mine]
     strongest = np.argsort(-np.abs(effect), kind='stable')[:REASONS_MAX]
-    return [{**occlusions.what[mine[at]], 'effect': round(float(effect[at]), 4)}
+    return [{**words(occlusions, mine[at]), 'effect': round(float(effect[at]), 4)}
             for at in strongest if abs(effect[at]) >= _EFFECT_MIN]
 
 
-def _slice(parts: np.ndarray, ends: np.ndarray, counts: np.ndarray, row: int) -> np.ndarray:
-    return parts[int(ends[row]) - int(counts[row]):int(ends[row])]
+def words(occlusions: Occlusions, variant: int) -> dict:
+    """What was taken away in a variant, for a person."""
+    snapshots, row = occlusions.snapshots, int(occlusions.row[variant])
+    header, moment_ms, group = snapshots.headers[row], int(snapshots.as_of_ms[row]), occlusions.group[variant]
+    if not group:
+        return _event_words(snapshots.rows[occlusions.taken[variant]], moment_ms)
+    if group == 'silence':
+        return {'name': 'silence', 'text': f'nothing for {_duration(moment_ms - int(header["last_seen_ms"]))}'}
+    return _counter_words(group, header, snapshots.days[_span(snapshots.headers['days'], row)], moment_ms)
+
+
+def _span(counts: np.ndarray, row: int) -> np.ndarray:
+    """Indices of a row's parts in an array that holds `counts[i]` parts of each row, row after row."""
+    start = int(counts[:row].sum(dtype=np.int64))
+    return np.arange(start, start + int(counts[row]))
 
 
 def _event_words(lines: np.ndarray, moment_ms: int) -> dict:
@@ -111,16 +122,12 @@ def _event_words(lines: np.ndarray, moment_ms: int) -> dict:
             'amount': round(amount, 2)}
 
 
-def _silence_words(header: np.void, moment_ms: int) -> dict:
-    return {'name': 'silence', 'text': f'nothing for {_span(moment_ms - int(header["last_seen_ms"]))}'}
-
-
 def _counter_words(group: str, header: np.void, days: np.ndarray, moment_ms: int) -> dict:
     orders, spend = int(header['orders']), float(header['spend'])
     if group == 'lifetime':
         text = f'{_count(int(header["applied"]), "event")} so far'
     elif group == 'tenure':
-        text = f'known for {_span(moment_ms - int(header["first_seen_ms"]))}'
+        text = f'known for {_duration(moment_ms - int(header["first_seen_ms"]))}'
     elif group == 'spend':
         text = f'{spend:.2f} spent in {_count(orders, "order")}'
     elif group == 'orders':
@@ -143,7 +150,7 @@ def _count(number: int, noun: str) -> str:
     return f'{number} {noun}{"" if number == 1 else "s"}'
 
 
-def _span(span_ms: int) -> str:
+def _duration(span_ms: int) -> str:
     minutes = span_ms // 60_000
     if minutes < 120:
         return _count(minutes, 'minute')
@@ -153,4 +160,4 @@ def _span(span_ms: int) -> str:
 
 
 def _ago(span_ms: int) -> str:
-    return f'{_span(span_ms)} before' if span_ms >= 60_000 else 'just before'
+    return f'{_duration(span_ms)} before' if span_ms >= 60_000 else 'just before'

@@ -119,14 +119,14 @@ class User:
         'user_id', 'generation', 'step', 'next_offset', 'applied', 'duplicate', 'late', 'first_seen_ms', 'last_seen_ms',
         'counts', 'spend', 'refunds', 'orders', 'last_basket', 'last_order_ms', 'gaps', 'gap_days', 'gap_days_squared',
         'due_ms', 'silence', 'alerting', 'tier', 'power_grid', 'power_at_ms', 'intent_at_ms', 'churn_at_ms',
-        'decisions', 'decision_id', 'model', 'claims', 'days', 'outbox', 'ids', 'rows', 'oldest_ms')
+        'decisions', 'decision_id', 'model', 'claims', 'days', 'outbox', 'ids', 'rows')
 
     def __init__(self, user_id: str) -> None:
         self.user_id = user_id
         self.generation = self.step = 0
         self.next_offset = [0, 0]
         self.applied = self.duplicate = self.late = 0
-        self.first_seen_ms = self.last_seen_ms = self.oldest_ms = 0
+        self.first_seen_ms = self.last_seen_ms = 0
         self.counts = [0] * TYPES
         self.spend = self.refunds = 0.0
         self.orders = self.last_basket = self.last_order_ms = 0
@@ -164,11 +164,12 @@ def fold(user: User, event: Event, limits: WindowLimits, source: Source, offset:
         user.late += 1
         return Fold.LATE
     key = _U64.pack(event.key)
-    if _contains(ids, key):
+    if key in ids and _contains(ids, key):
         user.duplicate += 1
         return Fold.DUPLICATE
     row = ROW.pack(ts_ms, event.item, event.basket, event.amount, event.category, event.type, event.rating)
-    if not ids or ts_ms > user.last_seen_ms:
+    newest = not ids or ts_ms > user.last_seen_ms
+    if newest:
         ids += key
         rows += row
     else:
@@ -178,13 +179,15 @@ def fold(user: User, event: Event, limits: WindowLimits, source: Source, offset:
             return Fold.LATE
         ids[place * _ID_BYTES:place * _ID_BYTES] = key
         rows[place * ROW.size:place * ROW.size] = row
-    _count(user, event)
-    _trim(user, limits)
-    if ts_ms >= user.last_seen_ms:
+        newest = ts_ms == user.last_seen_ms
+    if len(ids) > limits.events_max * _ID_BYTES:
+        del ids[:_ID_BYTES], rows[:ROW.size]
+    if newest:
         user.last_seen_ms = ts_ms
         user.silence = 0
         user.due_ms = ts_ms + limits.silence_ms[0] if limits.silence_ms else NO_TIMER_MS
-        _drop_older(user, ts_ms - limits.span_ms)
+        _drop_older(ids, rows, ts_ms - limits.span_ms)
+    _count(user, event)
     return Fold.APPLIED
 
 
@@ -242,7 +245,6 @@ def decode(user_id: str, record: bytes) -> User:
     user.outbox = record[outbox_at:ids_at]
     user.ids = bytearray(record[ids_at:rows_at])
     user.rows = bytearray(record[rows_at:])
-    user.oldest_ms = _I64.unpack_from(user.rows)[0] if events else 0
     return user
 
 
@@ -286,20 +288,12 @@ def _place(ids: bytearray, rows: bytearray, ts_ms: int, key: int) -> int:
     return place
 
 
-def _trim(user: User, limits: WindowLimits) -> None:
-    if len(user.ids) > limits.events_max * _ID_BYTES:
-        del user.ids[:_ID_BYTES], user.rows[:ROW.size]
-    user.oldest_ms = _I64.unpack_from(user.rows)[0]
-
-
-def _drop_older(user: User, horizon_ms: int) -> None:
-    if user.oldest_ms >= horizon_ms:
-        return
-    drop = 1
-    while _I64.unpack_from(user.rows, drop * ROW.size)[0] < horizon_ms:
+def _drop_older(ids: bytearray, rows: bytearray, horizon_ms: int) -> None:
+    drop = 0        # the newest row is never older than the horizon, so the search ends before the last row
+    while _I64.unpack_from(rows, drop * ROW.size)[0] < horizon_ms:
         drop += 1
-    del user.ids[:drop * _ID_BYTES], user.rows[:drop * ROW.size]
-    user.oldest_ms = _I64.unpack_from(user.rows)[0]
+    if drop:
+        del ids[:drop * _ID_BYTES], rows[:drop * ROW.size]
 
 
 def _count(user: User, event: Event) -> None:
@@ -341,20 +335,21 @@ def _count_order(user: User, ts_ms: int, basket: int) -> int:
 
 def _count_day(days: bytearray, day: int, browses: int, carts: int, orders: int, spend: float) -> None:
     """Add to the day's bucket; buckets `DAYS_KEPT` days or more behind the newest one are dropped."""
-    at = len(days) - DAY.size
-    newest = int.from_bytes(days[at:at + 2], 'little') if days else day
-    if day <= newest - DAYS_KEPT:
-        return
-    while at >= 0:
-        here, browses_before, carts_before, orders_before, spend_before = DAY.unpack_from(days, at)
+    at = len(days)
+    newest = day
+    while at:
+        at -= DAY.size
+        here, *counts, spend_before = DAY.unpack_from(days, at)
         if here == day:
-            DAY.pack_into(days, at, day, min(browses_before + browses, _COUNT_MAX),
-                          min(carts_before + carts, _COUNT_MAX), min(orders_before + orders, _COUNT_MAX),
-                          spend_before + spend)
+            DAY.pack_into(days, at, day, min(counts[0] + browses, _COUNT_MAX), min(counts[1] + carts, _COUNT_MAX),
+                          min(counts[2] + orders, _COUNT_MAX), spend_before + spend)
             return
         if here < day:
+            at += DAY.size
             break
-        at -= DAY.size
-    days[at + DAY.size:at + DAY.size] = DAY.pack(day, browses, carts, orders, spend)
-    while int.from_bytes(days[:2], 'little') <= max(day, newest) - DAYS_KEPT:
+        newest = max(newest, here)
+    if day <= newest - DAYS_KEPT:
+        return
+    days[at:at] = DAY.pack(day, browses, carts, orders, spend)
+    while int.from_bytes(days[:2], 'little') <= newest - DAYS_KEPT:
         del days[:DAY.size]

@@ -6,7 +6,7 @@ import pytest
 from stream.core.decide import Kind
 from stream.core.events import Event, EventType, Source
 from stream.core.features import COUNTER_NAMES, Snapshots, features
-from stream.core.reasons import REASONS_MAX, ROWS_PER_USER_MAX, Occlusions, explain, occlude
+from stream.core.reasons import REASONS_MAX, ROWS_PER_USER_MAX, Occlusions, explain, occlude, words
 from stream.core.scores import Scores
 from stream.core.window import DAY_MS, User, WindowLimits, fold, pack_header
 
@@ -50,16 +50,16 @@ def test_the_event_that_made_the_score_is_the_first_reason():
 def test_a_basket_is_taken_away_whole():
     snapshots = snapshots_of([(0, BUY, 5.0, 3), (0, BUY, 7.5, 3), (DAY_MS, VIEW, 0, 0)])
     occlusions = occlude(snapshots, [0], features(snapshots))
-    what = next(at for at, reason in enumerate(occlusions.what) if reason['name'] == 'purchase')
-    assert occlusions.what[what]['text'] == 'bought 2 lines for 12.50 24 hours before'
+    what = next(at for at in range(len(occlusions.group)) if words(occlusions, at)['name'] == 'purchase')
+    assert words(occlusions, what)['text'] == 'bought 2 lines for 12.50 24 hours before'
     assert occlusions.inputs.starts[what + 1] - occlusions.inputs.starts[what] == 1
 
 
 def test_silence_is_taken_away_by_going_back_to_the_newest_event():
     snapshots = snapshots_of([(0, VIEW, 0, 0)], silent_ms=14 * DAY_MS)
     occlusions = occlude(snapshots, [0], features(snapshots))
-    what = next(at for at, reason in enumerate(occlusions.what) if reason['name'] == 'silence')
-    assert occlusions.what[what]['text'] == 'nothing for 14 days'
+    what = occlusions.group.index('silence')
+    assert words(occlusions, what)['text'] == 'nothing for 14 days'
     column = COUNTER_NAMES.index('days_since_last_seen')
     assert occlusions.inputs.counters[what, column] == 0
     assert occlusions.inputs.counters[what - 1, column] == pytest.approx(np.log1p(14))
@@ -69,22 +69,22 @@ def test_a_group_of_counters_is_neutralised_alone():
     snapshots = snapshots_of([(0, BUY, 5.0, 0), (DAY_MS, BUY, 7.0, 0)])
     base = features(snapshots)
     occlusions = occlude(snapshots, [0], base)
-    what = next(at for at, reason in enumerate(occlusions.what) if reason['name'] == 'orders')
+    what = occlusions.group.index('orders')
     differing = [COUNTER_NAMES[column] for column in
                  np.flatnonzero(occlusions.inputs.counters[what] != base.counters[0])]
     assert differing == ['orders', 'has_ordered']       # the last order was just now: its age is 0 already
-    assert occlusions.what[what]['text'] == '2 orders, the last one just before'
+    assert words(occlusions, what)['text'] == '2 orders, the last one just before'
 
 
 def test_never_more_variants_than_the_budget_counts_with():
     snapshots = snapshots_of([(at, VIEW, 0, 0) for at in range(100)], silent_ms=DAY_MS)
-    assert len(occlude(snapshots, [0], features(snapshots)).what) == ROWS_PER_USER_MAX
+    assert len(occlude(snapshots, [0], features(snapshots)).group) == ROWS_PER_USER_MAX
 
 
 def test_the_strongest_come_first_and_noise_is_no_reason():
     snapshots = snapshots_of([(0, VIEW, 0, 0), (1, CART, 0, 0)])
     occlusions = occlude(snapshots, [0], features(snapshots))
-    values = np.full(len(occlusions.what), 0.5)
+    values = np.full(len(occlusions.group), 0.5)
     assert explain(occlusions, scored(values), 0, Kind.INTENT, scored(np.array([0.5002]))) == []
     values[:5] = [0.1, 0.9, 0.45, 0.2, 0.55]
     reasons = explain(occlusions, scored(values), 0, Kind.INTENT, scored(np.array([0.5])))
@@ -95,6 +95,6 @@ def test_the_strongest_come_first_and_noise_is_no_reason():
 def test_a_variant_without_a_usable_score_is_no_reason():
     snapshots = snapshots_of([(0, VIEW, 0, 0)])
     occlusions = occlude(snapshots, [0], features(snapshots))
-    occluded = scored(np.zeros(len(occlusions.what)))
+    occluded = scored(np.zeros(len(occlusions.group)))
     occluded.usable[:] = False
     assert explain(occlusions, occluded, 0, Kind.INTENT, scored(np.array([0.9]))) == []
