@@ -208,7 +208,7 @@ class Recording:
 
 
 def _peek_times(rows: list[Row]) -> list[int | None]:
-    return [peek_ts_ms(row) if type(row) is bytes else None for row in rows]
+    return [None if isinstance(row, BadRow) else peek_ts_ms(row) for row in rows]
 
 
 def _append_times(times: array, found: list[int | None]) -> None:
@@ -223,8 +223,8 @@ def _append_times(times: array, found: list[int | None]) -> None:
 
 
 def _block(rows: list[Row], numbers: Sequence[int], first_ms: int, last_ms: int) -> Block:
-    bad = {place: row for place, row in enumerate(rows) if type(row) is BadRow}
-    values = [row.raw if type(row) is BadRow else row for row in rows]
+    bad = {place: row for place, row in enumerate(rows) if isinstance(row, BadRow)}
+    values = [row.raw if isinstance(row, BadRow) else row for row in rows]
     return Block(values, numbers, bad, first_ms, last_ms)
 
 
