@@ -22,9 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from stream.core import features
 from stream.core.events import Decoder, Event, EventRules, EventType, Refusal, Source
-from stream.core.features import Features, Snapshots
+from stream.core.features import COUNTER_NAMES, Features, Snapshots, features
 from stream.core.window import DAY_MS, Fold, User, WindowLimits, fire_timer, fold, pack_header
 from stream.errors import UsageError
 
@@ -63,7 +62,7 @@ class ExampleOptions:
     later_share       share of the labelled time, from its end, that only the test split uses
     """
 
-    moments_per_user: tuple[int, int, int] = (5, 6, 5)
+    moments_per_user: tuple[int, int, int] = (3, 3, 3)
     shares: tuple[float, float] = (0.6, 0.15)
     later_share: float = 0.25
 
@@ -98,7 +97,7 @@ class Examples:
 
     def counter(self, name: str) -> np.ndarray:
         """One named counter column, float32 [N], as the model sees it."""
-        return self.inputs.counters[:, features.COUNTER_NAMES.index(name)]
+        return self.inputs.counters[:, COUNTER_NAMES.index(name)]
 
 
 @dataclass(frozen=True)
@@ -147,9 +146,9 @@ def build(
         split = split_of(user_id, options.shares, seed)
         rng = np.random.default_rng([seed, xxh3_64_intdigest(user_id.encode())])
         chosen = _sample(events, limits, span_ms[split], options.moments_per_user, rng)
-        outcome = _outcomes(events, [as_of_ms for _, as_of_ms, _ in chosen])
+        after = outcomes(events, [as_of_ms for _, as_of_ms, _ in chosen])
         found[split] += [(kind, as_of_ms, parts, number, bought_days, spend)
-                         for (kind, as_of_ms, parts), (bought_days, spend) in zip(chosen, outcome, strict=True)]
+                         for (kind, as_of_ms, parts), (bought_days, spend) in zip(chosen, after, strict=True)]
     for split, rows in found.items():
         if not rows:
             raise UsageError(
@@ -193,15 +192,6 @@ def tier_of(spend: np.ndarray, edges: np.ndarray) -> np.ndarray:
     return np.where(spend > 0, 1 + np.searchsorted(edges, spend, side='right'), 0).astype(np.int64)
 
 
-def feature_layout() -> dict[str, object]:
-    """What the model's inputs mean. A model trained on another layout must not be served."""
-    return {
-        'slots_max': features.SLOTS_MAX, 'lengths': list(features.LENGTHS),
-        'type_vocabulary': features.TYPE_VOCABULARY, 'item_buckets': features.ITEM_BUCKETS,
-        'category_buckets': features.CATEGORY_BUCKETS, 'slot_numbers': list(features.SLOT_NUMBER_NAMES),
-        'counters': list(features.COUNTER_NAMES)}
-
-
 def _decode(values: Iterable[bytes], rules: EventRules) -> tuple[dict[str, list[Event]], int]:
     decode = Decoder(rules)
     by_user: dict[str, list[Event]] = {}
@@ -238,7 +228,7 @@ def _sample(
     return taken
 
 
-def _outcomes(events: list[Event], as_of_ms: list[int]) -> list[tuple[float, float]]:
+def outcomes(events: list[Event], as_of_ms: list[int]) -> list[tuple[float, float]]:
     """For each moment: days until the next purchase (infinite: none), and the spend of the next 90 days."""
     money = {event.key: event for event in reversed(events)      # reversed: of a repeated event the first one counts
              if event.type in (EventType.PURCHASE, EventType.REFUND)}.values()
@@ -263,5 +253,5 @@ def _examples(rows: list[tuple], tier_edges: np.ndarray, seed: int) -> Examples:
     next_days, spend = np.array(bought_days), np.array(spend)
     labels = Labels((next_days <= INTENT_DAYS).astype(np.float32), (next_days > CHURN_DAYS).astype(np.float32),
                     spend.astype(np.float32), tier_of(spend, tier_edges))
-    return Examples(snapshots, features.features(snapshots), labels, np.array(kinds, np.int8),
+    return Examples(snapshots, features(snapshots), labels, np.array(kinds, np.int8),
                     np.array(users, np.int64))

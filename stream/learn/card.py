@@ -1,0 +1,183 @@
+"""The model card: what a checkpoint's own numbers say, in words and tables. Nothing in it is typed by hand."""
+import hashlib
+from datetime import UTC, datetime
+
+from stream.core.features import COUNTERS, SLOT_NUMBERS
+from stream.core.window import DAY_MS
+from stream.learn.dataset import CHURN_DAYS, INTENT_DAYS, SPEND_DAYS
+from stream.learn.train import Checkpoint
+
+
+def card(kept: Checkpoint, name: str, version: int, difference: float, graph: bytes) -> str:
+    """The card as Markdown. `graph`: the exported file, which differs from torch by at most `difference`."""
+    digest, size = hashlib.sha256(graph).hexdigest(), len(graph)
+    config, metrics = kept.config, kept.metrics
+    data, test, edges = config['data'], metrics['test'], config['tiers']['edges']
+    best = metrics['epochs'][metrics['best_epoch'] - 1]
+    sizes = config['model']
+    parameters = sum(parameter.numel() for parameter in kept.model.parameters())
+    bounds = ['nothing', *(f'{low:.2f} to {high:.2f}' for low, high in zip([0, *edges], edges, strict=False)),
+              f'{edges[-1]:.2f} and more']
+    return f'''# {name}, version {version}
+
+Scores a shopper by the newest events and lifetime counters: will this person buy soon, how much, or never again?
+
+| output | meaning |
+|---|---|
+| `purchase_intent` | probability of a purchase within {INTENT_DAYS} days |
+| `tier_probabilities` | tier of spend (purchases less refunds) in the next {SPEND_DAYS} days, {config['currency']}: \
+{'; '.join(f'{tier} = {bound}' for tier, bound in zip(config['tiers']['names'], bounds, strict=True))} |
+| `expected_spend` | spend in the next {SPEND_DAYS} days, {config['currency']} |
+| `churn` | probability of no purchase within {CHURN_DAYS} days |
+| `row_id_out` | the row id that came in |
+
+Inputs: `categories` int32 [rows, slots, 3], `numbers` float32 [rows, slots, {SLOT_NUMBERS}], `counters` float32 \
+[rows, {COUNTERS}], `row_id` int64 [rows, 1], as `stream.core.features` builds them. A padded slot is all 0.
+
+- Graph: a BERT encoder ({sizes['layers']} layers, {sizes['hidden']} units, {sizes['heads']} heads) over the slots \
+and a small network over the counters, added at the logit; {parameters:,} parameters, {size / 1e6:.1f} MB.
+- `{version}/model.onnx`: SHA-256 `{digest}`; \
+differs from torch by at most {difference:.0e} on windows of the test split.
+- Licence: Apache-2.0.
+- Made by: `{config['command']}`, then `stream export DIR --into triton_models` (seed {config['seed']}, \
+{metrics['seconds']:,} s on one CPU core).
+
+## Data
+
+{config['source'][0].upper()}{config['source'][1:]}: {data['events']:,} events of {data['users']:,} users, \
+{_day(data['start_ms'])} to {_day(data['end_ms'])}, {data['refused']:,} records refused.
+Examples are moments at which the worker scores: within sessions, at the end of sessions, and at silence timers; several
+per user. What is known is folded by the worker's own code; what came after gives the labels.
+
+| split | users | moments | time of the moments |
+|---|---|---|---|
+| train | {data['train_users']:,} | {data['train_moments']:,} | before {_day(data['cut_ms'])} |
+| validation | {data['validation_users']:,} | {data['validation_moments']:,} | before {_day(data['cut_ms'])} |
+| test | {data['test_users']:,} | {data['test_moments']:,} | {_day(data['cut_ms'])} to \
+{_day(data['labelled_until_ms'])} |
+
+No user is in two splits. Pretraining: guessing hidden slots, {config['learning']['pretrain_epochs']} time(s) through \
+the training windows. Training: best of {len(metrics['epochs'])} passes by validation loss, pass \
+{metrics['best_epoch']} (training {best['train']:.3f}, validation {best['validation']:.3f}).
+
+## How good it is
+
+On the test split; in brackets the middle 95 % of a bootstrap over users. Of AUC, accuracy, Spearman and top decile (the
+share of all spend that the tenth with the highest scores accounts for) more is better; of log loss, Brier score, ECE
+(expected calibration error) and mean error less is.
+
+Baselines: the recency rule is minus the days since the last order; logistic regression sees the same counters; last 90
+days is the spend so far; most common tier is that of the training split.
+
+{_comparison(test)}
+Where it does not beat a baseline: {_defeats(test)}
+
+Shares in the test split: {test['base_rates']['purchase_intent']:.1%} bought within {INTENT_DAYS} days, \
+{test['base_rates']['churn']:.1%} not within {CHURN_DAYS}; mean spend {test['base_rates']['spend_mean']:.0f} \
+{config['currency']}.
+
+### Calibration
+
+Ten bins of equally many moments: mean score, and what really happened.
+
+{_calibration(test)}
+### Segments
+
+{_segments(test)}
+### Thresholds
+
+How many moments reach a threshold, and how many of those are right. Churn: shoppers who have ordered before.
+
+{_thresholds(test)}
+## Limits
+
+- {_origin(config['source'])}
+- The scores say what is likely, not why, and not what a coupon would change.
+- Item and category are hashed; a shop with other names, prices or currency needs its own training.
+- Serve with the windows of the training: {config['window']['events_max']} events, \
+{config['window']['span_ms'] // DAY_MS} days.
+- Expected spend never exceeds the largest one seen in training.
+- Not for decisions with legal or similarly serious effects on people.
+'''
+
+
+def _day(ms: int) -> str:
+    return datetime.fromtimestamp(ms / 1000, UTC).strftime('%Y-%m-%d')
+
+
+def _origin(source: str) -> str:
+    if 'simulated' in source:
+        return ('Trained and tested on simulated shoppers: it says nothing about how well real ones can be foretold. '
+                'Train on your own recordings before you rely on it.')
+    return 'Trained on one recording: other shops and later years differ.'
+
+
+_LESS_IS_BETTER = {'log_loss', 'brier', 'ece', 'mean_absolute_error'}
+_TITLES = {'auc': 'AUC', 'log_loss': 'log loss', 'brier': 'Brier score', 'ece': 'ECE', 'accuracy': 'accuracy',
+           'within_one_tier': 'within one tier', 'spearman': 'Spearman', 'top_decile_share': 'top decile',
+           'mean_absolute_error': 'mean error', 'total_predicted_over_real': 'predicted / real'}
+
+
+def _comparison(test: dict) -> str:
+    lines = []
+    for task, contenders in test['tasks'].items():
+        columns = list(contenders['model'])
+        lines += [f'| {task} | ' + ' | '.join(_TITLES[metric] for metric in columns) + ' |',
+                  '|---' * (len(columns) + 1) + '|']
+        lines += [f'| {name} | ' + ' | '.join(_number(numbers.get(metric)) for metric in columns) + ' |'
+                  for name, numbers in contenders.items()]
+        lines.append('')
+    return '\n'.join(lines)
+
+
+def _number(interval: list[float] | None) -> str:
+    if interval is None:
+        return ''
+    digits = 0 if abs(interval[0]) >= 100 else 3
+    value, low, high = (f'{number:.{digits}f}' for number in interval)
+    return f'{value} ({low} .. {high})'
+
+
+def _defeats(test: dict) -> str:
+    """Every baseline's number that is as good as the model's or better, and whether the bootstrap tells them apart."""
+    found = []
+    for task, contenders in test['tasks'].items():
+        for name, numbers in contenders.items():
+            for metric in numbers:
+                if name == 'model' or f'less_{metric}' not in numbers or metric == 'total_predicted_over_real':
+                    continue
+                sign = -1 if metric in _LESS_IS_BETTER else 1
+                value, low, high = (sign * number for number in numbers[f'less_{metric}'])
+                if value <= 0:
+                    clear = 'clearly' if max(low, high) < 0 else 'within the noise'
+                    found.append(f'{task}, {_TITLES[metric]}: {name} ({clear})')
+    return '; '.join(found) + '.' if found else 'nowhere.'
+
+
+def _calibration(test: dict) -> str:
+    lines = ['| | ' + ' | '.join(str(place + 1) for place in range(10)) + ' |', '|---' * 11 + '|']
+    for task, bins in test['calibration'].items():
+        for what in ('score', 'rate'):
+            lines.append(f'| {task} {what} | ' + ' | '.join(f'{row[what]:.3f}' for row in bins) + ' |')
+    return '\n'.join(lines) + '\n'
+
+
+def _segments(test: dict) -> str:
+    lines = ['| moments | number | bought | intent AUC | intent ECE | no purchase | churn AUC | churn ECE | '
+             'spend Spearman |', '|---' * 9 + '|']
+    for name, row in test['segments'].items():
+        numbers = [row.get(key) for key in ('intent_rate', 'intent_auc', 'intent_ece', 'churn_rate', 'churn_auc',
+                                            'churn_ece', 'spend_spearman')]
+        lines.append(f'| {name} | {row["rows"]:,} | ' + ' | '.join(
+            '' if number is None else f'{number:.3f}' for number in numbers) + ' |')
+    return '\n'.join(lines) + '\n'
+
+
+def _thresholds(test: dict) -> str:
+    lines = ['| score | moments | at least | reached by | right | found of all |', '|---' * 6 + '|']
+    for task, kinds in test['thresholds'].items():
+        for kind, table in kinds.items():
+            lines += [f'| {task} | {kind.replace("_", " ")} | {row["at_least"]} | {row["flagged"]:.1%} | '
+                      f'{row["precision"]:.1%} | {row["recall"]:.1%} |'
+                      for row in table if row['precision'] is not None]
+    return '\n'.join(lines) + '\n'

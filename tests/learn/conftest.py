@@ -1,0 +1,39 @@
+"""One tiny shop and one tiny training for all tests of this folder; both are made when first asked for."""
+from pathlib import Path
+
+import pytest
+
+from stream.replay.simulator import SimulatorOptions, simulate
+
+SHOP = SimulatorOptions(shoppers=120, days=240, seed=5)
+
+
+@pytest.fixture(scope='session')
+def lines() -> list[bytes]:
+    return list(simulate(SHOP).lines())
+
+
+@pytest.fixture(scope='session')
+def tiny_options(lines):
+    """A function that gives options for a training of seconds."""
+    pytest.importorskip('torch', reason='torch is not installed: pip install stream-scoring[train]')
+    from stream.learn.model import ModelOptions
+    from stream.learn.train import TrainOptions
+
+    def options(**changes) -> TrainOptions:
+        return TrainOptions(**{
+            'events': lines, 'source': 'a tiny shop', 'command': 'pytest', 'seed': 3, 'epochs': 3, 'batch_rows': 32,
+            'learning_rate': 3e-3, 'model': ModelOptions(hidden=16, layers=1, heads=2, intermediate=32,
+                                                         counter_hidden=8)} | changes)
+
+    return options
+
+
+@pytest.fixture(scope='session')
+def checkpoint(tiny_options, tmp_path_factory) -> Path:
+    """The directory of a tiny checkpoint. Read only."""
+    from stream.learn.train import train
+
+    out = tmp_path_factory.mktemp('checkpoint')
+    train(tiny_options(), out)
+    return out

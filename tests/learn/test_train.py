@@ -1,0 +1,62 @@
+"""A tiny training: its loss falls, it is the same twice, and its checkpoint is read back."""
+# ruff: noqa: E402  (the imports below need torch: skip first)
+import json
+import shutil
+
+import pytest
+
+torch = pytest.importorskip('torch', reason='torch is not installed: pip install stream-scoring[train]')
+
+from stream.errors import ModelError
+from stream.learn.train import load, simulated, train
+
+
+def test_the_loss_falls(checkpoint):
+    metrics = json.loads((checkpoint / 'metrics.json').read_bytes())
+    losses = [epoch['train'] for epoch in metrics['epochs']]
+    assert losses[-1] < losses[0]
+    assert metrics['epochs'][metrics['best_epoch'] - 1]['validation'] == min(
+        epoch['validation'] for epoch in metrics['epochs'])
+
+
+def test_twice_the_same(checkpoint, tiny_options, tmp_path):
+    threads = torch.get_num_threads()
+    train(tiny_options(), tmp_path)
+    for name in ('model.safetensors', 'windows.safetensors', 'config.json'):
+        assert (tmp_path / name).read_bytes() == (checkpoint / name).read_bytes(), name
+    first, second = (json.loads((where / 'metrics.json').read_bytes()) | {'seconds': 0}
+                     for where in (checkpoint, tmp_path))
+    assert first == second
+    assert torch.get_num_threads() == threads and not torch.are_deterministic_algorithms_enabled()
+
+
+def test_another_seed_gives_another_model(checkpoint, tiny_options, tmp_path):
+    train(tiny_options(seed=4, epochs=1, pretrain_epochs=0), tmp_path)
+    assert (tmp_path / 'model.safetensors').read_bytes() != (checkpoint / 'model.safetensors').read_bytes()
+
+
+def test_load_gives_the_trained_model(checkpoint):
+    kept = load(checkpoint)
+    assert not kept.model.training
+    assert kept.config['seed'] == 3 and kept.config['source'] == 'a tiny shop'
+    assert all(part['categories'].shape[1] == length for length, part in kept.windows.items())
+
+
+def test_a_checkpoint_of_another_layout_is_refused(checkpoint, tmp_path):
+    copy = shutil.copytree(checkpoint, tmp_path / 'copy')
+    config = json.loads((copy / 'config.json').read_bytes())
+    config['layout']['counters'].reverse()
+    (copy / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(ModelError, match='layout'):
+        load(copy)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ModelError, match=r'config\.json is missing'):
+        load(tmp_path)
+
+
+def test_simulated_options_name_the_command():
+    options = simulated(3, 20, 9)
+    assert options.command == 'stream train --simulate 3 --days 20 --seed 9 --out DIR'
+    assert options.seed == 9 and next(iter(options.events)).startswith(b'{"event_id"')
