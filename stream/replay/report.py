@@ -161,7 +161,7 @@ def render_report(statistics: Statistics, counts: Counts, model: ModelInfo, abou
             publish_words=_PUBLISH_WORDS[about.publish],
             events=_events_over_time(draw, statistics, span),
             scores=_scores(draw, statistics, about),
-            tiers=_tiers(draw, statistics, tier_name),
+            tiers=_tiers(draw, statistics, len(about.tier_names or ()), tier_name),
             alerts=_alerts_over_time(draw, statistics, span),
             dead=[(reason, REASON_WORDS.get(reason, ''), number) for reason, number in
                   sorted(statistics.dead.items(), key=lambda item: (-item[1], item[0]))],
@@ -243,12 +243,11 @@ def _scores(draw: '_Draw', statistics: Statistics, about: ReportAbout) -> list[d
     return charts
 
 
-def _tiers(draw: '_Draw', statistics: Statistics, tier_name: Callable[[int], str]) -> Markup | None:
+def _tiers(draw: '_Draw', statistics: Statistics, named: int, tier_name: Callable[[int], str]) -> Markup | None:
     if not statistics.tiers:
         return None
-    known = sorted((tier for tier in statistics.tiers if tier is not None), reverse=True)
-    rows = [(tier_name(tier), statistics.tiers[tier], True) for tier in
-            (range(known[0], -1, -1) if known else ())]
+    tiers = max(named, *(tier + 1 for tier in statistics.tiers if tier is not None), 0)
+    rows = [(tier_name(tier), statistics.tiers[tier], True) for tier in reversed(range(tiers))]
     if statistics.tiers[None]:
         rows.append(('no tier yet', statistics.tiers[None], False))
     spoken = 'Shoppers by expected spend tier at the end: ' + ', '.join(f'{name} {n:,}' for name, n, _ in rows) + '.'

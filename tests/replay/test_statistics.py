@@ -1,0 +1,121 @@
+import numpy as np
+import orjson
+import pytest
+
+from stream.core.events import TYPE_CODES, Event, Source
+from stream.core.lane import Read
+from stream.core.scores import Scores
+from stream.core.window import DAY_MS, NO_TIER
+from stream.replay.statistics import SCORE_BINS, USERS_AT_RISK_MAX, Statistics
+
+
+def read(ts_ms: int, type_name: str) -> Read:
+    return Read(Event('u', 'e', 1, ts_ms, TYPE_CODES[type_name], 0, 0, 0, 0.0, 0), Source.CLICKS, 0)
+
+
+def scores(intent, churn, power, usable=None) -> Scores:
+    rows = len(intent)
+    return Scores(np.ones(rows, bool) if usable is None else np.array(usable), np.array(intent, float),
+                  np.array(churn, float), np.array(power, float), np.ones((rows, 1)), np.zeros(rows))
+
+
+def alert(user_id='u', kind='churn.alert', state: str | None = 'raised', day=0, churn=0.9, spend=10.0) -> bytes:
+    value = {'type': kind, 'user_id': user_id, 'as_of_ms': day * DAY_MS,
+             'scores': {'churn': churn, 'expected_spend_90d': spend}}
+    return orjson.dumps(value | ({'state': state} if state else {}))
+
+
+# ---- events by day --------------------------------------------------------------------------------------------------
+
+
+def test_a_day_ends_before_midnight_utc():
+    statistics = Statistics()
+    statistics.add_reads([read(DAY_MS * 20_000 - 1, 'view'), read(DAY_MS * 20_000, 'view')])
+    assert statistics.events_per_day == {19_999: {'view': 1}, 20_000: {'view': 1}}
+
+
+def test_blocks_add_up_whatever_their_cuts():
+    rng = np.random.default_rng(5)
+    names = list(TYPE_CODES)
+    reads = [read(int(ts_ms), names[code]) for ts_ms, code in
+             zip(rng.integers(0, 30 * DAY_MS, 500), rng.integers(0, len(names), 500), strict=True)]
+    whole, cut = Statistics(), Statistics()
+    whole.add_reads(reads)
+    for start in range(0, 500, 37):
+        cut.add_reads(reads[start:start + 37])
+    assert whole.events_per_day == cut.events_per_day
+    for day, row in whole.events_per_day.items():
+        for name, number in row.items():
+            assert number == sum(r.event.ts_ms // DAY_MS == day and r.event.type == TYPE_CODES[name] for r in reads)
+    assert sum(row.total() for row in whole.events_per_day.values()) == 500
+
+
+# ---- scores ---------------------------------------------------------------------------------------------------------
+
+
+def test_histograms_count_each_usable_score_in_its_bin():
+    statistics = Statistics()
+    statistics.add_scores(scores([0.0, 0.01, 0.61], [1.0, 0.99, 0.5], [0.31, 0.33, 0.33]))
+    statistics.add_scores(scores([0.01, 0.7], [0.99, 0.7], [0.31, 0.7], usable=[True, False]))
+    bins = {name: {int(at): int(histogram[at]) for at in np.flatnonzero(histogram)}
+            for name, histogram in statistics.score_histograms.items()}
+    assert bins == {'intent': {0: 3, 30: 1}, 'churn': {25: 1, 49: 3}, 'power': {15: 2, 16: 2}}
+
+
+@pytest.mark.parametrize('step', range(SCORE_BINS))
+def test_a_score_on_an_edge_belongs_to_the_bin_above_it(step):
+    at = np.linspace(0, 1, SCORE_BINS + 1)[step]
+    statistics = Statistics()
+    statistics.add_scores(scores([at], [at], [at]))
+    assert np.flatnonzero(statistics.score_histograms['churn']).tolist() == [step]
+
+
+# ---- alerts ---------------------------------------------------------------------------------------------------------
+
+
+def test_alerts_are_counted_by_day_kind_and_state():
+    statistics = Statistics()
+    statistics.add_alerts([alert(day=3), alert(day=3, user_id='v'), alert(day=4, state='cleared'),
+                           alert(day=4, kind='purchase_intent.alert'),
+                           alert(day=4, kind='purchase_power.updated', state=None)])
+    assert statistics.alerts_per_day == {
+        3: {'churn.alert raised': 2},
+        4: {'churn.alert cleared': 1, 'purchase_intent.alert raised': 1, 'purchase_power.updated': 1}}
+
+
+def test_whose_alert_was_cleared_is_no_longer_at_risk():
+    statistics = Statistics()
+    statistics.add_alerts([alert('gone', churn=0.95), alert('back'), alert('back', state='cleared'),
+                           alert('wants', kind='purchase_intent.alert')])
+    assert [value['user_id'] for value in statistics.users_at_risk()] == ['gone']
+    assert statistics.users_at_risk_total == 1
+
+
+def test_the_spend_at_risk_orders_the_users_and_ids_break_ties():
+    statistics = Statistics()
+    statistics.add_alerts([alert('b', churn=0.8, spend=100), alert('a', churn=0.8, spend=100),
+                           alert('c', churn=1.0, spend=79), alert('d', churn=0.9, spend=100)])
+    assert [value['user_id'] for value in statistics.users_at_risk()] == ['d', 'a', 'b', 'c']
+
+
+def test_the_list_is_bounded_and_the_total_is_not():
+    statistics = Statistics()
+    statistics.add_alerts([alert(f'u{number}') for number in range(USERS_AT_RISK_MAX + 5)])
+    assert len(statistics.users_at_risk()) == USERS_AT_RISK_MAX
+    assert statistics.users_at_risk_total == USERS_AT_RISK_MAX + 5
+
+
+def test_the_newest_alerts_of_each_kind_are_shown():
+    statistics = Statistics()
+    statistics.add_alerts([alert(f'u{number}') for number in range(50)] + [alert(kind='purchase_intent.alert')])
+    shown = [(value['type'], value['user_id']) for value in statistics.alerts_shown]
+    assert shown[-1] == ('purchase_intent.alert', 'u')
+    assert shown[-2] == ('churn.alert', 'u49')
+    assert len(shown) < 20
+
+
+def test_last_tiers():
+    statistics = Statistics()
+    for tier in (NO_TIER, 0, 4, 4):
+        statistics.add_final_tier(tier)
+    assert statistics.tiers == {None: 1, 0: 1, 4: 2}
