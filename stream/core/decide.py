@@ -22,7 +22,7 @@ from stream.core.window import CHURN_RAISED, DAY_MS, INTENT_RAISED, NO_TIER, Use
 
 HOUR_MS = 3_600_000
 
-Occasion = Literal['power_up', 'power_down', 'intent', 'churn_raised', 'churn_cleared']
+Occasion = Literal['power_first', 'power_up', 'power_down', 'intent', 'churn_raised', 'churn_cleared']
 
 
 class Kind(enum.StrEnum):
@@ -133,7 +133,8 @@ def _power(headers: np.ndarray, as_of_ms: np.ndarray, scores: Scores, policy: Po
                & _cooled(headers['power_at_ms'], as_of_ms, policy.power_cooldown_ms))
     for row in np.flatnonzero(scores.usable & (first | changed | remodelled)):
         new, old = int(best[row]), int(tier[row])
-        occasion: Occasion | None = None if remodelled[row] else 'power_up' if new > old else 'power_down'
+        occasion: Occasion | None = (None if remodelled[row] else 'power_first' if first[row]
+                                     else 'power_up' if new > old else 'power_down')
         yield Decision(int(row), Kind.POWER, occasion, new, old)
 
 

@@ -117,7 +117,7 @@ def _event_words(lines: np.ndarray, moment_ms: int) -> dict:
     deed = _DEEDS[name]
     if name == 'purchase':
         deed = f'bought {_count(len(lines), "line")}'
-    worth = f' for {amount:.2f}' if amount > 0 else ''
+    worth = f' {"for" if name in ("purchase", "refund") else "worth"} {amount:.2f}' if amount > 0 else ''
     return {'name': name, 'text': f'{deed}{worth} {_ago(moment_ms - ts_ms)}', 'ts_ms': ts_ms,
             'amount': round(amount, 2)}
 

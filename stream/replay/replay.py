@@ -80,6 +80,7 @@ class Replay:
             await self._block(block)
             if progress:
                 progress(len(block.values))
+        await self._sweep(self.statistics.clock_ms)
         counts = self.counts
         for _, record in self._state.records():
             counts.users += 1

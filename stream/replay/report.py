@@ -31,6 +31,7 @@ from stream.replay.statistics import SCORE_BINS, Statistics
 from stream.scoring.step import Publish
 
 TIME_BINS_MAX = 140
+USERS_AT_RISK_MAX = 20
 _BIN_DAYS = (1, 7, 28, 364)     # 364 days suffice for any times that the decoder takes
 _MONDAY = 4                     # 1970-01-05, in days since 1970
 _AXIS_DAYS_MIN = 7
@@ -149,6 +150,7 @@ def render_report(statistics: Statistics, counts: Counts, model: ModelInfo, abou
     environment.filters['number'] = _number
     template = environment.from_string(files('stream.replay').joinpath('report.html.j2').read_text('utf-8'))
     tier_name = _tier_namer(about.tier_names)
+    at_risk = statistics.users_at_risk()
     days = [*statistics.events_per_day, *statistics.alerts_per_day]
     span = (min(days), max(days)) if days else None
     with style.context(['default', _STYLE]):
@@ -165,8 +167,8 @@ def render_report(statistics: Statistics, counts: Counts, model: ModelInfo, abou
             alerts=_alerts_over_time(draw, statistics, span),
             dead=[(reason, REASON_WORDS.get(reason, ''), number) for reason, number in
                   sorted(statistics.dead.items(), key=lambda item: (-item[1], item[0]))],
-            at_risk=[_at_risk(value, tier_name) for value in statistics.users_at_risk()],
-            at_risk_total=statistics.users_at_risk_total,
+            at_risk=[_at_risk(value, tier_name) for value in at_risk[:USERS_AT_RISK_MAX]],
+            at_risk_total=len(at_risk),
         )
 
 

@@ -1,4 +1,4 @@
-"""What a replay adds up for its report, block by block, in bounded memory."""
+"""What a replay adds up for its report, block by block; memory grows with the days and the users at risk."""
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +13,7 @@ from stream.core.scores import Scores
 from stream.core.window import DAY_MS, NO_TIER
 
 SCORE_BINS = 50
-USERS_AT_RISK_MAX = 20
-ALERTS_SHOWN_MAX = 15
+ALERTS_SHOWN_PER_LABEL = 4
 _DAY_TYPE = 256         # a day and a type code in one integer
 
 
@@ -35,10 +34,12 @@ class Statistics:
         self.tiers: Counter[int | None] = Counter()
         self.dead: Counter[str] = Counter()
         self.alerts_shown: list[dict[str, Any]] = []
+        self.clock_ms = 0       # newest event time so far
         self._at_risk: dict[str, dict[str, Any]] = {}
 
     def add_reads(self, reads: Sequence[Read]) -> None:
-        """Count valid events by day and type."""
+        """Count valid events by day and type, and move the clock."""
+        self.clock_ms = max(self.clock_ms, *(read.event.ts_ms for read in reads)) if reads else self.clock_ms
         keys = np.fromiter((read.event.ts_ms // DAY_MS * _DAY_TYPE + read.event.type for read in reads), np.int64,
                            len(reads))
         for key, count in zip(*np.unique(keys, return_counts=True), strict=True):
@@ -69,20 +70,18 @@ class Statistics:
         self.tiers[None if tier == NO_TIER else tier] += 1
 
     def users_at_risk(self) -> list[dict[str, Any]]:
-        """Churn alerts still standing at the end, by the spend at risk: churn times the expected spend."""
-        return sorted(self._at_risk.values(),
-                      key=lambda value: (-_spend_at_risk(value), value['user_id']))[:USERS_AT_RISK_MAX]
+        """Churn alerts that stand at the end and have not expired, the largest spend at risk first.
 
-    @property
-    def users_at_risk_total(self) -> int:
-        """How many churn alerts still stand at the end."""
-        return len(self._at_risk)
+        The spend at risk is churn times the expected spend. An expired alert is about somebody lost long ago.
+        """
+        standing = [value for value in self._at_risk.values() if value['expires_at_ms'] > self.clock_ms]
+        return sorted(standing, key=lambda value: (-_spend_at_risk(value), value['user_id']))
 
     def _show(self, value: dict[str, Any]) -> None:
         """Keep the newest alerts of each label, so that a short table has some of each."""
         label = (value['type'], value.get('state'))
         same = [at for at, shown in enumerate(self.alerts_shown) if (shown['type'], shown.get('state')) == label]
-        if len(same) >= ALERTS_SHOWN_MAX // 3:
+        if len(same) == ALERTS_SHOWN_PER_LABEL:
             del self.alerts_shown[same[0]]
         self.alerts_shown.append(value)
 

@@ -23,7 +23,7 @@ class EmbeddedScorer:
     def __init__(self, version_dir: Path, threads: int = 1, rows_max: int = 256) -> None:
         artefact = load_artefact(version_dir)
         self.model = artefact.info
-        self.manifest = artefact.manifest
+        self.tier_names = artefact.manifest.tier_names
         self.rows_max = rows_max
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads

@@ -17,6 +17,7 @@ class Scorer(Protocol):
     """
 
     model: ModelInfo
+    tier_names: tuple[str, ...]
     rows_max: int       # the largest batch that it takes
 
     async def score(self, batches: Sequence[Batch]) -> list[Outputs]: ...
@@ -30,7 +31,7 @@ class ConstantScorer:
     def __init__(self, tiers: int = 5, rows_max: int = 256) -> None:
         self.model = ModelInfo('constant', '1', '0' * 64)
         self.rows_max = rows_max
-        self._tiers = tiers
+        self.tier_names = tuple(f'tier {tier}' for tier in range(tiers))
 
     async def score(self, batches: Sequence[Batch]) -> list[Outputs]:
         return [self._outputs(batch) for batch in batches]
@@ -40,7 +41,7 @@ class ConstantScorer:
 
     def _outputs(self, batch: Batch) -> Outputs:
         rows = len(batch)
-        tiers = np.zeros((rows, self._tiers), np.float32)
+        tiers = np.zeros((rows, len(self.tier_names)), np.float32)
         tiers[:, 0] = 1.0
         half = np.full((rows, 1), 0.5, np.float32)
         return Outputs(half, tiers, np.zeros((rows, 1), np.float32), half, batch.row_id)

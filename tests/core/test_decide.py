@@ -39,7 +39,7 @@ def decided(user: User, scores: Scores, as_of_ms: int = T0_MS) -> list[tuple[Kin
 def test_the_first_tier_waits_for_enough_events():
     assert decided(shopper(applied=2), scores_of()) == []
     user = shopper(applied=3)
-    assert decided(user, scores_of()) == [(Kind.POWER, 'power_up')]
+    assert decided(user, scores_of()) == [(Kind.POWER, 'power_first')]
     assert (user.tier, user.power_grid, user.power_at_ms, user.model) == (1, 5000, T0_MS, MODEL)
 
 

@@ -43,7 +43,7 @@ def test_the_event_that_made_the_score_is_the_first_reason():
     snapshots = snapshots_of([(0, VIEW, 0, 0)], shopper)
     occlusions = occlude(snapshots, [1], features(snapshots))
     reasons = explain(occlusions, scored(carts(occlusions)), 1, Kind.INTENT, scored(np.array([0.0, 0.3])))
-    assert reasons == [{'name': 'add_to_cart', 'text': 'put an item in the cart for 9.90 3 hours before',
+    assert reasons == [{'name': 'add_to_cart', 'text': 'put an item in the cart worth 9.90 3 hours before',
                         'ts_ms': T0_MS + 5 * 3_600_000, 'amount': 9.9, 'effect': 0.3}]
 
 

@@ -35,6 +35,7 @@ NASTY = '''<script>alert("1")</script>'&amp;'''
 def alert(user_id='u7', **changes) -> bytes:
     return orjson.dumps({
         'type': 'churn.alert', 'state': 'raised', 'user_id': user_id, 'as_of_ms': (DAY + 9) * DAY_MS,
+        'expires_at_ms': (DAY + 16) * DAY_MS,
         'scores': {'churn': 0.9123, 'expected_spend_90d': 1234.5}, 'tier': 2, 'action': 'service_call',
         'reasons': [{'name': 'silence', 'text': 'nothing for 31 days', 'effect': 0.4},
                     {'name': 'orders', 'text': '4 orders', 'effect': -0.25}],

@@ -6,7 +6,7 @@ from stream.core.events import TYPE_CODES, Event, Source
 from stream.core.lane import Read
 from stream.core.scores import Scores
 from stream.core.window import DAY_MS, NO_TIER
-from stream.replay.statistics import SCORE_BINS, USERS_AT_RISK_MAX, Statistics
+from stream.replay.statistics import SCORE_BINS, Statistics
 
 
 def read(ts_ms: int, type_name: str) -> Read:
@@ -20,7 +20,7 @@ def scores(intent, churn, power, usable=None) -> Scores:
 
 
 def alert(user_id='u', kind='churn.alert', state: str | None = 'raised', day=0, churn=0.9, spend=10.0) -> bytes:
-    value = {'type': kind, 'user_id': user_id, 'as_of_ms': day * DAY_MS,
+    value = {'type': kind, 'user_id': user_id, 'as_of_ms': day * DAY_MS, 'expires_at_ms': (day + 7) * DAY_MS,
              'scores': {'churn': churn, 'expected_spend_90d': spend}}
     return orjson.dumps(value | ({'state': state} if state else {}))
 
@@ -88,7 +88,6 @@ def test_whose_alert_was_cleared_is_no_longer_at_risk():
     statistics.add_alerts([alert('gone', churn=0.95), alert('back'), alert('back', state='cleared'),
                            alert('wants', kind='purchase_intent.alert')])
     assert [value['user_id'] for value in statistics.users_at_risk()] == ['gone']
-    assert statistics.users_at_risk_total == 1
 
 
 def test_the_spend_at_risk_orders_the_users_and_ids_break_ties():
@@ -98,11 +97,12 @@ def test_the_spend_at_risk_orders_the_users_and_ids_break_ties():
     assert [value['user_id'] for value in statistics.users_at_risk()] == ['d', 'a', 'b', 'c']
 
 
-def test_the_list_is_bounded_and_the_total_is_not():
+def test_an_expired_alert_is_about_somebody_lost():
     statistics = Statistics()
-    statistics.add_alerts([alert(f'u{number}') for number in range(USERS_AT_RISK_MAX + 5)])
-    assert len(statistics.users_at_risk()) == USERS_AT_RISK_MAX
-    assert statistics.users_at_risk_total == USERS_AT_RISK_MAX + 5
+    statistics.add_alerts([alert('long ago', day=1), alert('now', day=20)])
+    assert {value['user_id'] for value in statistics.users_at_risk()} == {'long ago', 'now'}
+    statistics.clock_ms = 20 * DAY_MS
+    assert [value['user_id'] for value in statistics.users_at_risk()] == ['now']
 
 
 def test_the_newest_alerts_of_each_kind_are_shown():

@@ -1,0 +1,290 @@
+"""The command line. Each command is a thin shell: settings in, files in and out, a summary, an exit code."""
+import asyncio
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import msgspec
+import orjson
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from stream.config import Settings, load_settings, render
+from stream.errors import StreamError, UsageError
+from stream.replay.formats import FORMATS
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode='rich',
+    help='Real-time shopper scoring: click and cart events in, purchase-power scores and churn alerts out.',
+    epilog='Exit codes: 0 done, 2 wrong command or setting, 3 unreadable input, 4 damaged state, 5 model, 130 stopped.')
+
+ConfigFile = Annotated[Path | None, typer.Option(
+    '--config', metavar='FILE', help='Settings file in TOML (default: stream.toml, if there is one).')]
+Overrides = Annotated[list[str] | None, typer.Option(
+    '--set', metavar='NAME=VALUE', help='Any setting of `stream config`, e.g. --set churn_raise=0.7; repeatable.')]
+FormatName = Annotated[str, typer.Option(
+    '--format', metavar='FORMAT', help='How the files are written. ' + ' '.join(
+        f'[bold]{name}[/bold]: {entry.help}' for name, entry in FORMATS.items()))]
+Seed = Annotated[int, typer.Option(help='The same seed gives the same bytes.')]
+Model = Annotated[Path | None, typer.Option(metavar='DIR', help='Folder of a model version (setting `model`).')]
+Publish = Annotated[str | None, typer.Option(
+    metavar='changes|all|events', help='What is written (setting `publish`): decisions only; also the scores of every '
+                                       'scored user; also one output per event.')]
+AsJson = Annotated[bool, typer.Option('--json', help='End with one line of counts as JSON on standard output.')]
+
+
+@app.command()
+def demo(
+    shoppers: Annotated[int, typer.Option(min=1, help='Simulated shoppers.')] = 300,
+    days: Annotated[int, typer.Option(min=1, help='Days that are simulated.')] = 180,
+    seed: Seed = 7,
+    out: Annotated[Path, typer.Option(metavar='DIR', help='Folder for events, alerts and the report.')] = Path('demo'),
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Simulate shoppers, replay their events through the shipped model, show alerts with reasons and a report."""
+    settings = load_settings(config, **_parsed(overrides))
+    out.mkdir(parents=True, exist_ok=True)
+    events = out / 'events.jsonl'
+    _simulate(events, shoppers, days, seed, noise=0.002)
+    outcome = _replay([events], 'events', out / 'alerts.jsonl', settings, with_report=True, state_dir=None)
+    _print_alerts(outcome.alerts_shown)
+    _print_summary(outcome)
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Argument(metavar='FILE', help='Where the events go (.jsonl).')],
+    shoppers: Annotated[int, typer.Option(min=1, help='Simulated shoppers.')] = 1_000,
+    days: Annotated[int, typer.Option(min=1, help='Days that are simulated.')] = 180,
+    seed: Seed = 7,
+    noise: Annotated[float, typer.Option(
+        min=0, max=0.5, help='Share of rows that are repeated, delayed or broken, as real feeds have them.')] = 0.0,
+) -> None:
+    """Write the events of simulated shoppers, and beside them what is true of each (FILE with .truth.jsonl)."""
+    _simulate(out, shoppers, days, seed, noise)
+
+
+@app.command()
+def replay(
+    files: Annotated[list[Path], typer.Argument(metavar='FILE...', help='Recorded files, also .gz and .zst.')],
+    format_name: FormatName = 'events',
+    out: Annotated[Path, typer.Option(
+        metavar='FILE', help='Messages, one a line. Beside it: dead letters (.dead.jsonl) and the report (.html).',
+    )] = Path('alerts.jsonl'),
+    publish: Publish = None,
+    scorer: Annotated[str | None, typer.Option(metavar='embedded|constant', help='Setting `scorer`.')] = None,
+    model: Model = None,
+    state: Annotated[str | None, typer.Option(metavar='memory|rocksdb', help='Setting `state`.')] = None,
+    state_dir: Annotated[Path | None, typer.Option(
+        metavar='DIR', help='Keep the RocksDB state here (new or empty); without it, it is temporary.')] = None,
+    report: Annotated[bool, typer.Option(help='Write the HTML report.')] = True,
+    as_json: AsJson = False,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Send recorded events through the worker's own core, in event-time order; the same files give the same bytes."""
+    flags = {'publish': publish, 'scorer': scorer, 'model': model, 'state': 'rocksdb' if state_dir else state}
+    settings = load_settings(config, **_parsed(overrides) | {k: v for k, v in flags.items() if v is not None})
+    outcome = _replay(files, format_name, out, settings, report, state_dir)
+    if as_json:
+        sys.stdout.write(orjson.dumps(msgspec.to_builtins(outcome.counts)).decode() + '\n')
+    else:
+        _print_summary(outcome)
+
+
+@app.command(name='config')
+def show_config(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    schema: Annotated[bool, typer.Option('--schema', help='Print the JSON Schema of an event instead.')] = False,
+) -> None:
+    """Print the settings in effect, as TOML that can be saved as stream.toml: file, then STREAM_<NAME>, then flags."""
+    if schema:
+        from stream.core.events import json_schema
+        sys.stdout.write(orjson.dumps(json_schema(), option=orjson.OPT_INDENT_2).decode() + '\n')
+    else:
+        sys.stdout.write(render(load_settings(config, **_parsed(overrides))))
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    try:
+        app(standalone_mode=True)
+    except StreamError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f'stream: {error}', markup=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+class Outcome(msgspec.Struct):
+    """What a replay leaves for its summary."""
+
+    counts: Any
+    alerts_shown: list[dict[str, Any]]
+    refused_scores: int
+    out: Path
+    dead_letters: Path
+    report: Path | None
+    seconds: float
+
+
+def _replay(
+    files: list[Path], format_name: str, out: Path, settings: Settings, with_report: bool, state_dir: Path | None,
+) -> Outcome:
+    from stream.replay.recording import Recording
+    from stream.replay.replay import Replay
+
+    if format_name not in FORMATS:
+        raise UsageError(f'There is no format {format_name!r}.', f'choose one of {", ".join(FORMATS)}.')
+    if out.suffix != '.jsonl' or not out.parent.is_dir():
+        raise UsageError(f'Messages cannot be written to {out}.', 'name a .jsonl file in an existing folder with --out.')
+    dead_letters, report = out.with_suffix('.dead.jsonl'), out.with_suffix('.html')
+    with ExitStack() as stack:
+        progress = stack.enter_context(_progress())
+        recording = Recording(files, format_name)
+        task = progress.add_task('reading times', total=None)
+        recording.scan(lambda rows: progress.update(task, completed=rows))
+        scorer = _scorer(settings)
+        state = _state(settings, state_dir, stack)
+        outputs = stack.enter_context(_written(out))
+        letters = stack.enter_context(_written(dead_letters))
+        run = Replay(recording, state, scorer, settings.replay_rules(), outputs, letters)
+        progress.reset(task, description='replaying', total=recording.rows)
+        started = time.monotonic()
+        counts = asyncio.run(run.run(lambda rows: progress.advance(task, rows)))
+        seconds = time.monotonic() - started
+        if with_report:
+            from stream.replay.report import ReportAbout, write_report
+            progress.update(task, description='writing report')
+            about = ReportAbout(
+                sources=[path.name for path in files], format=format_name, currency=settings.currency,
+                first_ms=recording.first_ms, last_ms=recording.last_ms, publish=settings.publish,
+                tier_names=scorer.tier_names, intent_raise=settings.intent_raise, churn_raise=settings.churn_raise,
+                churn_clear=settings.churn_clear)
+            write_report(report, run.statistics, counts, scorer.model, about)
+    return Outcome(counts, run.statistics.alerts_shown, run.refused_scores, out, dead_letters,
+                   report if with_report else None, seconds)
+
+
+def _scorer(settings: Settings) -> Any:
+    if settings.scorer == 'constant':
+        from stream.scoring.scorer import ConstantScorer
+        return ConstantScorer(rows_max=settings.batch_rows_max)
+    from stream.scoring.embedded import EmbeddedScorer
+    return EmbeddedScorer(settings.model, settings.scorer_threads, settings.batch_rows_max)
+
+
+def _state(settings: Settings, state_dir: Path | None, stack: ExitStack) -> Any:
+    from stream.replay.state import MemoryState, RocksState
+    if settings.state == 'memory':
+        return MemoryState()
+    if state_dir is None:
+        state_dir = Path(tempfile.mkdtemp(prefix='stream-replay-'))
+        stack.callback(shutil.rmtree, state_dir)
+    state = RocksState(state_dir)
+    stack.callback(state.close)
+    return state
+
+
+def _simulate(out: Path, shoppers: int, days: int, seed: int, noise: float) -> None:
+    from stream.replay.simulator import SimulatorOptions, simulate, write
+    if not out.parent.is_dir():
+        raise UsageError(f'There is no folder {out.parent}.', 'make it, or name another file.')
+    truth = out.with_suffix('.truth.jsonl')
+    simulation = simulate(SimulatorOptions(shoppers=shoppers, days=days, seed=seed, noise=noise))
+    write(simulation, out, truth)
+    _say(f'{simulation.events:,} events of {shoppers:,} simulated shoppers over {days} days: {out} (truth: {truth})')
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[IO[bytes]]:
+    """A file that appears under its name only when it is complete."""
+    part = path.with_name(path.name + '.part')
+    with part.open('wb', buffering=1 << 20) as file:
+        yield file
+    part.replace(path)
+
+
+def _parsed(overrides: list[str] | None) -> dict[str, Any]:
+    values = {}
+    for override in overrides or ():
+        name, separator, text = override.partition('=')
+        if not separator:
+            raise UsageError(f'--set {override} is not NAME=VALUE.', 'see `stream config` for the names.')
+        try:
+            values[name] = orjson.loads(text)
+        except orjson.JSONDecodeError:
+            values[name] = text     # a bare word
+    return values
+
+
+def _progress() -> Progress:
+    return Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TextColumn('rows'), _Rate(),
+                    TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+
+
+class _Rate(ProgressColumn):
+    """Rows a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f'{task.speed:,.0f}/s' if task.speed else '')
+
+
+def _say(text: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+
+
+_SCORE_OF = {'purchase_intent.alert': 'purchase_intent', 'churn.alert': 'churn'}
+
+
+def _print_alerts(alerts: list[dict[str, Any]]) -> None:
+    table = Table(title='The newest alerts of each kind', show_lines=True)
+    for column, options in (('when (UTC)', {'no_wrap': True}), ('user', {'no_wrap': True}), ('alert', {}),
+                            ('score', {'justify': 'right'}), ('tier', {'justify': 'right'}),
+                            ('because (+ raised it, - lowered it)', {'ratio': 1}), ('proposed', {})):
+        table.add_column(column, **options)
+    for value in alerts:
+        when = datetime.fromtimestamp(value['as_of_ms'] / 1000, UTC)
+        reasons = [f'{"+" if reason["effect"] > 0 else "-"} {reason["text"]}' for reason in value['reasons'] or ()]
+        score = _SCORE_OF.get(value['type'], 'purchase_power')
+        tier = '-' if value['tier'] is None else str(value['tier'])
+        if 'previous_tier' in value and value['previous_tier'] is not None:
+            tier = f'{value["previous_tier"]} to {tier}'
+        table.add_row(f'{when:%Y-%m-%d %H:%M}', value['user_id'],
+                      ' '.join(filter(None, (value['type'], value.get('state')))), f'{value["scores"][score]:.2f}',
+                      tier, '\n'.join(reasons), value['action'] or '-')
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+
+
+def _print_summary(outcome: Outcome) -> None:
+    counts = outcome.counts
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        f'{counts.read:,} rows in {outcome.seconds:.1f} s: {counts.applied:,} applied, {counts.duplicate:,} duplicate, '
+        f'{counts.late:,} late, {counts.dead:,} dead. {counts.users:,} users, {counts.scored:,} scored windows, '
+        f'{counts.alerts:,} alerts.', markup=False)
+    if outcome.refused_scores:
+        console.print(f'{outcome.refused_scores:,} scores were refused (not numbers in range): check the model.',
+                      markup=False)
+    console.print(f'alerts: {outcome.out}\ndead letters: {outcome.dead_letters}', markup=False)
+    if outcome.report:
+        console.print(f'report: {outcome.report}', markup=False)
