@@ -92,6 +92,8 @@ How many moments reach a threshold, and how many of those are right. Churn: shop
 ## Limits
 
 - {_origin(config['source'])}
+- Right after an event nobody knows whether the session goes on: the probabilities hold for the mixture of moments
+  within and at the end of sessions, not for each of the two (see the segments).
 - The scores say what is likely, not why, and not what a coupon would change.
 - Item and category are hashed; a shop with other names, prices or currency needs its own training.
 - Serve with the windows of the training: {config['window']['events_max']} events, \

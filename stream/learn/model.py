@@ -91,6 +91,7 @@ class ShopperModel(nn.Module):
         self.register_buffer('counter_mean', torch.zeros(COUNTERS))
         self.register_buffer('counter_scale', torch.ones(COUNTERS))     # 1 / standard deviation
         self.register_buffer('log_spend_max', torch.tensor(0.0))
+        self.register_buffer('log_spend_scale', torch.tensor(0.0))      # see stream.learn.train, 4 calibration
 
     def fit_averages(self, counters: Tensor, intent: Tensor, churn: Tensor, spend: Tensor, tier: Tensor) -> None:
         """Start from the training rows' averages: counters [n, COUNTERS], labels [n] as in `stream.learn.dataset`.
@@ -144,10 +145,10 @@ class ShopperModel(nn.Module):
         """A batch's scores, in the order of OUTPUT_NAMES: [b, 1], [b, TIERS], [b, 1], [b, 1], [b, 1].
 
         Units    probabilities; expected_spend in the configured currency over 90 days: the chance of any spend times
-                 the log-normal's mean, which is at most the largest spend of the training split.
+                 the log-normal's mean, calibrated, which is at most the largest spend of the training split.
         """
         out = self.logits(categories, numbers, counters)
-        log_mean = torch.minimum(out.mu + out.sigma**2 / 2, self.log_spend_max)
+        log_mean = torch.minimum(out.mu + out.sigma**2 / 2 + self.log_spend_scale, self.log_spend_max)
         spend = out.bought.sigmoid() * log_mean.exp()
         return (out.intent.sigmoid()[:, None], out.tier.softmax(-1), spend[:, None], out.churn.sigmoid()[:, None],
                 row_id.clone())

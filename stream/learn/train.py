@@ -3,8 +3,9 @@
     1 examples     what was known at a moment, and what came after (stream.learn.dataset)
     2 pretraining  hide slots of the training windows, guess their type and category; no label is looked at
     3 training     everything together, on the sum of the four tasks' losses; the best epoch by validation loss is kept
-    4 evaluation   on users and a time that training has not seen, beside baselines (stream.learn.evaluate)
-    5 checkpoint   model.safetensors, config.json, metrics.json, windows.safetensors
+    4 calibration  the mean of a log-normal is all tail: scale it to the total that the validation users spent
+    5 evaluation   on users and a time that training has not seen, beside baselines (stream.learn.evaluate)
+    6 checkpoint   model.safetensors, config.json, metrics.json, windows.safetensors
 
 One thread and deterministic kernels throughout: on one machine the same options give the same bytes.
 """
@@ -67,7 +68,7 @@ class TrainOptions:
     examples: ExampleOptions = field(default_factory=ExampleOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     pretrain_epochs: int = 1
-    epochs: int = 5
+    epochs: int = 4
     batch_rows: int = 128
     learning_rate: float = 7e-4
     weight_decay: float = 0.05
@@ -181,7 +182,15 @@ def _train(options: TrainOptions, out: Path, console: Console) -> dict:
             break
     model.load_state_dict(best_weights)
 
-    # 4 evaluation
+    # 4 calibration
+
+    predicted = float(score(model, data.validation)['expected_spend'].sum())
+    spent = float(data.validation.labels.spend.sum())
+    if spent > 0:
+        model.log_spend_scale.fill_(math.log(spent / predicted))
+    console.print(f'expected spend of the validation users: {predicted:,.0f}, spent: {spent:,.0f}')
+
+    # 5 evaluation
 
     scores = score(model, data.test)
     metrics = {'pretraining': pretrain_losses, 'epochs': history, 'best_epoch': best_epoch,
@@ -193,7 +202,7 @@ def _train(options: TrainOptions, out: Path, console: Console) -> dict:
                 f'{metric} {value:.3f} ({low:.3f} .. {high:.3f})' for metric, (value, low, high) in numbers.items()
                 if not metric.startswith('less_')))
 
-    # 5 checkpoint
+    # 6 checkpoint
 
     out.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(model.state_dict(), out / WEIGHTS_FILE)

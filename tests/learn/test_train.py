@@ -8,7 +8,8 @@ import pytest
 torch = pytest.importorskip('torch', reason='torch is not installed: pip install stream-scoring[train]')
 
 from stream.errors import ModelError
-from stream.learn.train import load, simulated, train
+from stream.learn import dataset
+from stream.learn.train import load, score, simulated, train
 
 
 def test_the_loss_falls(checkpoint):
@@ -33,6 +34,13 @@ def test_twice_the_same(checkpoint, tiny_options, tmp_path):
 def test_another_seed_gives_another_model(checkpoint, tiny_options, tmp_path):
     train(tiny_options(seed=4, epochs=1, pretrain_epochs=0), tmp_path)
     assert (tmp_path / 'model.safetensors').read_bytes() != (checkpoint / 'model.safetensors').read_bytes()
+
+
+def test_expected_spend_adds_up_for_the_validation_users(checkpoint, tiny_options):
+    options = tiny_options()
+    data = dataset.build(options.events, options.rules, options.limits, options.examples, options.seed)
+    predicted = score(load(checkpoint).model, data.validation)['expected_spend'].sum()
+    assert predicted == pytest.approx(data.validation.labels.spend.sum(), rel=0.01)
 
 
 def test_load_gives_the_trained_model(checkpoint):
