@@ -127,22 +127,24 @@ def build(
 ) -> Dataset:
     """Examples from event JSON in the order in which the worker would read it.
 
-    Promise  the sample of a user's moments and its split depend on the seed and the user alone, not on who else is
-             there.
+    Promise  the sample of a user's moments and its split depend on the seed, the user and the recording's first and
+             last time, not on who else is there.
     Errors   UsageError if a split has no moment, or nobody of the train split buys: there is nothing to learn from.
     """
     by_user, refused = _decode(values, rules)
     if not by_user:
         raise UsageError('There is not one valid event to learn from.', do='check the files and their format.')
-    times_ms = [event.ts_ms for events in by_user.values() for event in events]
-    start_ms, end_ms = min(times_ms), max(times_ms)
+    users, number_of_events = len(by_user), sum(map(len, by_user.values()))
+    start_ms = min(event.ts_ms for events in by_user.values() for event in events)
+    end_ms = max(event.ts_ms for events in by_user.values() for event in events)
     labelled_until_ms = end_ms - SPEND_DAYS * DAY_MS
     cut_ms = start_ms + int((labelled_until_ms - start_ms) * (1 - options.later_share))
     span_ms = {Split.TRAIN: (start_ms, cut_ms - 1), Split.VALIDATION: (start_ms, cut_ms - 1),
                Split.TEST: (cut_ms, labelled_until_ms)}
 
     found: dict[Split, list[tuple]] = {split: [] for split in Split}
-    for number, (user_id, events) in enumerate(by_user.items()):
+    for number, user_id in enumerate(tuple(by_user)):
+        events = by_user.pop(user_id)       # a user's events are not needed again: let the memory go
         split = split_of(user_id, options.shares, seed)
         rng = np.random.default_rng([seed, xxh3_64_intdigest(user_id.encode())])
         chosen = _sample(events, limits, span_ms[split], options.moments_per_user, rng)
@@ -159,8 +161,7 @@ def build(
         raise UsageError('Nobody buys anything after any of the moments.', do='use a recording with purchases.')
     tier_edges = np.quantile(spend[spend > 0], (0.25, 0.5, 0.75))
     splits = [_examples(found[split], tier_edges, seed) for split in Split]
-    return Dataset(*splits, tier_edges, len(by_user), len(times_ms), refused, start_ms, cut_ms, labelled_until_ms,
-                   end_ms)
+    return Dataset(*splits, tier_edges, users, number_of_events, refused, start_ms, cut_ms, labelled_until_ms, end_ms)
 
 
 def split_of(user_id: str, shares: tuple[float, float], seed: int) -> Split:
