@@ -200,13 +200,18 @@ def _value_or_error(cell: Any) -> Any:
         return error
 
 
+def _dumps(event: dict[str, Any]) -> bytes:
+    # A copy: orjson's own result keeps a buffer of kilobytes for as long as the row is held for sorting.
+    return bytes(memoryview(orjson.dumps(event)))
+
+
 def _rendered(names: list[str], row: tuple[Any, ...]) -> bytes | BadRow:
     event = {name: value for name, value in zip(names, row, strict=True) if value is not None}
     for name, value in event.items():
         if type(value) is float and not math.isfinite(value):   # JSON has none of these: they would turn into null
             return _bad_parquet_row(event, 'bad_number', f'{name} is {value}')
     try:
-        return orjson.dumps(event)
+        return _dumps(event)
     except orjson.JSONEncodeError as error:
         return _bad_parquet_row(event, 'unrenderable', str(error))
 
@@ -276,7 +281,7 @@ def _converted(
                 occurrences.forget_before(event['ts'])
             digest = xxh3_64_hexdigest(raw)
             event['event_id'] = f'{name}-{digest}-{occurrences.next_number(digest)}'
-            yield orjson.dumps(event)
+            yield _dumps(event)
         except _UnusableRowError as unusable:
             yield BadRow(raw, unusable.reason, unusable.detail[:_DETAIL_CHARS_MAX])
         except orjson.JSONEncodeError as error:
