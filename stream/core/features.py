@@ -29,14 +29,12 @@ ROLLING_DAYS = (7, 30, 90)
 
 # What one counter column is, grouped as reasons speak of them.
 COUNTER_GROUPS: dict[str, tuple[str, ...]] = {
-    'lifetime': tuple(f'count_{TYPE_NAMES[kind]}' for kind in EventType),
-    'tenure': ('days_since_first_seen',),
+    'history': (*(f'count_{TYPE_NAMES[kind]}' for kind in EventType), 'days_since_first_seen'),
     'silence': ('days_since_last_seen',),
-    'spend': ('spend', 'refunds', 'spend_per_order'),
-    'orders': ('orders', 'has_ordered', 'days_since_last_order'),
-    'rhythm': ('gap_days_mean', 'gap_days_deviation', 'overdue'),
-    **{f'last_{days}_days': tuple(f'{name}_{days}d' for name in ('browses', 'carts', 'orders', 'spend', 'active_days'))
-       for days in ROLLING_DAYS},
+    'orders': ('spend', 'refunds', 'spend_per_order', 'orders', 'has_ordered', 'days_since_last_order',
+               'gap_days_mean', 'gap_days_deviation', 'overdue'),
+    'activity': tuple(f'{name}_{days}d' for days in ROLLING_DAYS
+                      for name in ('browses', 'carts', 'orders', 'spend', 'active_days')),
     'calendar': ('hour_sin', 'hour_cos', 'weekday_sin', 'weekday_cos', 'year_sin', 'year_cos'),
 }
 COUNTER_NAMES = tuple(name for names in COUNTER_GROUPS.values() for name in names)

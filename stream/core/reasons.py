@@ -1,8 +1,9 @@
 """Why a score is what it is, by occlusion: take one thing away, score again, report what moved the score most.
 
 What is taken away is one slot of the window (an event, or the lines of one basket), the silence (the same user as of
-the newest event), or one group of counters (set to the value of a shopper without any). Tens of scores an alert:
-therefore only for users who get one, and within a budget.
+the newest event), or one group of counters (set to the value of a shopper without any; groups are few, since half of a
+history taken away is a shopper that cannot be). It costs tens of scores an alert: therefore only users who get one are
+explained, and within a budget.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +12,13 @@ import numpy as np
 
 from stream.core.decide import Kind
 from stream.core.events import TYPE_NAMES
-from stream.core.features import COUNTER_GROUPS, COUNTER_NAMES, ROLLING_DAYS, Features, Snapshots, features
+from stream.core.features import COUNTER_GROUPS, COUNTER_NAMES, Features, Snapshots, features
 from stream.core.scores import STEPS_PER_UNIT, Scores
 from stream.core.window import DAY_MS
 
 SLOTS_EXPLAINED_MAX = 16
 REASONS_MAX = 3
+ACTIVITY_DAYS = 30      # the horizon in which recent activity is put into words
 _EFFECT_MIN = 5 / STEPS_PER_UNIT            # smaller moves are the grid's noise, no reason
 _GROUPS = tuple(name for name in COUNTER_GROUPS if name not in ('silence', 'calendar'))
 _GROUP_COLUMNS = {name: [COUNTER_NAMES.index(column) for column in COUNTER_GROUPS[name]] for name in _GROUPS}
@@ -123,26 +125,17 @@ def _event_words(lines: np.ndarray, moment_ms: int) -> dict:
 
 
 def _counter_words(group: str, header: np.void, days: np.ndarray, moment_ms: int) -> dict:
-    orders, spend = int(header['orders']), float(header['spend'])
-    if group == 'lifetime':
-        text = f'{_count(int(header["applied"]), "event")} so far'
-    elif group == 'tenure':
-        text = f'known for {_duration(moment_ms - int(header["first_seen_ms"]))}'
-    elif group == 'spend':
-        text = f'{spend:.2f} spent in {_count(orders, "order")}'
+    if group == 'history':
+        text = (f'{_count(int(header["applied"]), "event")} in '
+                f'{_duration(moment_ms - int(header["first_seen_ms"]))}')
     elif group == 'orders':
-        text = (f'{_count(orders, "order")}, the last one {_ago(moment_ms - int(header["last_order_ms"]))}'
-                if orders else 'no order so far')
-    elif group == 'rhythm':
-        gaps = int(header['gaps'])
-        text = (f'an order every {float(header["gap_days"]) / gaps:.0f} days on average' if gaps
-                else 'no rhythm of orders yet')
+        orders = int(header['orders'])
+        text = (f'{_count(orders, "order")} for {float(header["spend"]):.2f}, the last one '
+                f'{_ago(moment_ms - int(header["last_order_ms"]))}' if orders else 'no order so far')
     else:
-        horizon = next(span for span in ROLLING_DAYS if group == f'last_{span}_days')
-        recent = days[moment_ms // DAY_MS - days['day'].astype(np.int64) < horizon]
-        text = (f'{_count(len(recent), "active day")}, {_count(int(recent["browses"].sum()), "browse")}, '
-                f'{_count(int(recent["carts"].sum()), "cart")} and {_count(int(recent["orders"].sum()), "order")} '
-                f'in {horizon} days')
+        recent = days[moment_ms // DAY_MS - days['day'].astype(np.int64) < ACTIVITY_DAYS]
+        text = (f'{_count(len(recent), "active day")} and {_count(int(recent["orders"].sum()), "order")} '
+                f'in the last {ACTIVITY_DAYS} days')
     return {'name': group, 'text': text}
 
 

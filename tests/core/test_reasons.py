@@ -72,8 +72,9 @@ def test_a_group_of_counters_is_neutralised_alone():
     what = occlusions.group.index('orders')
     differing = [COUNTER_NAMES[column] for column in
                  np.flatnonzero(occlusions.inputs.counters[what] != base.counters[0])]
-    assert differing == ['orders', 'has_ordered']       # the last order was just now: its age is 0 already
-    assert words(occlusions, what)['text'] == '2 orders, the last one just before'
+    # The last order was just now: its age is 0 already, and so is everything about refunds.
+    assert differing == ['spend', 'spend_per_order', 'orders', 'has_ordered', 'gap_days_mean']
+    assert words(occlusions, what)['text'] == '2 orders for 12.00, the last one just before'
 
 
 def test_never_more_variants_than_the_budget_counts_with():
