@@ -132,8 +132,8 @@ def _comparison(test: dict) -> str:
     return '\n'.join(lines)
 
 
-def _number(interval: list[float] | None) -> str:
-    if interval is None:
+def _number(interval: list[float | None] | None) -> str:
+    if interval is None or None in interval:        # not a number of this contender, or too few rows to compute it
         return ''
     digits = 0 if abs(interval[0]) >= 100 else 3
     value, low, high = (f'{number:.{digits}f}' for number in interval)
@@ -146,10 +146,11 @@ def _defeats(test: dict) -> str:
     for task, contenders in test['tasks'].items():
         for name, numbers in contenders.items():
             for metric in numbers:
-                if name == 'model' or f'less_{metric}' not in numbers or metric == 'total_predicted_over_real':
+                difference = numbers.get(f'less_{metric}', [None])
+                if None in difference or metric == 'total_predicted_over_real':
                     continue
                 sign = -1 if metric in _LESS_IS_BETTER else 1
-                value, low, high = (sign * number for number in numbers[f'less_{metric}'])
+                value, low, high = (sign * number for number in difference)
                 if value <= 0:
                     clear = 'clearly' if max(low, high) < 0 else 'within the noise'
                     found.append(f'{task}, {_TITLES[metric]}: {name} ({clear})')

@@ -348,4 +348,4 @@ def _config(options: TrainOptions, data: Dataset) -> dict:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=1) + '\n')
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1) + b'\n')     # NaN becomes null

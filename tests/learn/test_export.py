@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -107,3 +108,12 @@ def test_a_name_that_triton_would_refuse(checkpoint, tmp_path, name, version):
 def test_windows_of_one_length_are_padded_to_the_others(checkpoint, version_dir):
     kept = load(checkpoint)
     assert parity(dataclasses.replace(kept, windows={8: kept.windows[8]}), version_dir / 'model.onnx') <= 1e-5
+
+
+def test_a_metric_that_cannot_be_computed_leaves_its_cell_empty(checkpoint, tmp_path):
+    copy = shutil.copytree(checkpoint, tmp_path / 'checkpoint')
+    metrics = json.loads((copy / 'metrics.json').read_bytes())
+    metrics['test']['tasks']['churn']['logistic regression'] |= {'auc': [None] * 3, 'less_auc': [None] * 3}
+    (copy / 'metrics.json').write_text(json.dumps(metrics))
+    card = (export(copy, tmp_path / 'repository').parent / 'README.md').read_text()
+    assert '| logistic regression |  | ' in card and 'None' not in card and 'nan' not in card
