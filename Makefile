@@ -24,8 +24,12 @@ check: .venv/test
 	@$(BIN)/ruff check stream tests
 	@$(BIN)/pyright
 
+train: .venv/test
+	$(BIN)/stream train --simulate 9000 --days 730 --seed 11 --out build/shopper
+	$(BIN)/stream export build/shopper --into triton_models
+
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo build
 
 .venv/bin/uv: $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,11 +1,13 @@
 """The command line. Each command is a thin shell: settings in, files in and out, a summary, an exit code."""
 import asyncio
+import importlib
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -110,6 +112,46 @@ def replay(
         _print_summary(outcome)
 
 
+@app.command()
+def train(
+    files: Annotated[list[Path] | None, typer.Argument(
+        metavar='[FILE]...', help='Recorded files to learn from.')] = None,
+    format_name: FormatName = 'events',
+    simulated: Annotated[int | None, typer.Option(
+        '--simulate', min=10, metavar='SHOPPERS', help='Learn from so many simulated shoppers instead.')] = None,
+    days: Annotated[int, typer.Option(min=120, help='Days that are simulated.')] = 730,
+    seed: Seed = 7,
+    out: Annotated[Path, typer.Option(metavar='DIR', help='Folder for the checkpoint.')] = Path('build/shopper'),
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train a model: pretrained on unlabelled events, then fine-tuned, judged beside simple baselines."""
+    settings = load_settings(config, **_parsed(overrides))
+    learning = _learning('stream.learn.train')
+    if bool(files) == bool(simulated):
+        raise UsageError('Nothing to learn from, or two things.', 'name recorded files, or --simulate SHOPPERS.')
+    if simulated:
+        options = learning.simulated(simulated, days, seed)
+    else:
+        options = learning.TrainOptions(
+            _recorded(files or [], format_name), seed=seed, source=', '.join(path.name for path in files or ()),
+            command=f'stream train --format {format_name} {" ".join(path.name for path in files or ())} --seed {seed}')
+    options = replace(options, rules=settings.event_rules(), limits=settings.window_limits())
+    learning.train(options, out, Console(stderr=True))
+    _say(f'checkpoint: {out}. Next: stream export {out} --into triton_models')
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar='CHECKPOINT', help='Folder that `stream train` wrote.')],
+    into: Annotated[Path, typer.Option(metavar='DIR', help='Model repository.')] = Path('triton_models'),
+    name: Annotated[str, typer.Option(help="The model's name in the repository.")] = 'shopper',
+    version: Annotated[int, typer.Option(min=1, help='Number of the version.')] = 1,
+) -> None:
+    """Write a checkpoint as ONNX with Triton's configuration, checked against torch, into a model repository."""
+    _say(f'model: {_learning("stream.learn.export").export(checkpoint, into, name, version)}')
+
+
 @app.command(name='config')
 def show_config(
     config: ConfigFile = None,
@@ -185,6 +227,24 @@ def _replay(
                    report if with_report else None, seconds)
 
 
+def _learning(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UsageError(f'Training needs {error.name}, which is not installed.',
+                         "install it: pip install -e '.[train]' (or `make train`).") from error
+
+
+def _recorded(files: list[Path], format_name: str) -> Iterator[bytes]:
+    from stream.replay.recording import Recording
+    recording = Recording(files, format_name)
+    recording.scan()
+    for block in recording.blocks(10_000, 1 << 62):
+        for index, value in enumerate(block.values):
+            if index not in block.bad:
+                yield value
+
+
 def _scorer(settings: Settings) -> Any:
     if settings.scorer == 'constant':
         from stream.scoring.scorer import ConstantScorer
@@ -219,9 +279,12 @@ def _simulate(out: Path, shoppers: int, days: int, seed: int, noise: float) -> N
 def _written(path: Path) -> Iterator[IO[bytes]]:
     """A file that appears under its name only when it is complete."""
     part = path.with_name(path.name + '.part')
-    with part.open('wb', buffering=1 << 20) as file:
-        yield file
-    part.replace(path)
+    try:
+        with part.open('wb', buffering=1 << 20) as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _parsed(overrides: list[str] | None) -> dict[str, Any]:
