@@ -198,7 +198,8 @@ def _replay(
     if format_name not in FORMATS:
         raise UsageError(f'There is no format {format_name!r}.', f'choose one of {", ".join(FORMATS)}.')
     if out.suffix != '.jsonl' or not out.parent.is_dir():
-        raise UsageError(f'Messages cannot be written to {out}.', 'name a .jsonl file in an existing folder with --out.')
+        raise UsageError(f'Messages cannot be written to {out}.',
+                         'name a .jsonl file in an existing folder with --out.')
     dead_letters, report = out.with_suffix('.dead.jsonl'), out.with_suffix('.html')
     with ExitStack() as stack:
         progress = stack.enter_context(_progress())
