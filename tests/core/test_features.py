@@ -48,9 +48,9 @@ def number(inputs: Features, slot: int, name: str) -> float:
 def test_lines_of_a_basket_share_a_slot():
     inputs = inputs_of([user_of((0, VIEW, 1.0, 0), (10, BUY, 5.0, 3), (10, BUY, 6.0, 3), (20, BUY, 7.0, 4))])
     assert inputs.starts.tolist() == [0, 3]
-    assert inputs.categories[:, 0].tolist() == [VIEW, BUY, BUY]
-    assert np.expm1(inputs.numbers[:, 0]) == pytest.approx([1.0, 11.0, 7.0], rel=1e-6)
-    assert np.expm1(inputs.numbers[:, 3]) == pytest.approx([0.0, 1.0, 0.0])
+    assert inputs.categories[:-1, 0].tolist() == [VIEW, BUY, BUY]
+    assert np.expm1(inputs.numbers[:-1, 0]) == pytest.approx([1.0, 11.0, 7.0], rel=1e-6)
+    assert np.expm1(inputs.numbers[:-1, 3]) == pytest.approx([0.0, 1.0, 0.0])
     assert inputs.slot_of_row.tolist() == [0, 1, 1, 2]
 
 
@@ -93,8 +93,8 @@ def test_a_user_does_not_change_with_the_company():
     others = [user_of((0, VIEW, 1.0, 0)), alone, user_of((4, BUY, 2.0, 3), (5, BUY, 2.0, 3))]
     one, many = inputs_of([alone]), inputs_of(others)
     assert np.array_equal(one.counters[0], many.counters[1])
-    assert np.array_equal(one.numbers, many.numbers[many.starts[1]:many.starts[2]])
-    assert np.array_equal(one.categories, many.categories[many.starts[1]:many.starts[2]])
+    assert np.array_equal(one.numbers[:-1], many.numbers[many.starts[1]:many.starts[2]])
+    assert np.array_equal(one.categories[:-1], many.categories[many.starts[1]:many.starts[2]])
 
 
 def test_every_counter_is_finite_for_an_empty_user_and_after_refunds():
@@ -108,8 +108,8 @@ def test_every_counter_is_finite_for_an_empty_user_and_after_refunds():
 def test_batches_hold_every_row_once_in_the_shortest_bucket(lengths: list[int], rows_max: int):
     starts = np.concatenate(([0], np.cumsum(lengths)))
     slots = int(starts[-1])
-    inputs = Features(np.arange(1, slots * 3 + 1, dtype=np.int32).reshape(-1, 3),
-                      np.arange(slots * 7, dtype=np.float32).reshape(-1, 7), starts,
+    inputs = Features(np.pad(np.arange(1, slots * 3 + 1, dtype=np.int32).reshape(-1, 3), ((0, 1), (0, 0))),
+                      np.pad(np.arange(slots * 7, dtype=np.float32).reshape(-1, 7), ((0, 1), (0, 0))), starts,
                       np.arange(len(lengths) * COUNTERS, dtype=np.float32).reshape(-1, COUNTERS),
                       np.zeros(0, np.int64))
     seen = []
