@@ -44,12 +44,20 @@ class Folded(msgspec.Struct):
     end: int
 
 
-def overdue(users: Mapping[str, User], reads: Iterable[Read]) -> list[User]:
+def overdue(users: Mapping[str, User], reads: Sequence[Read]) -> list[User]:
     """The users whose timer comes before their first event among `reads`, by due time, then id."""
-    first_ms: dict[str, int] = {}
+    newest_ms = max(read.event.ts_ms for read in reads)
+    waiting = {user_id for user_id, user in users.items() if 0 < user.due_ms <= newest_ms}
+    due = []
     for read in reads:
-        first_ms.setdefault(read.event.user_id, read.event.ts_ms)
-    due = [user for user_id, ts_ms in first_ms.items() if 0 < (user := users[user_id]).due_ms <= ts_ms]
+        if not waiting:
+            break
+        event = read.event
+        if event.user_id in waiting:
+            waiting.remove(event.user_id)
+            user = users[event.user_id]
+            if user.due_ms <= event.ts_ms:
+                due.append(user)
     return sorted(due, key=lambda user: (user.due_ms, user.user_id))
 
 

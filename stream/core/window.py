@@ -83,7 +83,8 @@ _ID_BYTES = 8
 _U64 = struct.Struct('<Q')
 _I64 = struct.Struct('<q')
 _U32 = struct.Struct('<I')
-_COUNT_MAX = 0xFFFF
+_F32 = struct.Struct('<f')
+_BROWSES_AT, _CARTS_AT, _ORDERS_AT, _SPEND_AT = 2, 4, 6, 8        # in a DAY
 
 INTENT_RAISED, CHURN_RAISED = 1, 2
 
@@ -186,7 +187,8 @@ def fold(user: User, event: Event, limits: WindowLimits, source: Source, offset:
         user.last_seen_ms = ts_ms
         user.silence = 0
         user.due_ms = ts_ms + limits.silence_ms[0] if limits.silence_ms else NO_TIMER_MS
-        _drop_older(ids, rows, ts_ms - limits.span_ms)
+        if _I64.unpack_from(rows)[0] < ts_ms - limits.span_ms:
+            _drop_older(ids, rows, ts_ms - limits.span_ms)
     _count(user, event)
     return Fold.APPLIED
 
@@ -298,30 +300,27 @@ def _drop_older(ids: bytearray, rows: bytearray, horizon_ms: int) -> None:
 
 def _count(user: User, event: Event) -> None:
     ts_ms, kind = event.ts_ms, event.type
-    browses = carts = orders = 0
-    spend = 0.0
     user.applied += 1
     user.counts[kind - 1] += 1
-    if not user.first_seen_ms or ts_ms < user.first_seen_ms:
+    if ts_ms < user.first_seen_ms or not user.first_seen_ms:
         user.first_seen_ms = ts_ms
-    if kind == _PURCHASE:
-        spend = event.amount
-        user.spend += spend
-        orders = _count_order(user, ts_ms, event.basket)
+    if kind < _ADD_TO_CART:
+        _count_day(user.days, ts_ms // DAY_MS, _BROWSES_AT, 0.0)
+    elif kind == _PURCHASE:
+        user.spend += event.amount
+        opens = _opens_order(user, ts_ms, event.basket)
+        _count_day(user.days, ts_ms // DAY_MS, _ORDERS_AT if opens else None, event.amount)
     elif kind == _REFUND:
-        spend = -event.amount
         user.refunds += event.amount
-    elif kind == _ADD_TO_CART:
-        carts = 1
+        _count_day(user.days, ts_ms // DAY_MS, None, -event.amount)
     else:
-        browses = 1
-    _count_day(user.days, ts_ms // DAY_MS, browses, carts, orders, spend)
+        _count_day(user.days, ts_ms // DAY_MS, _CARTS_AT if kind == _ADD_TO_CART else _BROWSES_AT, 0.0)
 
 
-def _count_order(user: User, ts_ms: int, basket: int) -> int:
-    """1 if this purchase opens a new order, 0 if it is one more line of the last one."""
+def _opens_order(user: User, ts_ms: int, basket: int) -> bool:
+    """Whether this purchase opens a new order; else it is one more line of the last one."""
     if user.orders and (basket == user.last_basket if basket else ts_ms == user.last_order_ms):
-        return 0
+        return False
     user.last_basket = basket
     if user.orders:
         gap_days = abs(ts_ms - user.last_order_ms) / DAY_MS
@@ -330,26 +329,47 @@ def _count_order(user: User, ts_ms: int, basket: int) -> int:
         user.gap_days_squared += gap_days * gap_days
     user.orders += 1
     user.last_order_ms = max(user.last_order_ms, ts_ms)
-    return 1
+    return True
 
 
-def _count_day(days: bytearray, day: int, browses: int, carts: int, orders: int, spend: float) -> None:
-    """Add to the day's bucket; buckets `DAYS_KEPT` days or more behind the newest one are dropped."""
+def _count_day(days: bytearray, day: int, count_at: int | None, spend: float) -> None:
+    """Add to the day's bucket: 1 to the u16 counter at `count_at` of the bucket, and `spend`.
+
+    Buckets `DAYS_KEPT` days or more behind the newest one are dropped.
+    """
+    at = len(days) - DAY.size
+    if at < 0 or days[at] | days[at + 1] << 8 != day:
+        at = _bucket(days, day)
+        if at < 0:
+            return
+    if count_at is not None:
+        low = at + count_at
+        if days[low] != 0xFF:
+            days[low] += 1
+        elif days[low + 1] != 0xFF:     # at 65,535 the counter stays
+            days[low] = 0
+            days[low + 1] += 1
+    if spend:
+        _F32.pack_into(days, at + _SPEND_AT, _F32.unpack_from(days, at + _SPEND_AT)[0] + spend)
+
+
+def _bucket(days: bytearray, day: int) -> int:
+    """Where the day's bucket is, made if there was none; -1 for a day that is no longer kept."""
     at = len(days)
     newest = day
     while at:
-        at -= DAY.size
-        here, *counts, spend_before = DAY.unpack_from(days, at)
+        here = int.from_bytes(days[at - DAY.size:at - DAY.size + 2], 'little')
         if here == day:
-            DAY.pack_into(days, at, day, min(counts[0] + browses, _COUNT_MAX), min(counts[1] + carts, _COUNT_MAX),
-                          min(counts[2] + orders, _COUNT_MAX), spend_before + spend)
-            return
+            return at - DAY.size
         if here < day:
-            at += DAY.size
             break
         newest = max(newest, here)
+        at -= DAY.size
     if day <= newest - DAYS_KEPT:
-        return
-    days[at:at] = DAY.pack(day, browses, carts, orders, spend)
+        return -1
+    days[at:at] = DAY.pack(day, 0, 0, 0, 0.0)
+    dropped = 0
     while int.from_bytes(days[:2], 'little') <= newest - DAYS_KEPT:
         del days[:DAY.size]
+        dropped += DAY.size
+    return at - dropped

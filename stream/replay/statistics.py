@@ -39,10 +39,13 @@ class Statistics:
 
     def add_reads(self, reads: Sequence[Read]) -> None:
         """Count valid events by day and type, and move the clock."""
-        self.clock_ms = max(self.clock_ms, *(read.event.ts_ms for read in reads)) if reads else self.clock_ms
-        keys = np.fromiter((read.event.ts_ms // DAY_MS * _DAY_TYPE + read.event.type for read in reads), np.int64,
-                           len(reads))
-        for key, count in zip(*np.unique(keys, return_counts=True), strict=True):
+        if not reads:
+            return
+        events = [read.event for read in reads]
+        ts_ms = np.array([event.ts_ms for event in events])
+        types = np.array([event.type for event in events])
+        self.clock_ms = max(self.clock_ms, int(ts_ms.max()))
+        for key, count in zip(*np.unique(ts_ms // DAY_MS * _DAY_TYPE + types, return_counts=True), strict=True):
             day, code = divmod(int(key), _DAY_TYPE)
             self.events_per_day[day][TYPE_NAMES[code]] += int(count)
 
