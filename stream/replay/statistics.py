@@ -9,7 +9,7 @@ import orjson
 from stream.core.decide import Kind
 from stream.core.events import TYPE_NAMES
 from stream.core.lane import Read
-from stream.core.scores import Scores
+from stream.core.scores import STEPS_PER_UNIT, Scores
 from stream.core.window import DAY_MS, NO_TIER
 
 SCORE_BINS = 50
@@ -53,7 +53,10 @@ class Statistics:
         """Add usable scores to the histograms."""
         for name, histogram in self.score_histograms.items():
             values = getattr(scores, name)[scores.usable]
-            histogram += np.histogram(values, SCORE_BINS, (0.0, 1.0))[0]
+            # On the grid's whole numbers, so that a score on an edge is in the bin above it; 1.0 is in the last one.
+            bins = np.minimum(np.rint(values * STEPS_PER_UNIT).astype(np.int64) * SCORE_BINS // STEPS_PER_UNIT,
+                              SCORE_BINS - 1)
+            histogram += np.bincount(bins, minlength=SCORE_BINS)
 
     def add_alerts(self, messages: Sequence[bytes]) -> None:
         """Count decisions by day and label; remember who is at risk."""

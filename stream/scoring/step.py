@@ -17,7 +17,7 @@ from stream.scoring.scorer import Scorer
 
 Publish = Literal['changes', 'all', 'events']
 
-# Who is explained first when the budget is short: the alerts that cost money before the news.
+# Who is explained first when the budget is short: the alerts that cost money before the news. A first tier is neither.
 _PRIORITY = {Kind.CHURN: 0, Kind.INTENT: 1, Kind.POWER: 2}
 
 
@@ -93,7 +93,8 @@ async def _score(inputs: Features, scorer: Scorer) -> Scores:
 async def _reasons(
     published: Sequence[Decision], snapshots: Snapshots, inputs: Features, scorer: Scorer, rows_max: int,
 ) -> tuple[set[int], Occlusions | None, Scores | None]:
-    by_priority = sorted(published, key=lambda decision: (_PRIORITY[decision.kind], decision.row))
+    alerts = [decision for decision in published if decision.occasion != 'power_first']
+    by_priority = sorted(alerts, key=lambda decision: (_PRIORITY[decision.kind], decision.row))
     unique = dict.fromkeys(decision.row for decision in by_priority)
     explained = sorted(itertools.islice(unique, rows_max // ROWS_PER_USER_MAX))
     if not explained:
