@@ -98,6 +98,7 @@ class Event(msgspec.Struct, gc=False):
     Units    `ts_ms` Unix milliseconds; `amount` in the configured currency, price times quantity, never negative.
     Hashes   XXH3 of the text: `key` 64 bits of the event id, `item` and `basket` 32, `category` 16; 0 means absent.
              Two different events of one window share a key with a chance below 128 / 2**64 per event.
+    Place    `source` and `offset` say where it was read; the reader sets them.
     """
 
     user_id: str
@@ -110,6 +111,8 @@ class Event(msgspec.Struct, gc=False):
     basket: int
     amount: float
     rating: int         # tenths plus one; 0 is no rating
+    source: int = 0
+    offset: int = 0
 
 
 class Reason(enum.StrEnum):

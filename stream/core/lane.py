@@ -5,24 +5,17 @@ decided and written together. Two rules cut a block into steps, so that a timer 
 user's next later event is folded:
 
     before the block    timers due at or before a user's first event of the block fire first, as a sweep
-    within the block    an event at or after the due time that an earlier event of the same block has set ends the step
+    within the block    a user's events at or after the due time that earlier events of the block have set wait for the
+                        next step; users do not wait for one another
 """
 from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
-from stream.core.events import Event, Source
+from stream.core.events import Event
 from stream.core.features import Snapshots
 from stream.core.messages import Origin
 from stream.core.window import Fold, User, WindowLimits, fire_timer, fold, pack_header
-
-
-class Read(msgspec.Struct, gc=False):
-    """A valid event and where it was read."""
-
-    event: Event
-    source: Source
-    offset: int
 
 
 class Touched(msgspec.Struct, gc=False):
@@ -37,22 +30,21 @@ class Touched(msgspec.Struct, gc=False):
 
 
 class Folded(msgspec.Struct):
-    """What became of the events of a step. `counts` by `Fold`; `end` is the index of the first event not folded."""
+    """What became of the events of a step. `counts` by `Fold`; `rest` are the events that wait for a timer."""
 
     touched: list[Touched]
     counts: list[int]
-    end: int
+    rest: list[Event]
 
 
-def overdue(users: Mapping[str, User], reads: Sequence[Read]) -> list[User]:
-    """The users whose timer comes before their first event among `reads`, by due time, then id."""
-    newest_ms = max(read.event.ts_ms for read in reads)
+def overdue(users: Mapping[str, User], events: Sequence[Event]) -> list[User]:
+    """The users whose timer comes before their first event among `events`, by due time, then id."""
+    newest_ms = max([event.ts_ms for event in events])
     waiting = {user_id for user_id, user in users.items() if 0 < user.due_ms <= newest_ms}
     due = []
-    for read in reads:
+    for event in events:
         if not waiting:
             break
-        event = read.event
         if event.user_id in waiting:
             waiting.remove(event.user_id)
             user = users[event.user_id]
@@ -66,32 +58,29 @@ def fire(users: Iterable[User], limits: WindowLimits) -> list[Touched]:
     return [Touched(user, Origin(due_ms := fire_timer(user, limits), due_ms), []) for user in users]
 
 
-def fold_step(users: Mapping[str, User], reads: Sequence[Read], start: int, limits: WindowLimits) -> Folded:
-    """Fold `reads[start:]` into `users` until the end, or until a timer has to fire in between.
+def fold_step(users: Mapping[str, User], events: Iterable[Event], limits: WindowLimits) -> Folded:
+    """Fold `events`, in order, into `users`, each user's until a timer has to fire in between.
 
-    Promise  every read before `end` is counted exactly once, as applied, duplicate, late or seen.
+    Promise  every event is either in `rest` or counted exactly once, as applied, duplicate, late or seen.
     """
+    runs: dict[str, list[Event]] = {}
+    for event in events:
+        run = runs.get(event.user_id)
+        if run is None:
+            runs[event.user_id] = [event]
+        else:
+            run.append(event)
     counts = [0] * len(Fold)
-    events_of: dict[str, list[str]] = {}
-    end = start
-    for end in range(start, len(reads)):
-        read = reads[end]
-        event = read.event
-        user = users[event.user_id]
-        applied = events_of.get(event.user_id)
-        if applied is None:
-            applied = events_of[event.user_id] = []
-        elif 0 < user.due_ms <= event.ts_ms:
-            break
-        what = fold(user, event, limits, read.source, read.offset)
-        counts[what] += 1
-        if what == Fold.APPLIED:
-            applied.append(event.event_id)
-    else:
-        end = len(reads)
-    return Folded([
-        Touched(users[user_id], Origin(users[user_id].last_seen_ms, 0) if applied else None, applied)
-        for user_id, applied in events_of.items()], counts, end)
+    touched, rest = [], []
+    for user_id, run in runs.items():
+        user = users[user_id]
+        outcomes = fold(user, run, limits)
+        for what in outcomes:
+            counts[what] += 1
+        rest += run[len(outcomes):]
+        applied = [event.event_id for event, what in zip(run, outcomes, strict=False) if what is Fold.APPLIED]
+        touched.append(Touched(user, Origin(user.last_seen_ms, 0) if applied else None, applied))
+    return Folded(touched, counts, rest)
 
 
 def snapshot(touched: Sequence[Touched]) -> Snapshots:

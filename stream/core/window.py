@@ -17,12 +17,12 @@ is the same in whatever order its events arrive. The counters are a fold in arri
 """
 import enum
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 import numpy as np
 
-from stream.core.events import Event, EventType, Source
+from stream.core.events import Event, EventType
 from stream.errors import StateError
 
 FORMAT = 1
@@ -81,6 +81,7 @@ DAY = struct.Struct('<HHHHf')       # day since 1970, other events, carts, order
 DAY_DTYPE = np.dtype([('day', '<u2'), ('browses', '<u2'), ('carts', '<u2'), ('orders', '<u2'), ('spend', '<f4')])
 _ID_BYTES = 8
 _U64 = struct.Struct('<Q')
+_pack_u64, _pack_row = _U64.pack, ROW.pack
 _I64 = struct.Struct('<q')
 _U32 = struct.Struct('<I')
 _F32 = struct.Struct('<f')
@@ -111,6 +112,9 @@ class Fold(enum.IntEnum):
     DUPLICATE = 1       # its id is in the window
     LATE = 2            # older than a full window, or than the span
     SEEN = 3            # below the stored offset: a redelivery, already accounted for
+
+
+_APPLIED, _DUPLICATE, _LATE, _SEEN = Fold
 
 
 class User:
@@ -148,8 +152,11 @@ class User:
         self.rows = bytearray()
 
 
-def fold(user: User, event: Event, limits: WindowLimits, source: Source, offset: int) -> Fold:
-    """Put `event`, read at `offset` of `source`, into `user`; say what happened to it.
+def fold(user: User, events: Sequence[Event], limits: WindowLimits) -> list[Fold]:
+    """Put a run of events of one user, in the order in which they were read, into `user`; say what happened to each.
+
+    Ends before an event at or after the timer as an earlier event of the run has left it: then fewer outcomes than
+    events come back, and the timer has to fire before the rest.
 
     Shapes   user.rows: 0..events_max rows in, the same bound out.
     Units    milliseconds of event time; wall time never enters.
@@ -157,40 +164,50 @@ def fold(user: User, event: Event, limits: WindowLimits, source: Source, offset:
     Promise  any order of events with distinct ids gives the same window (test_arrival_order_does_not_matter); of two
              events with one id, the one that arrives first is kept.
     """
-    if offset < user.next_offset[source]:
-        return Fold.SEEN
-    user.next_offset[source] = offset + 1
-    ts_ms, ids, rows = event.ts_ms, user.ids, user.rows
-    if ids and ts_ms < user.last_seen_ms - limits.span_ms:
-        user.late += 1
-        return Fold.LATE
-    key = _U64.pack(event.key)
-    if key in ids and _contains(ids, key):
-        user.duplicate += 1
-        return Fold.DUPLICATE
-    row = ROW.pack(ts_ms, event.item, event.basket, event.amount, event.category, event.type, event.rating)
-    newest = not ids or ts_ms > user.last_seen_ms
-    if newest:
-        ids += key
-        rows += row
-    else:
-        place = _place(ids, rows, ts_ms, event.key)
-        if not place and len(ids) == limits.events_max * _ID_BYTES:
+    # A run at once, with what changes in local names: this is the loop that everything waits for.
+    ids, rows, next_offset, last_seen_ms = user.ids, user.rows, user.next_offset, user.last_seen_ms
+    ids_bytes_max, span_ms = limits.events_max * _ID_BYTES, limits.span_ms
+    outcomes: list[Fold] = []
+    for event in events:
+        ts_ms = event.ts_ms
+        if outcomes and 0 < user.due_ms <= ts_ms:
+            break
+        if event.offset < next_offset[event.source]:
+            outcomes.append(_SEEN)
+            continue
+        next_offset[event.source] = event.offset + 1
+        if ts_ms < last_seen_ms - span_ms:
             user.late += 1
-            return Fold.LATE
-        ids[place * _ID_BYTES:place * _ID_BYTES] = key
-        rows[place * ROW.size:place * ROW.size] = row
-        newest = ts_ms == user.last_seen_ms
-    if len(ids) > limits.events_max * _ID_BYTES:
-        del ids[:_ID_BYTES], rows[:ROW.size]
-    if newest:
-        user.last_seen_ms = ts_ms
-        user.silence = 0
-        user.due_ms = ts_ms + limits.silence_ms[0] if limits.silence_ms else NO_TIMER_MS
-        if _I64.unpack_from(rows)[0] < ts_ms - limits.span_ms:
-            _drop_older(ids, rows, ts_ms - limits.span_ms)
-    _count(user, event)
-    return Fold.APPLIED
+            outcomes.append(_LATE)
+            continue
+        key = _pack_u64(event.key)
+        if key in ids and _contains(ids, key):
+            user.duplicate += 1
+            outcomes.append(_DUPLICATE)
+            continue
+        row = _pack_row(ts_ms, event.item, event.basket, event.amount, event.category, event.type, event.rating)
+        if ts_ms > last_seen_ms:
+            ids += key
+            rows += row
+        else:
+            place = _place(ids, rows, ts_ms, event.key)
+            if not place and len(ids) == ids_bytes_max:
+                user.late += 1
+                outcomes.append(_LATE)
+                continue
+            ids[place * _ID_BYTES:place * _ID_BYTES] = key
+            rows[place * ROW.size:place * ROW.size] = row
+        if len(ids) > ids_bytes_max:
+            del ids[:_ID_BYTES], rows[:ROW.size]
+        if ts_ms >= last_seen_ms:
+            user.last_seen_ms = last_seen_ms = ts_ms
+            user.silence = 0
+            user.due_ms = ts_ms + limits.silence_ms[0] if limits.silence_ms else NO_TIMER_MS
+            if _I64.unpack_from(rows)[0] < ts_ms - span_ms:
+                _drop_older(ids, rows, ts_ms - span_ms)
+        _count(user, event)
+        outcomes.append(_APPLIED)
+    return outcomes
 
 
 def fire_timer(user: User, limits: WindowLimits) -> int:

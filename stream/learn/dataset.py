@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from stream.core.events import Decoder, Event, EventRules, EventType, Refusal, Source
+from stream.core.events import Decoder, Event, EventRules, EventType, Refusal
 from stream.core.features import COUNTER_NAMES, Features, Snapshots, features
 from stream.core.window import DAY_MS, Fold, User, WindowLimits, fire_timer, fold, pack_header
 from stream.errors import UsageError
@@ -179,9 +179,10 @@ def moments(events: list[Event], limits: WindowLimits, until_ms: int) -> Iterato
     """
     user = User(events[0].user_id)
     for place, event in enumerate(events):
-        while user.due_ms and user.due_ms < event.ts_ms:
+        while user.due_ms and user.due_ms <= event.ts_ms:
             yield Kind.TIMER, fire_timer(user, limits), user
-        if fold(user, event, limits, Source.CLICKS, place) is Fold.APPLIED:
+        event.offset = place
+        if fold(user, [event], limits) == [Fold.APPLIED]:
             last = place + 1 == len(events) or events[place + 1].ts_ms - event.ts_ms > SESSION_GAP_MS
             yield Kind.SESSION_END if last else Kind.EVENT, user.last_seen_ms, user
     while user.due_ms and user.due_ms <= until_ms:

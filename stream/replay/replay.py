@@ -12,7 +12,7 @@ import orjson
 
 from stream.core.decide import Policy
 from stream.core.events import SOURCE_OF_TYPE, Decoder, Event, EventRules
-from stream.core.lane import Read, Touched, fire, fold_step, overdue
+from stream.core.lane import Touched, fire, fold_step, overdue
 from stream.core.window import DAY_MS, HEADER_DTYPE, Fold, User, WindowLimits, decode, encode
 from stream.errors import StateError
 from stream.replay.recording import Block, Recording
@@ -90,36 +90,35 @@ class Replay:
         return counts
 
     async def _block(self, block: Block) -> None:
-        reads = self._decode(block)
-        if not reads:
+        events = self._decode(block)
+        if not events:
             return
-        self.statistics.add_reads(reads)
-        await self._sweep(reads[0].event.ts_ms)
-        users, stored_due_ms = self._load(dict.fromkeys(read.event.user_id for read in reads))
-        at = 0
-        while at < len(reads):
-            while due := overdue(users, reads[at:]):
+        self.statistics.add_events(events)
+        await self._sweep(events[0].ts_ms)
+        users, stored_due_ms = self._load(dict.fromkeys([event.user_id for event in events]))
+        while events:
+            while due := overdue(users, events):
                 await self._step(fire(due, self._rules.limits), stored_due_ms)
-            folded = fold_step(users, reads, at, self._rules.limits)
+            folded = fold_step(users, events, self._rules.limits)
             self.counts.applied += folded.counts[Fold.APPLIED]
             self.counts.duplicate += folded.counts[Fold.DUPLICATE]
             self.counts.late += folded.counts[Fold.LATE]
             await self._step(folded.touched, stored_due_ms)
-            at = folded.end
+            events = folded.rest
 
-    def _decode(self, block: Block) -> list[Read]:
-        decode_event, next_offset, reads = self._decoder, self._next_offset, []
+    def _decode(self, block: Block) -> list[Event]:
+        decode_event, next_offset, events = self._decoder, self._next_offset, []
         for index, value in enumerate(block.values):
-            bad = block.bad.get(index)
-            outcome = bad or decode_event(value)
+            outcome = (block.bad and block.bad.get(index)) or decode_event(value)
             if isinstance(outcome, Event):
-                source = SOURCE_OF_TYPE[outcome.type]
-                reads.append(Read(outcome, source, next_offset[source]))
+                outcome.source = source = SOURCE_OF_TYPE[outcome.type]
+                outcome.offset = next_offset[source]
                 next_offset[source] += 1
+                events.append(outcome)
             else:
                 self._dead_letter(block.numbers[index], value, outcome.reason, outcome.detail)
         self.counts.read += len(block.values)
-        return reads
+        return events
 
     def _dead_letter(self, number: int, value: bytes, reason: str, detail: str) -> None:
         path, row = self._recording.locate(number)

@@ -7,8 +7,7 @@ import numpy as np
 import orjson
 
 from stream.core.decide import Kind
-from stream.core.events import TYPE_NAMES
-from stream.core.lane import Read
+from stream.core.events import TYPE_NAMES, Event
 from stream.core.scores import STEPS_PER_UNIT, Scores
 from stream.core.window import DAY_MS, NO_TIER
 
@@ -37,11 +36,10 @@ class Statistics:
         self.clock_ms = 0       # newest event time so far
         self._at_risk: dict[str, dict[str, Any]] = {}
 
-    def add_reads(self, reads: Sequence[Read]) -> None:
+    def add_events(self, events: Sequence[Event]) -> None:
         """Count valid events by day and type, and move the clock."""
-        if not reads:
+        if not events:
             return
-        events = [read.event for read in reads]
         ts_ms = np.array([event.ts_ms for event in events])
         types = np.array([event.type for event in events])
         self.clock_ms = max(self.clock_ms, int(ts_ms.max()))

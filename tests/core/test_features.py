@@ -26,8 +26,8 @@ def user_of(*events: tuple[int, EventType, float, int]) -> User:
     """A user with events (ms after T0, type, amount, basket)."""
     user = User('u')
     for at, (after_ms, kind, amount, basket) in enumerate(events):
-        fold(user, Event('u', str(at), at, T0_MS + after_ms, kind, at + 1, at + 1, basket, amount, 0), LIMITS,
-             Source.CLICKS, at)
+        fold(user, [Event('u', str(at), at, T0_MS + after_ms, kind, at + 1, at + 1, basket, amount, 0, Source.CLICKS,
+                         at)], LIMITS)
     return user
 
 

@@ -1,5 +1,5 @@
 from stream.core.events import Event, EventType, Source
-from stream.core.lane import Read, fire, fold_step, overdue, snapshot
+from stream.core.lane import fire, fold_step, overdue, snapshot
 from stream.core.messages import Origin
 from stream.core.window import DAY_MS, Fold, User, WindowLimits
 
@@ -7,20 +7,20 @@ T0_MS = 1_700_000_000_000
 LIMITS = WindowLimits(silence_ms=(3 * DAY_MS, 7 * DAY_MS))
 
 
-def reads(*events: tuple[str, float]) -> list[Read]:
+def reads(*events: tuple[str, float]) -> list[Event]:
     """Events as (user, days after T0)."""
-    return [Read(Event(user, f'{user}{at}', at, T0_MS + int(days * DAY_MS), EventType.VIEW, 0, 0, 0, 0.0, 0),
-                 Source.CLICKS, at) for at, (user, days) in enumerate(events)]
+    return [Event(user, f'{user}{at}', at, T0_MS + int(days * DAY_MS), EventType.VIEW, 0, 0, 0, 0.0, 0, Source.CLICKS,
+                  at) for at, (user, days) in enumerate(events)]
 
 
-def users_of(entries: list[Read]) -> dict[str, User]:
-    return {entry.event.user_id: User(entry.event.user_id) for entry in entries}
+def users_of(entries: list[Event]) -> dict[str, User]:
+    return {entry.user_id: User(entry.user_id) for entry in entries}
 
 
 def test_a_step_takes_a_block_whole_when_no_timer_is_in_it():
     entries = reads(('a', 0), ('b', 1), ('a', 2), ('b', 3.9))
-    step = fold_step(users_of(entries), entries, 0, LIMITS)
-    assert step.end == 4
+    step = fold_step(users_of(entries), entries, LIMITS)
+    assert step.rest == []
     assert step.counts[Fold.APPLIED] == 4
     assert [(touched.user.user_id, touched.event_ids, touched.origin) for touched in step.touched] == [
         ('a', ['a0', 'a2'], Origin(T0_MS + 2 * DAY_MS, 0)),
@@ -32,20 +32,20 @@ def test_a_step_takes_a_block_whole_when_no_timer_is_in_it():
 def test_a_timer_set_within_the_block_ends_the_step():
     entries = reads(('a', 0), ('b', 1), ('a', 4), ('b', 4))
     users = users_of(entries)
-    step = fold_step(users, entries, 0, LIMITS)
-    assert (step.end, step.counts[Fold.APPLIED]) == (2, 2)
-    assert [user.user_id for user in overdue(users, entries[step.end:])] == ['a', 'b']
-    fired = fire(overdue(users, entries[step.end:]), LIMITS)
+    step = fold_step(users, entries, LIMITS)
+    assert (step.rest, step.counts[Fold.APPLIED]) == ([entries[2], entries[3]], 2)
+    assert [user.user_id for user in overdue(users, step.rest)] == ['a', 'b']
+    fired = fire(overdue(users, step.rest), LIMITS)
     assert [touched.origin for touched in fired] == [
         Origin(T0_MS + 3 * DAY_MS, T0_MS + 3 * DAY_MS), Origin(T0_MS + 4 * DAY_MS, T0_MS + 4 * DAY_MS)]
-    assert overdue(users, entries[step.end:]) == []
-    assert fold_step(users, entries, step.end, LIMITS).end == 4
+    assert overdue(users, step.rest) == []
+    assert fold_step(users, step.rest, LIMITS).rest == []
 
 
 def test_a_user_with_two_timers_before_the_event_fires_both_in_turn():
     entries = reads(('a', 0), ('a', 9))
     users = users_of(entries)
-    fold_step(users, entries, 0, LIMITS)
+    fold_step(users, entries, LIMITS)
     due_days = []
     while due := overdue(users, entries[1:]):
         due_days += [(touched.origin.timer_ms - T0_MS) // DAY_MS for touched in fire(due, LIMITS) if touched.origin]
@@ -55,16 +55,17 @@ def test_a_user_with_two_timers_before_the_event_fires_both_in_turn():
 def test_an_older_event_fires_nothing():
     entries = reads(('a', 5), ('a', 1), ('a', 7.9))
     users = users_of(entries)
-    assert fold_step(users, entries, 0, LIMITS).end == 3
+    assert fold_step(users, entries, LIMITS).rest == []
 
 
 def test_users_with_nothing_applied_are_touched_but_not_scored():
     first = reads(('a', 0), ('b', 0))
     users = users_of(first)
-    fold_step(users, first, 0, LIMITS)
-    again = [Read(entry.event, entry.source, entry.offset + 2) for entry in first]
-    again.append(Read(Event('b', 'new', 99, T0_MS + 1, 1, 0, 0, 0, 0.0, 0), Source.CLICKS, 4))
-    step = fold_step(users, again, 0, LIMITS)
+    fold_step(users, first, LIMITS)
+    again = reads(('a', 0), ('b', 0), ('b', 0.1))
+    for entry in again:
+        entry.offset += 2
+    step = fold_step(users, again, LIMITS)
     assert (step.counts[Fold.DUPLICATE], step.counts[Fold.APPLIED]) == (2, 1)
     assert [touched.origin is None for touched in step.touched] == [True, False]
 
@@ -72,15 +73,15 @@ def test_users_with_nothing_applied_are_touched_but_not_scored():
 def test_a_redelivered_block_touches_its_users_and_scores_nobody():
     entries = reads(('a', 0), ('a', 1))
     users = users_of(entries)
-    fold_step(users, entries, 0, LIMITS)
-    step = fold_step(users, entries, 0, LIMITS)
+    fold_step(users, entries, LIMITS)
+    step = fold_step(users, entries, LIMITS)
     assert step.counts[Fold.SEEN] == 2
     assert step.touched[0].origin is None
 
 
 def test_a_snapshot_has_a_row_for_each_scored_user_as_of_its_origin():
     entries = reads(('a', 0), ('b', 1), ('b', 2))
-    taken = snapshot(fold_step(users_of(entries), entries, 0, LIMITS).touched)
+    taken = snapshot(fold_step(users_of(entries), entries, LIMITS).touched)
     assert taken.as_of_ms.tolist() == [T0_MS, T0_MS + 2 * DAY_MS]
     assert taken.headers['events'].tolist() == [1, 2]
     assert len(taken.rows) == 3

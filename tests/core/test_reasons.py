@@ -19,8 +19,8 @@ def snapshots_of(*users: list[tuple[int, EventType, float, int]], silent_ms: int
     for events in users:
         user = User('u')
         for at, (after_ms, kind, amount, basket) in enumerate(events):
-            fold(user, Event('u', str(at), at, T0_MS + after_ms, kind, 1, 1, basket, amount, 0), WindowLimits(),
-                 Source.CLICKS, at)
+            fold(user, [Event('u', str(at), at, T0_MS + after_ms, kind, 1, 1, basket, amount, 0, Source.CLICKS, at)],
+                 WindowLimits())
         folded.append(user)
     return Snapshots.join([pack_header(user) for user in folded], [user.days for user in folded],
                           [user.rows for user in folded], [user.last_seen_ms + silent_ms for user in folded])

@@ -37,9 +37,15 @@ def event(ts_ms: int, key: int | None = None, kind: EventType = EventType.VIEW, 
     return Event('u', str(key), key, ts_ms, kind, 7, 9, basket, amount, 0)
 
 
+def fold_one(user: User, each: Event, offset: int, limits: WindowLimits = LIMITS, source: Source = Source.CLICKS) -> Fold:
+    each.source, each.offset = source, offset
+    [outcome] = fold(user, [each], limits)
+    return outcome
+
+
 def folded(events: Sequence[Event], limits: WindowLimits = LIMITS) -> tuple[User, list[Fold]]:
     user = User('u')
-    return user, [fold(user, each, limits, Source.CLICKS, at) for at, each in enumerate(events)]
+    return user, [fold_one(user, each, at, limits) for at, each in enumerate(events)]
 
 
 def window(user: User) -> list[tuple[int, int]]:
@@ -84,6 +90,16 @@ def test_repeats_change_nothing_but_their_count(events: list[Event], repeats: li
 
 
 @given(event_lists)
+def test_a_run_at_once_is_the_same_as_one_by_one(events: list[Event]):
+    one_by_one, outcomes = folded(events)
+    at_once, done = User('u'), []
+    while len(done) < len(events):      # a run ends where a timer has to fire; here it does not
+        done += fold(at_once, events[len(done):], LIMITS)
+    assert encode(at_once) == encode(one_by_one)
+    assert done == outcomes
+
+
+@given(event_lists)
 def test_a_record_survives_its_codec(events: list[Event]):
     user, _ = folded(events)
     user.outbox = pack_outbox([b'one', b'', b'three'])
@@ -100,9 +116,9 @@ def test_a_decoded_record_folds_on_as_if_it_had_never_been_stored():
     kept = User('kept')
     stored = encode(User('kept'))
     for at, each in enumerate(events):
-        fold(kept, each, LIMITS, Source.CLICKS, at)
+        fold_one(kept, each, at)
         user = decode('kept', stored)
-        fold(user, each, LIMITS, Source.CLICKS, at)
+        fold_one(user, each, at)
         stored = encode(user)
     assert stored == encode(kept)
 
@@ -140,9 +156,9 @@ def test_a_record_that_cannot_be_trusted_is_refused(spoil, message: str):
 def test_a_redelivered_event_is_seen_and_not_counted_twice():
     user, _ = folded([event(T0_MS), event(T0_MS + 1)])
     before = encode(user)
-    assert fold(user, event(T0_MS + 1), LIMITS, Source.CLICKS, 1) == Fold.SEEN
+    assert fold_one(user, event(T0_MS + 1), 1) == Fold.SEEN
     assert encode(user) == before
-    assert fold(user, event(T0_MS + 2), LIMITS, Source.CARTS, 0) == Fold.APPLIED
+    assert fold_one(user, event(T0_MS + 2), 0, source=Source.CARTS) == Fold.APPLIED
     assert user.next_offset == [2, 1]
 
 
@@ -200,9 +216,9 @@ def test_timers_fire_in_turn_and_an_event_starts_them_anew():
     assert user.due_ms == T0_MS + 7 * DAY_MS
     fire_timer(user, LIMITS)
     assert user.due_ms == 0
-    fold(user, event(T0_MS + 8 * DAY_MS), LIMITS, Source.CLICKS, 1)
+    fold_one(user, event(T0_MS + 8 * DAY_MS), 1)
     assert user.due_ms == T0_MS + 11 * DAY_MS
-    fold(user, event(T0_MS + 5 * DAY_MS), LIMITS, Source.CLICKS, 2)     # older than the newest: no news of silence
+    fold_one(user, event(T0_MS + 5 * DAY_MS), 2)     # older than the newest: no news of silence
     assert user.due_ms == T0_MS + 11 * DAY_MS
 
 

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from stream.core.events import Decoder, EventRules, Source
+from stream.core.events import Decoder, EventRules
 from stream.core.window import DAY_MS, User, WindowLimits, fold, pack_header
 from stream.errors import UsageError
 from stream.learn.dataset import ExampleOptions, Kind, Split, build, moments, outcomes, split_of, tier_of
@@ -98,7 +98,8 @@ def test_a_snapshot_is_the_fold_of_what_had_happened(data, lines):
             own = [event for event in events if event.user_id == user.user_id][:header['applied']]
             for offset, event in enumerate(own):
                 assert event.ts_ms <= as_of_ms
-                fold(user, event, LIMITS, Source.CLICKS, offset)
+                event.offset = offset
+                fold(user, [event], LIMITS)
             assert bytes(user.rows) == window.tobytes()
             if split.kind[row] != Kind.TIMER:
                 assert pack_header(user) == header.tobytes()

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stream.core.events import Decoder, EventRules, Source
+from stream.core.events import Decoder, EventRules
 from stream.core.features import LENGTHS, Snapshots, batches, features
 from stream.core.scores import collect
 from stream.core.window import User, WindowLimits, fold, pack_header
@@ -40,7 +40,8 @@ def snapshots(lines) -> Snapshots:
         event = decode(value)
         user = users.setdefault(event.user_id, User(event.user_id))
         if len(users) % 2 or user.applied < 3 + len(users) % 40:
-            fold(user, event, limits, Source.CLICKS, offset)
+            event.offset = offset
+            fold(user, [event], limits)
     return Snapshots.join([pack_header(user) for user in users.values()], [user.days for user in users.values()],
                           [user.rows for user in users.values()], [user.last_seen_ms for user in users.values()])
 

@@ -123,7 +123,8 @@ def test_the_final_records_are_a_plain_fold_of_the_file(simulated: Path):
     for event in sorted(events, key=lambda event: event.ts_ms):
         user = users.setdefault(event.user_id, User(event.user_id))
         source = SOURCE_OF_TYPE[event.type]
-        fold(user, event, limits, source, offsets[source])
+        event.source, event.offset = source, offsets[source]
+        fold(user, [event], limits)
         offsets[source] += 1
     for user_id, record in state.records():
         stored, plain = decode(user_id, record), users.pop(user_id)
@@ -180,7 +181,7 @@ def test_timers_of_a_user_agree_with_the_schedule(tmp_path: Path):
         while 0 < user.due_ms <= T0_MS + day * DAY_MS:
             expected.append((fire_timer(user, limits) - T0_MS) // DAY_MS)
         if day != 89:
-            fold(user, Event('a', str(at), at, T0_MS + day * DAY_MS, 1, 0, 0, 0, 0.0, 0), limits, 0, at)
+            fold(user, [Event('a', str(at), at, T0_MS + day * DAY_MS, 1, 0, 0, 0, 0.0, 0, 0, at)], limits)
     assert fired == expected == [4, 8, 15, 24, 28, 35, 51, 83, 87]
 
 

@@ -2,15 +2,14 @@ import numpy as np
 import orjson
 import pytest
 
-from stream.core.events import TYPE_CODES, Event, Source
-from stream.core.lane import Read
+from stream.core.events import TYPE_CODES, Event
 from stream.core.scores import Scores
 from stream.core.window import DAY_MS, NO_TIER
 from stream.replay.statistics import SCORE_BINS, Statistics
 
 
-def read(ts_ms: int, type_name: str) -> Read:
-    return Read(Event('u', 'e', 1, ts_ms, TYPE_CODES[type_name], 0, 0, 0, 0.0, 0), Source.CLICKS, 0)
+def read(ts_ms: int, type_name: str) -> Event:
+    return Event('u', 'e', 1, ts_ms, TYPE_CODES[type_name], 0, 0, 0, 0.0, 0)
 
 
 def scores(intent, churn, power, usable=None) -> Scores:
@@ -30,7 +29,7 @@ def alert(user_id='u', kind='churn.alert', state: str | None = 'raised', day=0, 
 
 def test_a_day_ends_before_midnight_utc():
     statistics = Statistics()
-    statistics.add_reads([read(DAY_MS * 20_000 - 1, 'view'), read(DAY_MS * 20_000, 'view')])
+    statistics.add_events([read(DAY_MS * 20_000 - 1, 'view'), read(DAY_MS * 20_000, 'view')])
     assert statistics.events_per_day == {19_999: {'view': 1}, 20_000: {'view': 1}}
 
 
@@ -40,13 +39,13 @@ def test_blocks_add_up_whatever_their_cuts():
     reads = [read(int(ts_ms), names[code]) for ts_ms, code in
              zip(rng.integers(0, 30 * DAY_MS, 500), rng.integers(0, len(names), 500), strict=True)]
     whole, cut = Statistics(), Statistics()
-    whole.add_reads(reads)
+    whole.add_events(reads)
     for start in range(0, 500, 37):
-        cut.add_reads(reads[start:start + 37])
+        cut.add_events(reads[start:start + 37])
     assert whole.events_per_day == cut.events_per_day
     for day, row in whole.events_per_day.items():
         for name, number in row.items():
-            assert number == sum(r.event.ts_ms // DAY_MS == day and r.event.type == TYPE_CODES[name] for r in reads)
+            assert number == sum(r.ts_ms // DAY_MS == day and r.type == TYPE_CODES[name] for r in reads)
     assert sum(row.total() for row in whole.events_per_day.values()) == 500
 
 

@@ -8,7 +8,7 @@ import pytest
 from stream.core.decide import Policy
 from stream.core.events import Event, EventType, Source
 from stream.core.features import Batch
-from stream.core.lane import Read, Touched, fold_step
+from stream.core.lane import Touched, fold_step
 from stream.core.reasons import ROWS_PER_USER_MAX
 from stream.core.scores import Outputs
 from stream.core.window import User, WindowLimits, encode, unpack_outbox
@@ -41,9 +41,10 @@ class ScriptedScorer(ConstantScorer):
 
 def touched_users(**events: int) -> list[Touched]:
     """Users with so many view events each, folded in one step."""
-    reads = [Read(Event(name, f'{name}{at}', at, T0_MS + at, EventType.VIEW, 0, 0, 0, 0.0, 0), Source.CLICKS, at)
-             for name, count in events.items() for at in range(count)]
-    return fold_step({name: User(name) for name in events}, reads, 0, LIMITS).touched
+    events_read = [
+        Event(name, f'{name}{at}', at, T0_MS + at, EventType.VIEW, 0, 0, 0, 0.0, 0, Source.CLICKS, at)
+        for name, count in events.items() for at in range(count)]
+    return fold_step({name: User(name) for name in events}, events_read, LIMITS).touched
 
 
 def run(touched: Sequence[Touched], scorer: ConstantScorer, publish: Publish = 'changes', budget: int = 1000) -> Scored:
