@@ -21,12 +21,12 @@ from stream.core.window import Fold, User, WindowLimits, fire_timer, fold, pack_
 class Touched(msgspec.Struct, gc=False):
     """One user of a step: scored as of `origin`; `origin` is None where nothing was applied and nothing is scored.
 
-    event_ids   the events applied in this step, in order (empty for a timer)
+    applied     the events applied in this step, in order (none for a timer)
     """
 
     user: User
     origin: Origin | None
-    event_ids: list[str]
+    applied: list[Event]
 
 
 class Folded(msgspec.Struct):
@@ -75,11 +75,15 @@ def fold_step(users: Mapping[str, User], events: Iterable[Event], limits: Window
     for user_id, run in runs.items():
         user = users[user_id]
         outcomes = fold(user, run, limits)
-        for what in outcomes:
-            counts[what] += 1
-        rest += run[len(outcomes):]
-        applied = [event.event_id for event, what in zip(run, outcomes, strict=False) if what is Fold.APPLIED]
-        touched.append(Touched(user, Origin(user.last_seen_ms, 0) if applied else None, applied))
+        applied = outcomes.count(Fold.APPLIED)
+        counts[Fold.APPLIED] += applied
+        if applied < len(run):
+            for what in Fold:
+                if what is not Fold.APPLIED:
+                    counts[what] += outcomes.count(what)
+            rest += run[len(outcomes):]
+            run = [event for event, what in zip(run, outcomes, strict=False) if what is Fold.APPLIED]
+        touched.append(Touched(user, Origin(user.last_seen_ms, 0) if applied else None, run))
     return Folded(touched, counts, rest)
 
 

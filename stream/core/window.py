@@ -166,6 +166,7 @@ def fold(user: User, events: Sequence[Event], limits: WindowLimits) -> list[Fold
     """
     # A run at once, with what changes in local names: this is the loop that everything waits for.
     ids, rows, next_offset, last_seen_ms = user.ids, user.rows, user.next_offset, user.last_seen_ms
+    counts, days = user.counts, user.days
     ids_bytes_max, span_ms = limits.events_max * _ID_BYTES, limits.span_ms
     outcomes: list[Fold] = []
     for event in events:
@@ -205,8 +206,16 @@ def fold(user: User, events: Sequence[Event], limits: WindowLimits) -> list[Fold
             user.due_ms = ts_ms + limits.silence_ms[0] if limits.silence_ms else NO_TIMER_MS
             if _I64.unpack_from(rows)[0] < ts_ms - span_ms:
                 _drop_older(ids, rows, ts_ms - span_ms)
-        _count(user, event)
+        kind = event.type
+        counts[kind - 1] += 1
+        if ts_ms < user.first_seen_ms or not user.first_seen_ms:
+            user.first_seen_ms = ts_ms
+        if kind < _ADD_TO_CART:
+            _count_day(days, ts_ms // DAY_MS, _BROWSES_AT, 0.0)
+        else:
+            _count_cart(user, event)
         outcomes.append(_APPLIED)
+    user.applied += outcomes.count(_APPLIED)
     return outcomes
 
 
@@ -315,23 +324,18 @@ def _drop_older(ids: bytearray, rows: bytearray, horizon_ms: int) -> None:
         del ids[:drop * _ID_BYTES], rows[:drop * ROW.size]
 
 
-def _count(user: User, event: Event) -> None:
-    ts_ms, kind = event.ts_ms, event.type
-    user.applied += 1
-    user.counts[kind - 1] += 1
-    if ts_ms < user.first_seen_ms or not user.first_seen_ms:
-        user.first_seen_ms = ts_ms
-    if kind < _ADD_TO_CART:
-        _count_day(user.days, ts_ms // DAY_MS, _BROWSES_AT, 0.0)
-    elif kind == _PURCHASE:
+def _count_cart(user: User, event: Event) -> None:
+    """Day bucket and money of an event of the cart topic, or of an unknown type."""
+    days, day, kind = user.days, event.ts_ms // DAY_MS, event.type
+    if kind == _PURCHASE:
         user.spend += event.amount
-        opens = _opens_order(user, ts_ms, event.basket)
-        _count_day(user.days, ts_ms // DAY_MS, _ORDERS_AT if opens else None, event.amount)
+        opens = _opens_order(user, event.ts_ms, event.basket)
+        _count_day(days, day, _ORDERS_AT if opens else None, event.amount)
     elif kind == _REFUND:
         user.refunds += event.amount
-        _count_day(user.days, ts_ms // DAY_MS, None, -event.amount)
+        _count_day(days, day, None, -event.amount)
     else:
-        _count_day(user.days, ts_ms // DAY_MS, _CARTS_AT if kind == _ADD_TO_CART else _BROWSES_AT, 0.0)
+        _count_day(days, day, _CARTS_AT if kind == _ADD_TO_CART else _BROWSES_AT, 0.0)
 
 
 def _opens_order(user: User, ts_ms: int, basket: int) -> bool:

@@ -77,7 +77,7 @@ async def score_step(
                                              policy, reasons))
         alerts += mine
         if publish != 'changes' and scores.usable[row]:
-            named = entry.event_ids if publish == 'events' and entry.event_ids else [None]
+            named = [event.event_id for event in entry.applied] if publish == 'events' and entry.applied else [None]
             mine += [scores_message(user, origin, row, scores, scorer.model, event_id) for event_id in named]
         if mine:
             user.outbox = pack_outbox(mine)

@@ -22,7 +22,8 @@ def test_a_step_takes_a_block_whole_when_no_timer_is_in_it():
     step = fold_step(users_of(entries), entries, LIMITS)
     assert step.rest == []
     assert step.counts[Fold.APPLIED] == 4
-    assert [(touched.user.user_id, touched.event_ids, touched.origin) for touched in step.touched] == [
+    assert [(touched.user.user_id, [event.event_id for event in touched.applied], touched.origin)
+            for touched in step.touched] == [
         ('a', ['a0', 'a2'], Origin(T0_MS + 2 * DAY_MS, 0)),
         ('b', ['b1', 'b3'], Origin(T0_MS + int(3.9 * DAY_MS), 0))]
 
