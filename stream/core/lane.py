@@ -39,6 +39,8 @@ class Folded(msgspec.Struct):
 
 def overdue(users: Mapping[str, User], events: Sequence[Event]) -> list[User]:
     """The users whose timer comes before their first event among `events`, by due time, then id."""
+    if not events:
+        return []
     newest_ms = max([event.ts_ms for event in events])
     waiting = {user_id for user_id, user in users.items() if 0 < user.due_ms <= newest_ms}
     due = []

@@ -118,13 +118,16 @@ _APPLIED, _DUPLICATE, _LATE, _SEEN = Fold
 
 
 class User:
-    """One user's record, decoded and mutable. `rows`, `ids` and `days` stay packed; the rest are plain numbers."""
+    """One user's record, decoded and mutable. `rows`, `ids` and `days` stay packed; the rest are plain numbers.
+
+    `stored_due_ms` is no part of the record: it is the timer that the index of due times holds for it.
+    """
 
     __slots__ = (
         'user_id', 'generation', 'step', 'next_offset', 'applied', 'duplicate', 'late', 'first_seen_ms', 'last_seen_ms',
         'counts', 'spend', 'refunds', 'orders', 'last_basket', 'last_order_ms', 'gaps', 'gap_days', 'gap_days_squared',
         'due_ms', 'silence', 'alerting', 'tier', 'power_grid', 'power_at_ms', 'intent_at_ms', 'churn_at_ms',
-        'decisions', 'decision_id', 'model', 'claims', 'days', 'outbox', 'ids', 'rows')
+        'decisions', 'decision_id', 'model', 'claims', 'days', 'outbox', 'ids', 'rows', 'stored_due_ms')
 
     def __init__(self, user_id: str) -> None:
         self.user_id = user_id
@@ -137,7 +140,7 @@ class User:
         self.orders = self.last_basket = self.last_order_ms = 0
         self.gaps = 0
         self.gap_days = self.gap_days_squared = 0.0
-        self.due_ms = NO_TIMER_MS
+        self.due_ms = self.stored_due_ms = NO_TIMER_MS
         self.silence = self.alerting = 0
         self.tier = NO_TIER
         self.power_grid = -1
@@ -267,6 +270,7 @@ def decode(user_id: str, record: bytes) -> User:
     rows_at = ids_at + events * _ID_BYTES
     if len(record) != rows_at + events * ROW.size:
         raise _damaged(user_id, f'{len(record)} bytes, its header says {rows_at + events * ROW.size}')
+    user.stored_due_ms = user.due_ms
     user.next_offset = [clicks, carts]
     user.counts = counts
     user.days = bytearray(record[HEADER.size:outbox_at])

@@ -4,7 +4,7 @@ The same steps as a lane of the worker: decode, fire what is due, fold, score, d
 the file take the place of offsets: each topic's events are counted from 0.
 """
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import BinaryIO
 
 import msgspec
@@ -80,7 +80,7 @@ class Replay:
             await self._block(block)
             if progress:
                 progress(len(block.values))
-        await self._sweep(self.statistics.clock_ms)
+        await self._fire_timers(self.statistics.clock_ms, {}, [])
         counts = self.counts
         for _, record in self._state.records():
             counts.users += 1
@@ -94,16 +94,15 @@ class Replay:
         if not events:
             return
         self.statistics.add_events(events)
-        await self._sweep(events[0].ts_ms)
-        users, stored_due_ms = self._load(dict.fromkeys([event.user_id for event in events]))
+        users = self._load(dict.fromkeys([event.user_id for event in events]))
+        clock_ms = events[0].ts_ms
         while events:
-            while due := overdue(users, events):
-                await self._step(fire(due, self._rules.limits), stored_due_ms)
+            await self._fire_timers(clock_ms, users, events)
             folded = fold_step(users, events, self._rules.limits)
             self.counts.applied += folded.counts[Fold.APPLIED]
             self.counts.duplicate += folded.counts[Fold.DUPLICATE]
             self.counts.late += folded.counts[Fold.LATE]
-            await self._step(folded.touched, stored_due_ms)
+            await self._step(folded.touched)
             events = folded.rest
 
     def _decode(self, block: Block) -> list[Event]:
@@ -131,29 +130,31 @@ class Replay:
         self.counts.dead += 1
         self.statistics.dead[reason] += 1
 
-    async def _sweep(self, clock_ms: int) -> None:
-        """Fire every timer due at or before the stream's time."""
-        while user_ids := self._state.due(clock_ms, self._rules.block_events_max):
-            users, stored_due_ms = self._load(user_ids)
-            await self._step(fire(users.values(), self._rules.limits), stored_due_ms)
+    async def _fire_timers(self, clock_ms: int, users: Mapping[str, User], events: Sequence[Event]) -> None:
+        """Fire every timer due at the stream's time, and those of `users` that come before their first event."""
+        while True:
+            silent = self._load(
+                user_id for user_id in self._state.due(clock_ms, self._rules.block_events_max) if user_id not in users)
+            due = sorted([*silent.values(), *overdue(users, events)], key=lambda user: (user.due_ms, user.user_id))
+            if not due:
+                return
+            await self._step(fire(due, self._rules.limits))
 
-    def _load(self, user_ids: Iterable[str]) -> tuple[dict[str, User], dict[str, int]]:
+    def _load(self, user_ids: Iterable[str]) -> dict[str, User]:
         wanted = list(user_ids)
-        users = {user_id: decode(user_id, record) if record else User(user_id)
-                 for user_id, record in zip(wanted, self._state.get_many(wanted), strict=True)}
-        return users, {user_id: user.due_ms for user_id, user in users.items()}
+        return {user_id: decode(user_id, record) if record else User(user_id)
+                for user_id, record in zip(wanted, self._state.get_many(wanted), strict=True)}
 
-    async def _step(self, touched: Sequence[Touched], stored_due_ms: dict[str, int]) -> None:
+    async def _step(self, touched: Sequence[Touched]) -> None:
         rules = self._rules
         self._steps += 1
         for entry in touched:
             entry.user.step = self._steps
         scored = await score_step(touched, self._scorer, rules.policy, rules.publish, rules.reasons_rows_max)
-        self._state.write([
-            Put(user.user_id, encode(user), stored_due_ms[user.user_id], user.due_ms)
-            for user in (entry.user for entry in touched)])
-        for entry in touched:
-            stored_due_ms[entry.user.user_id] = entry.user.due_ms
+        users = [entry.user for entry in touched]
+        self._state.write([Put(user.user_id, encode(user), user.stored_due_ms, user.due_ms) for user in users])
+        for user in users:
+            user.stored_due_ms = user.due_ms
         self.counts.scored += len(scored.rows) - scored.refused
         self.counts.alerts += len(scored.alerts)
         self.refused_scores += scored.refused
