@@ -322,10 +322,13 @@ _SCORE_OF = {'purchase_intent.alert': 'purchase_intent', 'churn.alert': 'churn'}
 
 def _print_alerts(alerts: list[dict[str, Any]]) -> None:
     table = Table(title='The newest alerts of each kind', show_lines=True)
-    for column, options in (('when (UTC)', {'no_wrap': True}), ('user', {'no_wrap': True}), ('alert', {}),
-                            ('score', {'justify': 'right'}), ('tier', {'justify': 'right'}),
-                            ('because (+ raised it, - lowered it)', {'ratio': 1}), ('proposed', {})):
-        table.add_column(column, **options)
+    for column in ('when (UTC)', 'user'):
+        table.add_column(column, no_wrap=True)
+    table.add_column('alert')
+    for column in ('score', 'tier'):
+        table.add_column(column, justify='right')
+    table.add_column('because (+ raised it, - lowered it)', ratio=1)
+    table.add_column('proposed')
     for value in alerts:
         when = datetime.fromtimestamp(value['as_of_ms'] / 1000, UTC)
         reasons = [f'{"+" if reason["effect"] > 0 else "-"} {reason["text"]}' for reason in value['reasons'] or ()]

@@ -92,7 +92,7 @@ def explain(occlusions: Occlusions, occluded: Scores, row: int, kind: Kind, scor
     mine = np.flatnonzero((occlusions.row == row) & occluded.usable)
     effect = getattr(scores, column)[row] - getattr(occluded, column)[mine]
     strongest = np.argsort(-np.abs(effect), kind='stable')[:REASONS_MAX]
-    return [{**words(occlusions, mine[at]), 'effect': round(float(effect[at]), 4)}
+    return [{**words(occlusions, int(mine[at])), 'effect': round(float(effect[at]), 4)}
             for at in strongest if abs(effect[at]) >= _EFFECT_MIN]
 
 

@@ -4,8 +4,8 @@ The same steps as a lane of the worker: decode, fire what is due, fold, score, d
 the file take the place of offsets: each topic's events are counted from 0.
 """
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import BinaryIO
+from collections.abc import Callable, Mapping, Sequence
+from typing import IO
 
 import msgspec
 import orjson
@@ -13,16 +13,15 @@ import orjson
 from stream.core.decide import Policy
 from stream.core.events import SOURCE_OF_TYPE, Decoder, Event, EventRules
 from stream.core.lane import Touched, fire, fold_step, overdue
-from stream.core.window import DAY_MS, HEADER_DTYPE, Fold, User, WindowLimits, decode, encode
+from stream.core.window import DAY_MS, Fold, User, WindowLimits
 from stream.errors import StateError
 from stream.replay.recording import Block, Recording
-from stream.replay.state import Put, State
+from stream.replay.state import State
 from stream.replay.statistics import Statistics
 from stream.scoring.scorer import Scorer
 from stream.scoring.step import Publish, score_step
 
 BLOCK_SPAN_MS_MAX = DAY_MS
-_TIER_AT = HEADER_DTYPE.fields['tier'][1] if HEADER_DTYPE.fields else 0
 
 
 class ReplayRules(msgspec.Struct, frozen=True):
@@ -56,8 +55,8 @@ class Replay:
     dead_letters  takes one dead letter a line: file, row, reason, detail and the value
     """
 
-    def __init__(self, recording: Recording, state: State, scorer: Scorer, rules: ReplayRules, outputs: BinaryIO,
-                 dead_letters: BinaryIO) -> None:
+    def __init__(self, recording: Recording, state: State, scorer: Scorer, rules: ReplayRules, outputs: IO[bytes],
+                 dead_letters: IO[bytes]) -> None:
         self.counts = Counts()
         self.statistics = Statistics()
         self.refused_scores = 0
@@ -82,9 +81,9 @@ class Replay:
                 progress(len(block.values))
         await self._fire_timers(self.statistics.clock_ms, {}, [])
         counts = self.counts
-        for _, record in self._state.records():
+        for user in self._state.users():
             counts.users += 1
-            self.statistics.add_final_tier(int.from_bytes(record[_TIER_AT:_TIER_AT + 1], 'little', signed=True))
+            self.statistics.add_final_tier(user.tier)
         if counts.read != counts.applied + counts.duplicate + counts.late + counts.dead:
             raise StateError(f'The account is not even: {counts}.', 'report this, with the recording.')
         return counts
@@ -94,7 +93,7 @@ class Replay:
         if not events:
             return
         self.statistics.add_events(events)
-        users = self._load(dict.fromkeys([event.user_id for event in events]))
+        users = self._state.load(dict.fromkeys([event.user_id for event in events]))
         clock_ms = events[0].ts_ms
         while events:
             await self._fire_timers(clock_ms, users, events)
@@ -108,7 +107,7 @@ class Replay:
     def _decode(self, block: Block) -> list[Event]:
         decode_event, next_offset, events = self._decoder, self._next_offset, []
         for index, value in enumerate(block.values):
-            outcome = (block.bad and block.bad.get(index)) or decode_event(value)
+            outcome = block.bad.get(index) or decode_event(value)
             if isinstance(outcome, Event):
                 outcome.source = source = SOURCE_OF_TYPE[outcome.type]
                 outcome.offset = next_offset[source]
@@ -133,17 +132,12 @@ class Replay:
     async def _fire_timers(self, clock_ms: int, users: Mapping[str, User], events: Sequence[Event]) -> None:
         """Fire every timer due at the stream's time, and those of `users` that come before their first event."""
         while True:
-            silent = self._load(
+            silent = self._state.load(
                 user_id for user_id in self._state.due(clock_ms, self._rules.block_events_max) if user_id not in users)
             due = sorted([*silent.values(), *overdue(users, events)], key=lambda user: (user.due_ms, user.user_id))
             if not due:
                 return
             await self._step(fire(due, self._rules.limits))
-
-    def _load(self, user_ids: Iterable[str]) -> dict[str, User]:
-        wanted = list(user_ids)
-        return {user_id: decode(user_id, record) if record else User(user_id)
-                for user_id, record in zip(wanted, self._state.get_many(wanted), strict=True)}
 
     async def _step(self, touched: Sequence[Touched]) -> None:
         rules = self._rules
@@ -151,10 +145,7 @@ class Replay:
         for entry in touched:
             entry.user.step = self._steps
         scored = await score_step(touched, self._scorer, rules.policy, rules.publish, rules.reasons_rows_max)
-        users = [entry.user for entry in touched]
-        self._state.write([Put(user.user_id, encode(user), user.stored_due_ms, user.due_ms) for user in users])
-        for user in users:
-            user.stored_due_ms = user.due_ms
+        self._state.save(entry.user for entry in touched)
         self.counts.scored += len(scored.rows) - scored.refused
         self.counts.alerts += len(scored.alerts)
         self.refused_scores += scored.refused

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from stream.core.window import User
 from stream.errors import UsageError
-from stream.replay.state import MemoryState, Put, RocksState, State
+from stream.replay.state import MemoryState, RocksState, State
 
 
 @pytest.fixture(params=['memory', 'rocksdb'])
@@ -16,17 +17,39 @@ def state(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[State]:
     made.close()
 
 
-def test_what_is_written_is_read(state: State):
-    assert state.get_many(['a', 'b']) == [None, None]
-    state.write([Put('a', b'1', 0, 0), Put('ü', b'', 0, 0)])
-    state.write([Put('a', b'2', 0, 0)])
-    assert state.get_many(['ü', 'zz', 'a']) == [b'', None, b'2']
-    assert sorted(state.records()) == [('a', b'2'), ('ü', b'')]
-    assert state.get_many([]) == []
+def save(state: State, **due_ms: int) -> None:
+    """Set the timers of these users."""
+    users = state.load(due_ms)
+    for user_id, user in users.items():
+        user.due_ms = due_ms[user_id]
+        user.applied += 1
+    state.save(users.values())
+
+
+def test_what_is_saved_is_loaded(state: State):
+    fresh = state.load(['a', 'b'])
+    assert [user.applied for user in fresh.values()] == [0, 0]
+    assert list(state.users()) == []
+    save(state, a=0, ü=0)
+    save(state, a=0)
+    loaded = state.load(['ü', 'zz', 'a'])
+    assert [(user_id, user.user_id, user.applied) for user_id, user in loaded.items()] == [
+        ('ü', 'ü', 1), ('zz', 'zz', 0), ('a', 'a', 2)]
+    assert sorted((user.user_id, user.applied) for user in state.users()) == [('a', 2), ('ü', 1)]
+    assert state.load([]) == {}
+
+
+def test_everything_of_a_user_is_kept(state: State):
+    user = User('a')
+    user.outbox, user.rows, user.ids, user.alerting, user.tier = b'xyz', bytearray(24), bytearray(8), 3, 2
+    user.spend, user.next_offset, user.decision_id = 1.5, [7, 9], bytes(range(16))
+    state.save([user])
+    loaded = state.load(['a'])['a']
+    assert all(getattr(loaded, name) == getattr(user, name) for name in User.__slots__)
 
 
 def test_due_users_come_by_time_then_id_and_asking_changes_nothing(state: State):
-    state.write([Put(name, b'', 0, due_ms) for name, due_ms in (('c', 20), ('b', 10), ('a', 20), ('d', 21), ('e', 0))])
+    save(state, c=20, b=10, a=20, d=21, e=0)
     for _ in range(2):
         assert state.due(9, 10) == []
         assert state.due(20, 10) == ['b', 'a', 'c']
@@ -34,14 +57,14 @@ def test_due_users_come_by_time_then_id_and_asking_changes_nothing(state: State)
 
 
 def test_a_timer_can_move_later_earlier_and_away(state: State):
-    state.write([Put('a', b'', 0, 10)])
-    state.write([Put('a', b'', 10, 30)])
+    save(state, a=10)
+    save(state, a=30)
     assert state.due(29, 10) == []
-    state.write([Put('a', b'', 30, 5)])
+    save(state, a=5)
     assert state.due(5, 10) == ['a']
-    state.write([Put('a', b'', 5, 0)])
+    save(state, a=0)
     assert state.due(99, 10) == []
-    state.write([Put('a', b'', 0, 40)])
+    save(state, a=40)
     assert state.due(99, 10) == ['a']
 
 
@@ -49,9 +72,8 @@ def test_a_timer_can_move_later_earlier_and_away(state: State):
 def test_timers_agree_with_a_plain_dictionary(state: State, seed: int):
     chance, due = random.Random(seed), {}
     for _ in range(300):
-        user = f'u{chance.randrange(8)}'
-        moved = chance.choice([0, chance.randrange(1, 60)])
-        state.write([Put(user, b'x', due.get(user, 0), moved)])
+        user, moved = f'u{chance.randrange(8)}', chance.choice([0, chance.randrange(1, 60)])
+        save(state, **{user: moved})
         due[user] = moved
         until, most = chance.randrange(60), chance.randrange(1, 9)
         expected = sorted((at, name) for name, at in due.items() if 0 < at <= until)[:most]

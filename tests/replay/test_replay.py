@@ -13,7 +13,7 @@ from stream.core.decide import Policy
 from stream.core.events import SOURCE_OF_TYPE, Decoder, Event, EventRules
 from stream.core.features import COUNTER_NAMES, Batch
 from stream.core.scores import Outputs
-from stream.core.window import DAY_MS, User, WindowLimits, decode, fire_timer, fold
+from stream.core.window import DAY_MS, User, WindowLimits, fire_timer, fold
 from stream.errors import UsageError
 from stream.replay.recording import Recording
 from stream.replay.replay import Counts, Replay, ReplayRules
@@ -107,10 +107,9 @@ def test_windows_and_counters_do_not_depend_on_how_blocks_are_cut(simulated: Pat
     def final_users(block_events_max: int) -> dict[str, tuple]:
         state = MemoryState()
         replayed(simulated, ReplayRules(block_events_max=block_events_max), ConstantScorer(), state)
-        users = [decode(user_id, record) for user_id, record in state.records()]
         return {user.user_id: (user.rows, user.ids, user.days, user.counts, user.spend, user.orders, user.gap_days,
                                user.applied, user.duplicate, user.late, user.next_offset, user.due_ms, user.silence)
-                for user in users}
+                for user in state.users()}
 
     assert final_users(1) == final_users(7) == final_users(2_000)
 
@@ -126,8 +125,8 @@ def test_the_final_records_are_a_plain_fold_of_the_file(simulated: Path):
         event.source, event.offset = source, offsets[source]
         fold(user, [event], limits)
         offsets[source] += 1
-    for user_id, record in state.records():
-        stored, plain = decode(user_id, record), users.pop(user_id)
+    for stored in state.users():
+        plain = users.pop(stored.user_id)
         assert (stored.rows, stored.ids, stored.days) == (plain.rows, plain.ids, plain.days)
         assert (stored.applied, stored.duplicate, stored.late) == (plain.applied, plain.duplicate, plain.late)
         assert (stored.spend, stored.orders, stored.next_offset) == (plain.spend, plain.orders, plain.next_offset)
@@ -190,7 +189,7 @@ def test_one_event_of_the_far_future_does_not_expire_another_users_window(tmp_pa
     state = MemoryState()
     counts, _, _ = replayed(path, state=state)
     assert counts.applied == 3
-    assert len(decode('a', state.get_many(['a'])[0] or b'').rows) > 0
+    assert len(state.load(['a'])['a'].rows) > 0
 
 
 def test_a_chain_of_decisions_is_unbroken_per_user(simulated: Path):
