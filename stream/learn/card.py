@@ -176,11 +176,15 @@ def _segments(test: dict) -> str:
     return '\n'.join(lines) + '\n'
 
 
+def _share(share: float | None) -> str:
+    return '' if share is None else f'{share:.1%}'
+
+
 def _thresholds(test: dict) -> str:
     lines = ['| score | moments | at least | reached by | right | found of all |', '|---' * 6 + '|']
     for task, kinds in test['thresholds'].items():
         for kind, table in kinds.items():
             lines += [f'| {task} | {kind.replace("_", " ")} | {row["at_least"]} | {row["flagged"]:.1%} | '
-                      f'{row["precision"]:.1%} | {row["recall"]:.1%} |'
+                      f'{row["precision"]:.1%} | {_share(row["recall"])} |'
                       for row in table if row['precision'] is not None]
     return '\n'.join(lines) + '\n'

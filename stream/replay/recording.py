@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import BinaryIO
+from typing import BinaryIO, TypeGuard
 
 import msgspec
 import numpy as np
@@ -208,7 +208,13 @@ class Recording:
 
 
 def _peek_times(rows: list[Row]) -> list[int | None]:
+    if _no_bad_row(rows):
+        return list(map(peek_ts_ms, rows))
     return [None if isinstance(row, BadRow) else peek_ts_ms(row) for row in rows]
+
+
+def _no_bad_row(rows: list[Row]) -> TypeGuard[list[bytes]]:
+    return set(map(type, rows)) <= {bytes}
 
 
 def _append_times(times: array, found: list[int | None]) -> None:
@@ -223,6 +229,8 @@ def _append_times(times: array, found: list[int | None]) -> None:
 
 
 def _block(rows: list[Row], numbers: Sequence[int], first_ms: int, last_ms: int) -> Block:
+    if _no_bad_row(rows):
+        return Block(rows, numbers, {}, first_ms, last_ms)
     bad = {place: row for place, row in enumerate(rows) if isinstance(row, BadRow)}
     values = [row.raw if isinstance(row, BadRow) else row for row in rows]
     return Block(values, numbers, bad, first_ms, last_ms)

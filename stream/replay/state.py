@@ -128,8 +128,8 @@ class RocksState:
     def due(self, until_ms: int, users_max: int) -> list[str]:
         end = _DUE.pack(until_ms + 1)
         ready: list[bytes] = []
-        keys: Iterator[Any] = self._due.keys(from_key=self._swept)
-        for key in keys:
+        due: Any = self._due
+        for key in due.keys(from_key=self._swept):
             if key >= end or len(ready) == users_max:
                 self._swept = ready[0] if ready else key
                 break
@@ -137,8 +137,8 @@ class RocksState:
         return [key[_DUE.size:].decode() for key in ready]
 
     def users(self) -> Iterator[User]:
-        items: Iterator[Any] = self._db.items()
-        for user_id, record in items:
+        db: Any = self._db
+        for user_id, record in db.items():
             yield decode(user_id.decode(), record)
 
     def close(self) -> None:

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import msgspec
 
-from stream.core.features import COUNTER_NAMES, SLOT_NUMBER_NAMES, SLOTS_MAX, TYPE_VOCABULARY
+from stream.core.features import (
+    CATEGORY_BUCKETS,
+    COUNTER_NAMES,
+    ITEM_BUCKETS,
+    LENGTHS,
+    SLOT_NUMBER_NAMES,
+    TYPE_VOCABULARY,
+)
 from stream.core.messages import ModelInfo
 from stream.errors import ModelError
 
@@ -20,13 +27,15 @@ WEIGHTS = 'model.onnx'
 class FeatureLayout(msgspec.Struct, frozen=True):
     """The tensors that a model was trained on; another layout would be read as nonsense, silently."""
 
-    slots_max: int
+    lengths: tuple[int, ...]
     type_vocabulary: int
+    item_buckets: int
+    category_buckets: int
     slot_numbers: tuple[str, ...]
     counters: tuple[str, ...]
 
 
-LAYOUT = FeatureLayout(SLOTS_MAX, TYPE_VOCABULARY, SLOT_NUMBER_NAMES, COUNTER_NAMES)
+LAYOUT = FeatureLayout(LENGTHS, TYPE_VOCABULARY, ITEM_BUCKETS, CATEGORY_BUCKETS, SLOT_NUMBER_NAMES, COUNTER_NAMES)
 
 
 class Manifest(msgspec.Struct, frozen=True):

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from stream.errors import ModelError
@@ -14,8 +15,7 @@ def folder(tmp_path: Path) -> Path:
     (made / 'model.onnx').write_bytes(b'weights')
     manifest = {
         'name': 'm', 'version': '1', 'files': {'model.onnx': sha256(made / 'model.onnx')},
-        'layout': {'slots_max': LAYOUT.slots_max, 'type_vocabulary': LAYOUT.type_vocabulary,
-                   'slot_numbers': list(LAYOUT.slot_numbers), 'counters': list(LAYOUT.counters)},
+        'layout': msgspec.to_builtins(LAYOUT),
         'tier_names': ['low', 'high'], 'tier_edges': [1.0], 'command': 'stream train', 'seed': 7}
     (made / MANIFEST).write_text(json.dumps(manifest))
     return made
@@ -55,8 +55,7 @@ def link_out(folder: Path) -> None:
     (lambda folder: (folder / MANIFEST).unlink(), 'no model'),
     (lambda folder: (folder / MANIFEST).write_text('{'), 'cannot be read'),
     (lambda folder: change(folder, tier_names=5), 'cannot be read'),
-    (lambda folder: change(folder, layout={'slots_max': 8, 'type_vocabulary': 3, 'slot_numbers': [], 'counters': []}),
-     'another feature layout'),
+    (lambda folder: change(folder, layout={**msgspec.to_builtins(LAYOUT), 'item_buckets': 8}), 'another feature layout'),
     (lambda folder: change(folder, files={'../outside.onnx': '00'}), 'its manifest lists'),
 ])
 def test_a_changed_folder_is_refused(folder: Path, spoil, message: str):
