@@ -36,7 +36,7 @@ def test_another_file(tmp_path: Path):
 
 
 @pytest.mark.parametrize(('flags', 'named'), [
-    ({'churn_raise': 1.5}, 'churn_raise'), ({'publish': 'some'}, 'publish'), ({'no_such_setting': 1}, 'no_such_setting'),
+    ({'churn_raise': 1.5}, 'churn_raise'), ({'publish': 'some'}, 'publish'), ({'no_such': 1}, 'no_such'),
     ({'churn_raise': 0.5, 'churn_clear': 0.6}, 'churn_clear'), ({'intent_raise': 0.1}, 'intent_clear'),
     ({'silence_days': [3, 2]}, 'ascend'), ({'currency': 'euro'}, 'currency')])
 def test_a_wrong_setting_is_named(flags: dict, named: str):

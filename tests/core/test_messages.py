@@ -14,8 +14,8 @@ MODEL = ModelInfo('shopper', '1', 'ab' * 32)
 SCORES = Scores(np.array([True]), np.array([0.7312]), np.array([0.1]), np.array([0.375]),
                 np.array([[0.5, 0.25, 0.25]]), np.array([12.34]))
 ORIGIN = Origin(1_700_000_000_123, 0)
-REASONS = [{'name': 'add_to_cart', 'text': 'put an item in the cart worth 9.90 2 hours before', 'ts_ms': 1, 'amount': 9.9,
-            'effect': 0.21}]
+REASONS = [{'name': 'add_to_cart', 'text': 'put an item in the cart worth 9.90 2 hours before', 'ts_ms': 1,
+            'amount': 9.9, 'effect': 0.21}]
 
 
 def shopper() -> User:
@@ -28,8 +28,8 @@ def messages() -> list[bytes]:
     """One of each kind, in one user's order."""
     user = shopper()
     return [
-        decision_message(user, Decision(0, Kind.POWER, 'power_first', 2, NO_TIER), 'power_first', ORIGIN, 0, SCORES, MODEL,
-                         Policy(), None),
+        decision_message(user, Decision(0, Kind.POWER, 'power_first', 2, NO_TIER), 'power_first', ORIGIN, 0, SCORES,
+                         MODEL, Policy(), None),
         decision_message(user, Decision(0, Kind.INTENT, 'intent', 2, 2), 'intent', ORIGIN, 0, SCORES, MODEL, Policy(),
                          REASONS),
         decision_message(user, Decision(0, Kind.CHURN, 'churn_raised', 2, 2), 'churn_raised',

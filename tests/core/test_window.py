@@ -37,7 +37,8 @@ def event(ts_ms: int, key: int | None = None, kind: EventType = EventType.VIEW, 
     return Event('u', str(key), key, ts_ms, kind, 7, 9, basket, amount, 0)
 
 
-def fold_one(user: User, each: Event, offset: int, limits: WindowLimits = LIMITS, source: Source = Source.CLICKS) -> Fold:
+def fold_one(user: User, each: Event, offset: int, limits: WindowLimits = LIMITS,
+             source: Source = Source.CLICKS) -> Fold:
     each.source, each.offset = source, offset
     [outcome] = fold(user, [each], limits)
     return outcome
