@@ -55,7 +55,7 @@ def link_out(folder: Path) -> None:
     (lambda folder: (folder / MANIFEST).unlink(), 'no model'),
     (lambda folder: (folder / MANIFEST).write_text('{'), 'cannot be read'),
     (lambda folder: change(folder, tier_names=5), 'cannot be read'),
-    (lambda folder: change(folder, layout={**msgspec.to_builtins(LAYOUT), 'item_buckets': 8}), 'another feature layout'),
+    (lambda folder: change(folder, layout={**msgspec.to_builtins(LAYOUT), 'item_buckets': 8}), 'feature layout'),
     (lambda folder: change(folder, files={'../outside.onnx': '00'}), 'its manifest lists'),
 ])
 def test_a_changed_folder_is_refused(folder: Path, spoil, message: str):
