@@ -13,7 +13,7 @@ from stream.core.decide import Policy
 from stream.core.events import SOURCE_OF_TYPE, Decoder, Event, EventRules
 from stream.core.features import COUNTER_NAMES, Batch
 from stream.core.scores import Outputs
-from stream.core.window import DAY_MS, User, WindowLimits, fire_timer, fold
+from stream.core.window import DAY_MS, User, WindowLimits, encode, fire_timer, fold
 from stream.errors import UsageError
 from stream.replay.recording import Recording
 from stream.replay.replay import Counts, Replay, ReplayRules
@@ -221,3 +221,13 @@ def test_a_used_state_directory_is_refused(tmp_path: Path):
     (tmp_path / 'file').write_text('x')
     with pytest.raises(UsageError):
         RocksState(tmp_path)
+
+
+def test_a_recorded_replay_gives_the_recorded_bytes():
+    """What a change of these bytes means for subscribers and stored records belongs in its commit."""
+    recorded = Path(__file__).parents[1] / 'golden' / 'replay'
+    state = MemoryState()
+    _, outputs, dead_letters = replayed(recorded / 'events.jsonl', ReplayRules(publish='all'), state=state)
+    assert outputs == (recorded / 'messages.jsonl').read_bytes()
+    assert dead_letters == (recorded / 'dead.jsonl').read_bytes()
+    assert encode(state.load(['ada'])['ada']) == (recorded / 'ada.record').read_bytes()
