@@ -46,15 +46,15 @@ class ActionRule(msgspec.Struct, frozen=True):
 class Policy(msgspec.Struct, frozen=True):
     """Thresholds on scores in [0, 1], cool-downs and lifetimes in milliseconds of event time."""
 
-    tier_margin: float = 0.05
-    power_move_min: float = 0.05
+    tier_margin: float = 0.1
+    power_move_min: float = 0.1
     tier_events_min: int = 5
     intent_raise: float = 0.7
     intent_clear: float = 0.4
     churn_raise: float = 0.8
     churn_clear: float = 0.6
     churn_orders_min: int = 1
-    power_cooldown_ms: int = DAY_MS
+    power_cooldown_ms: int = 7 * DAY_MS
     intent_cooldown_ms: int = DAY_MS
     churn_cooldown_ms: int = 7 * DAY_MS
     power_ttl_ms: int = 30 * DAY_MS

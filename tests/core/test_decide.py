@@ -9,7 +9,7 @@ from stream.core.window import DAY_MS, HEADER_DTYPE, User, pack_header
 T0_MS = 1_700_000_000_000
 MODEL = b'model--1'
 POLICY = Policy(tier_margin=0.1, power_move_min=0.1, tier_events_min=3, intent_raise=0.7, intent_clear=0.3,
-                churn_raise=0.8, churn_clear=0.5, churn_orders_min=2)
+                churn_raise=0.8, churn_clear=0.5, churn_orders_min=2, power_cooldown_ms=DAY_MS)
 
 
 def shopper(**state: object) -> User:
