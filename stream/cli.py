@@ -29,14 +29,15 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from stream.config import Settings, load_settings, render
+from stream.config import Settings, load_settings, render, unknown_variables
 from stream.errors import StreamError, UsageError
 from stream.replay.formats import FORMATS
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode='rich',
     help='Real-time shopper scoring: click and cart events in, purchase-power scores and churn alerts out.',
-    epilog='Exit codes: 0 done, 2 wrong command or setting, 3 unreadable input, 4 damaged state, 5 model, 130 stopped.')
+    epilog='Exit codes: 0 done, 1 file system, '
+           '2 wrong command or setting, 3 unreadable input, 4 damaged state, 5 model, 130 stopped.')
 
 ConfigFile = Annotated[Path | None, typer.Option(
     '--config', metavar='FILE', help='Settings file in TOML (default: stream.toml, if there is one).')]
@@ -63,7 +64,7 @@ def demo(
     overrides: Overrides = None,
 ) -> None:
     """Simulate shoppers, replay their events through the shipped model, show alerts with reasons and a report."""
-    settings = load_settings(config, **_parsed(overrides))
+    settings = _settings(config, **_parsed(overrides))
     out.mkdir(parents=True, exist_ok=True)
     events = out / 'events.jsonl'
     _simulate(events, shoppers, days, seed, noise=0.002)
@@ -105,7 +106,7 @@ def replay(
 ) -> None:
     """Send recorded events through the worker's own core, in event-time order; the same files give the same bytes."""
     flags = {'publish': publish, 'scorer': scorer, 'model': model, 'state': 'rocksdb' if state_dir else state}
-    settings = load_settings(config, **_parsed(overrides) | {k: v for k, v in flags.items() if v is not None})
+    settings = _settings(config, **_parsed(overrides) | {k: v for k, v in flags.items() if v is not None})
     outcome = _replay(files, format_name, out, settings, report, state_dir)
     if as_json:
         sys.stdout.write(orjson.dumps(msgspec.to_builtins(outcome.counts)).decode() + '\n')
@@ -127,7 +128,7 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train a model: pretrained on unlabelled events, then fine-tuned, judged beside simple baselines."""
-    settings = load_settings(config, **_parsed(overrides))
+    settings = _settings(config, **_parsed(overrides))
     learning = _learning('stream.learn.train')
     if bool(files) == bool(simulated):
         raise UsageError('Nothing to learn from, or two things.', 'name recorded files, or --simulate SHOPPERS.')
@@ -164,7 +165,7 @@ def show_config(
         from stream.core.events import json_schema
         sys.stdout.write(orjson.dumps(json_schema(), option=orjson.OPT_INDENT_2).decode() + '\n')
     else:
-        sys.stdout.write(render(load_settings(config, **_parsed(overrides))))
+        sys.stdout.write(render(_settings(config, **_parsed(overrides))))
 
 
 def main() -> None:
@@ -172,8 +173,11 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except StreamError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f'stream: {error}', markup=False)
+        _say(f'stream: {error}')
         sys.exit(error.exit_code)
+    except OSError as error:
+        _say(f'stream: {error.strerror or error}: {error.filename}. Do: check the path, its rights and the disk.')
+        sys.exit(StreamError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -196,14 +200,15 @@ def _replay(
     from stream.replay.recording import Recording
     from stream.replay.replay import Replay
 
-    if format_name not in FORMATS:
-        raise UsageError(f'There is no format {format_name!r}.', f'choose one of {", ".join(FORMATS)}.')
     if out.suffix != '.jsonl' or not out.parent.is_dir():
         raise UsageError(f'Messages cannot be written to {out}.',
                          'name a .jsonl file in an existing folder with --out.')
     # A block's thousands of new objects are no garbage: looking for cycles at every 700 of them cost 6 % of the rate.
     gc.set_threshold(100_000, 10, 10)
     dead_letters, report = out.with_suffix('.dead.jsonl'), out.with_suffix('.html')
+    for path in (out, dead_letters, report):
+        if path.is_dir() or path.resolve() in {file.resolve() for file in files}:
+            raise UsageError(f'{path} is a folder, or one of the files to replay.', 'name another file with --out.')
     with ExitStack() as stack:
         progress = stack.enter_context(_progress())
         recording = Recording(files, format_name)
@@ -254,7 +259,15 @@ def _scorer(settings: Settings) -> Any:
         from stream.scoring.scorer import ConstantScorer
         return ConstantScorer(rows_max=settings.batch_rows_max)
     from stream.scoring.embedded import EmbeddedScorer
-    return EmbeddedScorer(settings.model, settings.scorer_threads, settings.batch_rows_max)
+    scorer = EmbeddedScorer(settings.model, settings.scorer_threads, settings.batch_rows_max)
+    trained, here = scorer.manifest.window, settings.window_limits()
+    if (trained.events_max, trained.span_ms) != (here.events_max, here.span_ms):
+        _say(f'warning: the model was trained on windows of {trained.events_max} events, these hold {here.events_max} '
+             '(or another span): do not trust its scores.')
+    if scorer.manifest.currency != settings.currency:
+        _say(f'warning: the model was trained on amounts in {scorer.manifest.currency}, these are in '
+             f'{settings.currency}: do not trust its scores.')
+    return scorer
 
 
 def _state(settings: Settings, state_dir: Path | None, stack: ExitStack) -> Any:
@@ -289,6 +302,12 @@ def _written(path: Path) -> Iterator[IO[bytes]]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _settings(config: Path | None, **flags: Any) -> Settings:
+    for name in unknown_variables():
+        _say(f'warning: {name} in the environment is no setting; see `stream config` for the names.')
+    return load_settings(config, **flags)
 
 
 def _parsed(overrides: list[str] | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 A setting is read from a TOML file, then from the environment (`STREAM_<NAME>`), then from the command line; the later
 one wins. `stream config` prints what is in effect.
 """
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,9 +13,10 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from stream.core.decide import ActionRule, Occasion, Policy
 from stream.core.events import EventRules
-from stream.core.window import DAY_MS, WindowLimits
+from stream.core.window import DAY_MS, NO_TIER, WindowLimits
 from stream.errors import UsageError
 from stream.replay.replay import ReplayRules
+from stream.scoring.step import Publish
 
 CONFIG_FILE = Path('stream.toml')
 SHIPPED_MODEL = Path('triton_models/shopper/1')
@@ -22,15 +24,18 @@ _REPLAY = ReplayRules()
 _EVENTS, _LIMITS, _POLICY = _REPLAY.events, _REPLAY.limits, _REPLAY.policy
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Milliseconds = Annotated[int, Field(ge=0)]
+Milliseconds = Annotated[int, Field(ge=0, le=36_500 * DAY_MS)]
+Days = Annotated[int, Field(ge=1, le=36_500)]
+Currency = Annotated[str, Field(pattern='^[A-Z]{3}$')]
+Rate = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 
 
 class Action(BaseModel, extra='forbid'):
-    """Propose `action` on an occasion for shoppers whose tier lies in [tier_min, tier_max]."""
+    """Propose `action` on an occasion to shoppers whose tier lies in [tier_min, tier_max]; -1 is no tier yet."""
 
     occasion: Occasion
     action: str
-    tier_min: int = 0
+    tier_min: int = NO_TIER
     tier_max: int = 100
 
 
@@ -43,26 +48,26 @@ class Settings(BaseSettings):
     scorer: Literal['embedded', 'constant'] = Field(
         'embedded', description='embedded: onnxruntime in the process; constant: the same scores for everybody')
     scorer_threads: int = Field(1, ge=1, description='threads of one embedded model run')
-    batch_rows_max: int = Field(256, ge=1, le=4096, description='windows in one request to the model')
-    publish: Literal['changes', 'all', 'events'] = Field(
+    batch_rows_max: int = Field(256, ge=1, le=256, description='windows in one request to the model')
+    publish: Publish = Field(
         'changes', description='changes: decisions only; all: also the scores of every scored user; '
                                'events: also one output per event')
     state: Literal['memory', 'rocksdb'] = Field('memory', description="where a replay keeps the users' records")
     block_events_max: int = Field(
         _REPLAY.block_events_max, ge=1, le=100_000, description='events folded and scored together')
 
-    currency: str = Field(_EVENTS.currency, pattern='^[A-Z]{3}$', description='ISO 4217 code of all amounts')
-    currency_rates: dict[str, float] = Field(
+    currency: Currency = Field(_EVENTS.currency, description='ISO 4217 code of all amounts')
+    currency_rates: dict[Currency, Rate] = Field(
         default_factory=dict, description='units of `currency` for one unit of another; any other is refused')
     clock_ahead_ms_max: Milliseconds = Field(
         _EVENTS.clock_ahead_ms_max, description="how far an event's time may be ahead of its Kafka record's")
     record_bytes_max: int = Field(_EVENTS.record_bytes_max, ge=64, description='larger records are dead letters')
 
     window_events_max: int = Field(_LIMITS.events_max, ge=1, le=65_535, description='events kept per user')
-    window_span_days: int = Field(
-        _LIMITS.span_ms // DAY_MS, ge=1, description='no event older than this before the newest one is kept')
-    silence_days: list[Annotated[int, Field(ge=1)]] = Field(
-        default_factory=lambda: [delay_ms // DAY_MS for delay_ms in _LIMITS.silence_ms],
+    window_span_days: Days = Field(
+        _LIMITS.span_ms // DAY_MS, description='no event older than this before the newest one is kept')
+    silence_days: list[Days] = Field(
+        default_factory=lambda: [delay_ms // DAY_MS for delay_ms in _LIMITS.silence_ms], max_length=255,
         description='days without an event after which a user is scored again')
 
     tier_margin: Share = Field(
@@ -160,6 +165,12 @@ def render(settings: Settings) -> str:
         note = '' if value == default else f' (default: {_toml(default)})'
         lines += [f'# {field.description}{note}', f'{name} = {_toml(value)}', '']
     return '\n'.join(lines)
+
+
+def unknown_variables() -> list[str]:
+    """Names in the environment that look like settings and are none, e.g. for a slip of the pen."""
+    known = {f'STREAM_{name}'.upper() for name in Settings.model_fields}
+    return sorted(name for name in os.environ if name.upper().startswith('STREAM_') and name.upper() not in known)
 
 
 def _toml(value: Any) -> str:

@@ -70,6 +70,18 @@ def test_settings_reach_the_replay(folder: Path):
     assert json.loads(quiet.stdout)['alerts'] == 0
 
 
+def test_a_variable_that_is_no_setting_is_told(tmp_path: Path):
+    assert 'STREAM_CHRUN_RAISE' in stream(tmp_path, 'config', STREAM_CHRUN_RAISE='0.5').stderr
+    assert stream(tmp_path, 'config', STREAM_CHURN_RAISE='0.9').stderr == ''
+
+
+def test_a_model_trained_on_other_windows_or_money_is_told(folder: Path):
+    arguments = ('replay', 'events.jsonl', '--model', str(MODEL), '--no-report', '--out', 'w.jsonl')
+    told = stream(folder, *arguments, '--set', 'currency=USD', '--set', 'window_events_max=16').stderr
+    assert 'trained on amounts in EUR' in told
+    assert 'windows of 128 events' in told
+
+
 def test_demo_shows_alerts_with_reasons_and_where_the_report_is(tmp_path: Path):
     done = stream(tmp_path, 'demo', '--shoppers', '60', '--days', '120', '--set', f'model={MODEL}')
     assert 'churn.alert raised' in done.stdout
@@ -86,7 +98,7 @@ def test_config_prints_what_is_in_effect_and_the_schema(tmp_path: Path):
 
 @pytest.mark.parametrize(('arguments', 'code', 'message'), [
     (('replay', 'absent.jsonl'), InputError.exit_code, 'absent.jsonl'),
-    (('replay', 'events.jsonl', '--format', 'tapes'), UsageError.exit_code, 'choose one of'),
+    (('replay', 'events.jsonl', '--format', 'tapes'), UsageError.exit_code, 'use one of'),
     (('replay', 'events.jsonl', '--format', 'rees46', '--scorer', 'constant'), InputError.exit_code, '--format'),
     (('replay', 'events.jsonl', '--model', 'nowhere'), ModelError.exit_code, 'no model'),
     (('replay', 'events.jsonl', '--publish', 'some'), UsageError.exit_code, 'publish'),
@@ -94,6 +106,12 @@ def test_config_prints_what_is_in_effect_and_the_schema(tmp_path: Path):
     (('replay', 'events.jsonl', '--out', 'a.html'), UsageError.exit_code, '.jsonl'),
     (('replay', 'events.jsonl', '--out', 'no/where.jsonl'), UsageError.exit_code, 'existing folder'),
     (('replay', 'events.jsonl', '--config', 'absent.toml'), UsageError.exit_code, 'settings file'),
+    (('replay', 'events.jsonl', '--out', 'events.jsonl'), UsageError.exit_code, 'files to replay'),
+    (('replay', 'events.jsonl', '--state-dir', 'events.jsonl', '--scorer', 'constant'), UsageError.exit_code,
+     'no folder'),
+    (('export', '.'), ModelError.exit_code, 'not a checkpoint'),
+    (('replay', 'events.jsonl', '--set', 'currency_rates={"USD":-1}'), UsageError.exit_code, 'currency_rates'),
+    (('replay', 'events.jsonl', '--set', 'silence_days=[40000000000000]'), UsageError.exit_code, 'silence_days'),
     (('simulate', 'no/where.jsonl'), UsageError.exit_code, 'no folder'),
     (('train',), UsageError.exit_code, '--simulate'),
 ])

@@ -35,11 +35,14 @@ class Kind(enum.StrEnum):
 
 
 class ActionRule(msgspec.Struct, frozen=True):
-    """Propose `action` on an occasion to shoppers with a tier in [tier_min, tier_max]; the first rule that fits."""
+    """Propose `action` on an occasion to shoppers with a tier in [tier_min, tier_max]; the first rule that fits.
+
+    The default `tier_min` also fits shoppers who have no tier yet (-1).
+    """
 
     occasion: Occasion
     action: str
-    tier_min: int = 0
+    tier_min: int = NO_TIER
     tier_max: int = 100
 
 
@@ -97,8 +100,12 @@ def decide(headers: np.ndarray, as_of_ms: np.ndarray, scores: Scores, policy: Po
     as_of_ms  int64 [N]
     model     first 8 bytes of the model's SHA-256
     """
-    decisions = [*_power(headers, as_of_ms, scores, policy, model), *_intent(headers, as_of_ms, scores, policy),
-                 *_churn(headers, as_of_ms, scores, policy)]
+    power = list(_power(headers, as_of_ms, scores, policy, model))
+    tiers = headers['tier'].astype(np.int64)        # as they are after this step's changes
+    for decision in power:
+        tiers[decision.row] = decision.tier
+    decisions = [*power, *_intent(headers, as_of_ms, scores, policy, tiers),
+                 *_churn(headers, as_of_ms, scores, policy, tiers)]
     order = {Kind.POWER: 0, Kind.INTENT: 1, Kind.CHURN: 2}
     return sorted(decisions, key=lambda decision: (decision.row, order[decision.kind]))
 
@@ -127,9 +134,11 @@ def _power(headers: np.ndarray, as_of_ms: np.ndarray, scores: Scores, policy: Po
     first = (tier == NO_TIER) & (headers['applied'] >= policy.tier_events_min)
     known = (tier != NO_TIER) & (tier < scores.tiers.shape[1])
     remodelled = (tier != NO_TIER) & (headers['model'] != np.void(model))
-    lead = scores.tiers[rows, best] - scores.tiers[rows, np.where(known, tier, 0)]
-    move = np.abs(scores.power - headers['power_grid'] / STEPS_PER_UNIT)
-    changed = (known & (best != tier) & (lead >= policy.tier_margin) & (move >= policy.power_move_min)
+    # In whole steps of the grid: a difference of two floats may fall just short of a threshold that it meets.
+    lead = _steps(scores.tiers[rows, best]) - _steps(scores.tiers[rows, np.where(known, tier, 0)])
+    move = np.abs(_steps(scores.power) - headers['power_grid'])
+    changed = (known & (best != tier) & (lead >= policy.tier_margin * STEPS_PER_UNIT)
+               & (move >= policy.power_move_min * STEPS_PER_UNIT)
                & _cooled(headers['power_at_ms'], as_of_ms, policy.power_cooldown_ms))
     for row in np.flatnonzero(scores.usable & (first | changed | remodelled)):
         new, old = int(best[row]), int(tier[row])
@@ -138,24 +147,30 @@ def _power(headers: np.ndarray, as_of_ms: np.ndarray, scores: Scores, policy: Po
         yield Decision(int(row), Kind.POWER, occasion, new, old)
 
 
-def _intent(headers: np.ndarray, as_of_ms: np.ndarray, scores: Scores, policy: Policy) -> Iterator[Decision]:
+def _intent(headers: np.ndarray, as_of_ms: np.ndarray, scores: Scores, policy: Policy,
+            tiers: np.ndarray) -> Iterator[Decision]:
     raised = (headers['alerting'] & INTENT_RAISED) > 0
     up = ~raised & (scores.intent >= policy.intent_raise) & _cooled(headers['intent_at_ms'], as_of_ms,
                                                                    policy.intent_cooldown_ms)
     down = raised & (scores.intent <= policy.intent_clear)
     for row in np.flatnonzero(scores.usable & (up | down)):
-        tier = int(headers['tier'][row])
+        tier = int(tiers[row])
         yield Decision(int(row), Kind.INTENT, 'intent' if up[row] else None, tier, tier)
 
 
-def _churn(headers: np.ndarray, as_of_ms: np.ndarray, scores: Scores, policy: Policy) -> Iterator[Decision]:
+def _churn(headers: np.ndarray, as_of_ms: np.ndarray, scores: Scores, policy: Policy,
+           tiers: np.ndarray) -> Iterator[Decision]:
     raised = (headers['alerting'] & CHURN_RAISED) > 0
     up = (~raised & (scores.churn >= policy.churn_raise) & (headers['orders'] >= policy.churn_orders_min)
           & _cooled(headers['churn_at_ms'], as_of_ms, policy.churn_cooldown_ms))
     down = raised & (scores.churn <= policy.churn_clear)
     for row in np.flatnonzero(scores.usable & (up | down)):
-        tier = int(headers['tier'][row])
+        tier = int(tiers[row])
         yield Decision(int(row), Kind.CHURN, 'churn_raised' if up[row] else 'churn_cleared', tier, tier)
+
+
+def _steps(values: np.ndarray) -> np.ndarray:
+    return np.rint(values * STEPS_PER_UNIT)
 
 
 def _cooled(at_ms: np.ndarray, as_of_ms: np.ndarray, cooldown_ms: int) -> np.ndarray:

@@ -58,6 +58,7 @@ class EventType(enum.IntEnum):
 
 CART_TYPES = frozenset({EventType.ADD_TO_CART, EventType.REMOVE_FROM_CART, EventType.PURCHASE, EventType.REFUND})
 TYPE_CODES: dict[str, int] = {kind.name.lower(): int(kind) for kind in EventType}
+_OTHER = int(EventType.OTHER)
 TYPE_NAMES: dict[int, str] = {code: name for name, code in TYPE_CODES.items()}
 
 
@@ -232,7 +233,7 @@ class Decoder:
             record.event_id,
             xxh3_64_intdigest(record.event_id.encode()),
             ts_ms,
-            TYPE_CODES.get(record.type, 14),
+            TYPE_CODES.get(record.type, _OTHER),
             hash32(record.item_id) if record.item_id else 0,
             hash16(record.category) if record.category else 0,
             hash32(record.order_id) if record.order_id else 0,

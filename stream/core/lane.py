@@ -15,7 +15,7 @@ import msgspec
 from stream.core.events import Event
 from stream.core.features import Snapshots
 from stream.core.messages import Origin
-from stream.core.window import Fold, User, WindowLimits, fire_timer, fold, pack_header
+from stream.core.window import Fold, User, WindowLimits, clock_ms, fire_timer, fold, pack_header
 
 
 class Touched(msgspec.Struct, gc=False):
@@ -85,7 +85,7 @@ def fold_step(users: Mapping[str, User], events: Iterable[Event], limits: Window
                     counts[what] += outcomes.count(what)
             rest += run[len(outcomes):]
             run = [event for event, what in zip(run, outcomes, strict=False) if what is Fold.APPLIED]
-        touched.append(Touched(user, Origin(user.last_seen_ms, 0) if applied else None, run))
+        touched.append(Touched(user, Origin(clock_ms(user, limits), 0) if applied else None, run))
     return Folded(touched, counts, rest)
 
 

@@ -46,10 +46,10 @@ def decision_message(
 ) -> bytes:
     """The message of one decision, as JSON. Advances the user's chain of decisions.
 
-    reasons   None: the budget for reasons was spent
+    reasons   None: there are none for a first tier, or the budget for reasons was spent
     """
     user.decisions += 1
-    identity = _identity(user, origin, model, f'{decision.kind}/{occasion}/{user.decisions}')
+    identity = _identity(user, origin, model, decision.kind, occasion, user.decisions)
     previous, user.decision_id = user.decision_id, identity
     value = _head(identity, decision.kind, user, origin, model)
     if occasion in _STATES:
@@ -70,7 +70,7 @@ def decision_message(
 def scores_message(user: User, origin: Origin, row: int, scores: Scores, model: ModelInfo,
                    event_id: str | None = None) -> bytes:
     """The user's scores as JSON, whether anything changed or not; `event_id` names the event it is the output of."""
-    identity = _identity(user, origin, model, f'{Kind.SCORES}/{event_id or ""}')
+    identity = _identity(user, origin, model, Kind.SCORES, event_id or '')
     value = _head(identity, Kind.SCORES, user, origin, model)
     if event_id is not None:
         value['event_id'] = event_id
@@ -89,10 +89,10 @@ def cloudevents_headers(message: bytes, source: str) -> list[tuple[str, bytes]]:
         ('content-type', 'application/json'))]
 
 
-def _identity(user: User, origin: Origin, model: ModelInfo, what: str) -> bytes:
+def _identity(user: User, origin: Origin, model: ModelInfo, *what: str | int) -> bytes:
     clicks, carts = user.next_offset
-    text = f'{user.user_id}\n{what}\n{origin.timer_ms}\n{clicks}\n{carts}\n{user.applied}\n{model.sha256}'
-    return xxh3_128_digest(text.encode())
+    return xxh3_128_digest(orjson.dumps(
+        [user.user_id, *what, origin.timer_ms, clicks, carts, user.applied, model.sha256]))
 
 
 def _head(identity: bytes, kind: Kind, user: User, origin: Origin, model: ModelInfo) -> dict:

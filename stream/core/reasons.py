@@ -22,7 +22,6 @@ ACTIVITY_DAYS = 30      # the horizon in which recent activity is put into words
 _EFFECT_MIN = 5 / STEPS_PER_UNIT            # smaller moves are the grid's noise, no reason
 _GROUPS = tuple(name for name in COUNTER_GROUPS if name not in ('silence', 'calendar'))
 _GROUP_COLUMNS = {name: [COUNTER_NAMES.index(column) for column in COUNTER_GROUPS[name]] for name in _GROUPS}
-ROWS_PER_USER_MAX = SLOTS_EXPLAINED_MAX + 1 + len(_GROUPS)
 
 _DEEDS = {
     'view': 'viewed an item', 'click': 'clicked an item', 'search': 'searched', 'favorite': 'marked a favorite',
@@ -49,8 +48,14 @@ class Occlusions:
     inputs: Features
 
 
+def variants(base: Features, rows: np.ndarray) -> np.ndarray:
+    """How many model rows it takes at most to explain each of these rows."""
+    slots = base.starts[rows + 1] - base.starts[rows]
+    return np.minimum(slots, SLOTS_EXPLAINED_MAX) + 1 + len(_GROUPS)
+
+
 def occlude(snapshots: Snapshots, rows: Sequence[int], base: Features) -> Occlusions:
-    """Variants of the given rows, at most ROWS_PER_USER_MAX each. `base` are the features of `snapshots`."""
+    """Occluded variants of the given rows. `base` are the features of `snapshots`."""
     nothing = np.zeros(0, np.int64)
     owner: list[int] = []
     group: list[str] = []

@@ -1,13 +1,13 @@
 """The model's answers, checked row by row and put on the grid on which scores are published and decided."""
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from stream.core.features import Batch
 from stream.errors import ModelError
 
-# Floating point differs in the last bits with the batch; on this grid a score is the same whoever else was scored.
+# Floating point differs in the last bits with the batch; on this grid that shows only where a score is at an edge.
 STEPS_PER_UNIT = 10_000
 SPEND_STEPS_PER_UNIT = 100
 _TIER_SUM_TOLERANCE = 1e-3
@@ -22,6 +22,9 @@ class Outputs:
     expected_spend: np.ndarray      # float32 [n, 1] spend in 90 days, configured currency
     churn: np.ndarray               # float32 [n, 1] probability of no purchase within 30 days
     row_id_out: np.ndarray          # int64 [n, 1] the ids that came in
+
+
+OUTPUT_NAMES = tuple(field.name for field in fields(Outputs))
 
 
 @dataclass(slots=True)

@@ -63,7 +63,7 @@ _HEADER_FIELDS = (
     ('power_at_ms', 'q', 1),        # as-of time of the last message of each kind, 0: never
     ('intent_at_ms', 'q', 1),
     ('churn_at_ms', 'q', 1),
-    ('decisions', 'I', 1),          # decisions taken so far
+    ('decisions', 'I', 1),          # decisions published so far
     ('decision_id', '16s', 1),      # of the last one
     ('model', '8s', 1),             # first bytes of the SHA-256 of the model that set the tier
     ('claims', '32s', 1),           # room for open claims
@@ -203,7 +203,7 @@ def fold(user: User, events: Sequence[Event], limits: WindowLimits) -> list[Fold
             rows[place * ROW.size:place * ROW.size] = row
         if len(ids) > ids_bytes_max:
             del ids[:_ID_BYTES], rows[:ROW.size]
-        if ts_ms >= last_seen_ms:
+        if ts_ms > last_seen_ms:
             user.last_seen_ms = last_seen_ms = ts_ms
             user.silence = 0
             user.due_ms = ts_ms + limits.silence_ms[0] if limits.silence_ms else NO_TIMER_MS
@@ -220,6 +220,11 @@ def fold(user: User, events: Sequence[Event], limits: WindowLimits) -> list[Fold
         outcomes.append(_APPLIED)
     user.applied += outcomes.count(_APPLIED)
     return outcomes
+
+
+def clock_ms(user: User, limits: WindowLimits) -> int:
+    """How far the user's time has come: the newest event, or the timer that has fired since."""
+    return user.last_seen_ms + (limits.silence_ms[user.silence - 1] if user.silence else 0)
 
 
 def fire_timer(user: User, limits: WindowLimits) -> int:
@@ -343,10 +348,14 @@ def _count_cart(user: User, event: Event) -> None:
 
 
 def _opens_order(user: User, ts_ms: int, basket: int) -> bool:
-    """Whether this purchase opens a new order; else it is one more line of the last one."""
+    """Whether this purchase opens a new order; else it is one more line of the newest one.
+
+    Lines of several baskets that arrive interleaved count as an order each time the basket changes.
+    """
     if user.orders and (basket == user.last_basket if basket else ts_ms == user.last_order_ms):
         return False
-    user.last_basket = basket
+    if ts_ms >= user.last_order_ms:
+        user.last_basket = basket
     if user.orders:
         gap_days = abs(ts_ms - user.last_order_ms) / DAY_MS
         user.gaps += 1

@@ -21,10 +21,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from stream.core.features import COUNTERS, LENGTHS, SLOT_NUMBERS
+from stream.core.scores import OUTPUT_NAMES
+from stream.core.window import WindowLimits
 from stream.errors import ModelError, UsageError
 from stream.learn.card import card
 from stream.learn.dataset import CHURN_DAYS, INTENT_DAYS, SPEND_DAYS, TIERS
-from stream.learn.model import INPUT_NAMES, OUTPUT_NAMES, ShopperModel
+from stream.learn.model import INPUT_NAMES, ShopperModel
 from stream.learn.train import Checkpoint, load
 from stream.scoring.artefact import LAYOUT, MANIFEST, WEIGHTS, Manifest, sha256
 
@@ -118,6 +120,7 @@ def _manifest(kept: Checkpoint, model_dir: Path, name: str, version: int) -> dic
     manifest = Manifest(
         name=name, version=str(version), files={WEIGHTS: sha256(model_dir / str(version) / WEIGHTS)}, layout=LAYOUT,
         tier_names=tuple(config['tiers']['names']), tier_edges=(0.0, *config['tiers']['edges']),
+        currency=config['currency'], window=msgspec.convert(config['window'], WindowLimits),
         command=config['command'], seed=config['seed'])
     return msgspec.to_builtins(manifest) | {
         'repository_files': {file: sha256(model_dir / file) for file in ('config.pbtxt', LABELS_FILE)},
@@ -125,7 +128,7 @@ def _manifest(kept: Checkpoint, model_dir: Path, name: str, version: int) -> dic
         'outputs': {key: {'type': kind, 'row_shape': shape} for key, (kind, shape) in OUTPUTS.items()},
         'horizon_days': {'purchase_intent': INTENT_DAYS, 'churn': CHURN_DAYS, 'expected_spend': SPEND_DAYS,
                          'tier_probabilities': SPEND_DAYS},
-        'currency': config['currency'], 'window': config['window'], 'opset': OPSET, 'licence': 'Apache-2.0'}
+        'opset': OPSET, 'licence': 'Apache-2.0'}
 
 
 def _triton_config(name: str, version: int) -> str:

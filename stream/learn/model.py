@@ -29,7 +29,6 @@ from stream.core.features import (
 from stream.learn.dataset import TIERS
 
 INPUT_NAMES = ('categories', 'numbers', 'counters', 'row_id')
-OUTPUT_NAMES = ('purchase_intent', 'tier_probabilities', 'expected_spend', 'churn', 'row_id_out')
 _LOGIT_SIZES = (1, 1, TIERS, 3)     # intent, churn, tier, spend (bought, mu, sigma)
 _COUNTER_LIMIT = 6.0                # normalised counters are cut here: a user like nobody in training stays in range
 _SIGMA_RANGE = (0.05, 3.0)

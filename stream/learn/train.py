@@ -29,12 +29,13 @@ from torch.nn.functional import cross_entropy
 
 from stream.core.events import EventRules
 from stream.core.features import Batch, batches
+from stream.core.scores import OUTPUT_NAMES
 from stream.core.window import WindowLimits
 from stream.errors import ModelError
 from stream.learn import dataset
 from stream.learn.dataset import Dataset, ExampleOptions, Examples
 from stream.learn.evaluate import evaluate
-from stream.learn.model import INPUT_NAMES, OUTPUT_NAMES, ModelOptions, ShopperModel, losses
+from stream.learn.model import INPUT_NAMES, ModelOptions, ShopperModel, losses
 from stream.replay.simulator import SimulatorOptions, simulate
 from stream.scoring.artefact import LAYOUT, FeatureLayout
 
@@ -230,14 +231,17 @@ def load(checkpoint: Path) -> Checkpoint:
 
     Errors   ModelError where it is not one, or where it was trained on another feature layout.
     """
+    for name in (CONFIG_FILE, METRICS_FILE, WEIGHTS_FILE, WINDOWS_FILE):
+        if not (checkpoint / name).is_file():
+            raise ModelError(f'{checkpoint} is not a checkpoint: {name} is missing.',
+                             do='give the directory that `stream train --out` wrote.')
     try:
         config = json.loads((checkpoint / CONFIG_FILE).read_bytes())
         metrics = json.loads((checkpoint / METRICS_FILE).read_bytes())
         weights = safetensors.torch.load_file(checkpoint / WEIGHTS_FILE)
         flat = safetensors.torch.load_file(checkpoint / WINDOWS_FILE)
-    except FileNotFoundError as error:
-        raise ModelError(f'{checkpoint} is not a checkpoint: {Path(error.filename).name} is missing.',
-                         do='give the directory that `stream train --out` wrote.') from error
+    except (ValueError, safetensors.SafetensorError) as error:
+        raise ModelError(f'The checkpoint {checkpoint} is damaged: {error}.', do='train again.') from error
     if msgspec.convert(config['layout'], FeatureLayout) != LAYOUT:
         raise ModelError(f'The checkpoint {checkpoint} was trained on another feature layout.',
                          do='train again with this version.')

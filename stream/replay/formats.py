@@ -133,11 +133,11 @@ _without_cr = methodcaller('rstrip', b'\r')
 
 
 def _open(path: Path) -> BinaryIO:
-    if path.suffix not in _COMPRESSIONS:
+    if path.suffix.lower() not in _COMPRESSIONS:
         return open(path, 'rb', buffering=_READ_BUFFER_BYTES)
     # Arrow's streams, unlike zstandard's, say when a file was cut short; imported here because it takes 0.2 s.
     import pyarrow
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression=_COMPRESSIONS[path.suffix]),
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression=_COMPRESSIONS[path.suffix.lower()]),
                              _READ_BUFFER_BYTES)
 
 
@@ -145,7 +145,7 @@ _COMPRESSIONS = {'.gz': 'gzip', '.zst': 'zstd'}
 
 
 def _how_to_read(path: Path) -> str:
-    if path.suffix in _COMPRESSIONS:
+    if path.suffix.lower() in _COMPRESSIONS:
         return (f'copy or download the file again if it was cut short; a file that is not compressed must not end in '
                 f'{path.suffix}.')
     return 'name a file (not a folder) that this user may read.'
@@ -444,7 +444,7 @@ def _online_retail_event(
                    'refund' if is_refund else 'purchase',
                    item_id=stock_code, price=price, quantity=-units if is_refund else units, order_id=invoice_no)
     if event['quantity'] <= 0:
-        raise _UnusableRowError('bad_number', f'Quantity is {quantity} on invoice {invoice_no}')
+        raise _UnusableRowError('bad_number', f'Quantity is {quantity} on invoice {invoice_no!r}')
     if price < 0:
         raise _UnusableRowError('bad_number', f'UnitPrice is {unit_price}')
     return event

@@ -3,7 +3,8 @@
 Two passes. `scan` reads the event times and nothing else of each row; `blocks` reads the rows again and hands them on
 in order, in the file's order where times are equal. What is in memory:
 
-    always             8 bytes a row: the event times
+    always             8 bytes a row: the event times; in formats without event ids also about 100 bytes for each
+                       distinct row, to number its occurrences (rees46, sorted by time: only the newest second's)
     files in order     one block of rows besides
     otherwise          8 bytes a row more for the order, and either all rows (`rows_in_memory_max` or fewer) or one
                        sorted run of that many; the runs go to a temporary file that no name leads to, so that

@@ -32,7 +32,7 @@ class ReplayRules(msgspec.Struct, frozen=True):
     policy: Policy = Policy()
     publish: Publish = 'changes'
     block_events_max: int = 2_000
-    reasons_rows_max: int = 1_024
+    reasons_rows_max: int = 2_048
 
 
 class Counts(msgspec.Struct):
@@ -120,7 +120,7 @@ class Replay:
 
     def _dead_letter(self, number: int, value: bytes, reason: str, detail: str) -> None:
         path, row = self._recording.locate(number)
-        letter = {'file': path.name, 'row': row, 'reason': reason, 'detail': detail}
+        letter = {'file': _text(path.name), 'row': row, 'reason': reason, 'detail': _text(detail)}
         try:
             letter['value'] = value.decode()
         except UnicodeDecodeError:
@@ -154,3 +154,8 @@ class Replay:
         if scored.messages:
             self._outputs.write(b'\n'.join(scored.messages) + b'\n')
             self.statistics.add_alerts(scored.alerts)
+
+
+def _text(text: str) -> str:
+    """Text that JSON can hold: names and quoted bytes may carry what was no UTF-8."""
+    return text.encode('utf-8', 'backslashreplace').decode()

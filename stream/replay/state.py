@@ -65,8 +65,8 @@ class MemoryState:
         heap, ready = self._heap, []
         while heap and heap[0][0] <= until_ms and len(ready) < users_max:
             queued_ms, user_id = heapq.heappop(heap)
-            if self._queued_ms.get(user_id) != queued_ms:
-                continue
+            if self._queued_ms.get(user_id) != queued_ms or (ready and ready[-1] == (queued_ms, user_id)):
+                continue        # stale, or queued twice for the same time
             due_ms = self._users[user_id].stored_due_ms
             if due_ms == queued_ms:
                 ready.append((due_ms, user_id))
@@ -93,8 +93,8 @@ class RocksState:
     """Records and timers in one RocksDB directory, each save one atomic batch."""
 
     def __init__(self, directory: Path) -> None:
-        if directory.exists() and any(directory.iterdir()):
-            raise UsageError(f'The state directory {directory} is not empty.',
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise UsageError(f'The state directory {directory} is no folder, or not empty.',
                              'name a new one: a replay begins with no history.')
         options = Options(raw_mode=True)
         options.create_if_missing(True)

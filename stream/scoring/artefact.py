@@ -18,6 +18,7 @@ from stream.core.features import (
     TYPE_VOCABULARY,
 )
 from stream.core.messages import ModelInfo
+from stream.core.window import WindowLimits
 from stream.errors import ModelError
 
 MANIFEST = 'manifest.json'
@@ -39,7 +40,10 @@ LAYOUT = FeatureLayout(LENGTHS, TYPE_VOCABULARY, ITEM_BUCKETS, CATEGORY_BUCKETS,
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """What stands beside the weights. `tier_edges` are the lower bounds of tiers 1 and up, spend in 90 days."""
+    """What stands beside the weights. `tier_edges` are the lower bounds of tiers 1 and up, spend in 90 days.
+
+    currency, window   of the events that it was trained on; serve with the same
+    """
 
     name: str
     version: str
@@ -47,6 +51,8 @@ class Manifest(msgspec.Struct, frozen=True):
     layout: FeatureLayout
     tier_names: tuple[str, ...]
     tier_edges: tuple[float, ...]
+    currency: str
+    window: WindowLimits
     command: str
     seed: int
 

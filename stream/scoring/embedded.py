@@ -7,11 +7,9 @@ import numpy as np
 import onnxruntime
 
 from stream.core.features import Batch
-from stream.core.scores import Outputs
+from stream.core.scores import OUTPUT_NAMES, Outputs
 from stream.errors import ModelError
 from stream.scoring.artefact import load_artefact
-
-OUTPUT_NAMES = ('purchase_intent', 'tier_probabilities', 'expected_spend', 'churn', 'row_id_out')
 
 
 class EmbeddedScorer:
@@ -23,6 +21,7 @@ class EmbeddedScorer:
     def __init__(self, version_dir: Path, threads: int = 1, rows_max: int = 256) -> None:
         artefact = load_artefact(version_dir)
         self.model = artefact.info
+        self.manifest = artefact.manifest
         self.tier_names = artefact.manifest.tier_names
         self.rows_max = rows_max
         options = onnxruntime.SessionOptions()

@@ -1,5 +1,4 @@
 """A step's touched users go to the scorer and come back as decisions and messages."""
-import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -10,7 +9,7 @@ from stream.core.decide import Decision, Kind, Policy, apply, decide
 from stream.core.features import Features, Snapshots, batches, features
 from stream.core.lane import Touched, snapshot
 from stream.core.messages import decision_message, scores_message
-from stream.core.reasons import ROWS_PER_USER_MAX, Occlusions, explain, occlude
+from stream.core.reasons import Occlusions, explain, occlude, variants
 from stream.core.scores import Scores, collect
 from stream.core.window import pack_outbox
 from stream.scoring.scorer import Scorer
@@ -72,7 +71,8 @@ async def score_step(
             apply(user, decision, float(scores.power[row]), origin.as_of_ms, scorer.model.tag)
             if decision.occasion:
                 reasons = (explain(occlusions, occluded, row, decision.kind, scores)
-                           if row in explained and occlusions and occluded else None)
+                           if row in explained and decision.occasion != 'power_first' and occlusions and occluded
+                           else None)
                 mine.append(decision_message(user, decision, decision.occasion, origin, row, scores, scorer.model,
                                              policy, reasons))
         alerts += mine
@@ -95,8 +95,9 @@ async def _reasons(
 ) -> tuple[set[int], Occlusions | None, Scores | None]:
     alerts = [decision for decision in published if decision.occasion != 'power_first']
     by_priority = sorted(alerts, key=lambda decision: (_PRIORITY[decision.kind], decision.row))
-    unique = dict.fromkeys(decision.row for decision in by_priority)
-    explained = sorted(itertools.islice(unique, rows_max // ROWS_PER_USER_MAX))
+    unique = np.array(list(dict.fromkeys(decision.row for decision in by_priority)), np.int64)
+    costs = variants(inputs, unique)
+    explained = sorted(unique[np.cumsum(costs) <= rows_max].tolist())
     if not explained:
         return set(), None, None
     occlusions = occlude(snapshots, explained, inputs)

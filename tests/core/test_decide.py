@@ -130,3 +130,32 @@ def test_the_first_rule_that_fits_proposes_the_action():
     assert policy.action('churn_raised', 1) == 'coupon'
     assert policy.action('churn_cleared', 4) is None
     assert msgspec.structs.replace(policy, actions=()).action('intent', 1) is None
+
+
+def test_alerts_name_the_tier_that_the_same_step_has_set():
+    user = shopper(tier=0, power_grid=0)
+    headers = np.frombuffer(pack_header(user), HEADER_DTYPE)
+    decisions = decide(headers, np.array([T0_MS]), scores_of(0.9, 0.9, (0, 0, 1)), POLICY, MODEL)
+    assert [(decision.kind, decision.tier) for decision in decisions] == [
+        (Kind.POWER, 2), (Kind.INTENT, 2), (Kind.CHURN, 2)]
+
+
+def test_a_shopper_without_a_tier_gets_an_action_too():
+    assert Policy().action('churn_raised', -1) == 'coupon'
+    assert Policy().action('intent', -1) == 'coupon'
+
+
+@pytest.mark.parametrize('at', range(0, 60, 7))
+def test_a_threshold_that_is_met_to_the_step_is_met(at: int):
+    low = at / 100
+    user = shopper(tier=0, power_grid=0)
+    tiers = (low, low + 0.1, 1 - 2 * low - 0.1) if low + 0.1 >= 1 - 2 * low - 0.1 else (low, 0.0, low + 0.1)
+    scores = scores_of(tiers=tiers)
+    scores.power[0] = 0.1
+    assert decided(user, scores) == [(Kind.POWER, 'power_up')]
+
+
+def test_clearing_an_alert_starts_no_cool_down():
+    user = shopper(tier=1, power_grid=5000, alerting=2, churn_at_ms=5)
+    assert decided(user, scores_of(churn=0.1)) == [(Kind.CHURN, 'churn_cleared')]
+    assert user.churn_at_ms == 5

@@ -6,7 +6,7 @@ import pytest
 from stream.core.decide import Kind
 from stream.core.events import Event, EventType, Source
 from stream.core.features import COUNTER_NAMES, Snapshots, features
-from stream.core.reasons import REASONS_MAX, ROWS_PER_USER_MAX, Occlusions, explain, occlude, words
+from stream.core.reasons import REASONS_MAX, Occlusions, explain, occlude, variants, words
 from stream.core.scores import Scores
 from stream.core.window import DAY_MS, User, WindowLimits, fold, pack_header
 
@@ -79,7 +79,8 @@ def test_a_group_of_counters_is_neutralised_alone():
 
 def test_never_more_variants_than_the_budget_counts_with():
     snapshots = snapshots_of([(at, VIEW, 0, 0) for at in range(100)], silent_ms=DAY_MS)
-    assert len(occlude(snapshots, [0], features(snapshots)).group) == ROWS_PER_USER_MAX
+    inputs = features(snapshots)
+    assert len(occlude(snapshots, [0], inputs).group) == variants(inputs, np.array([0]))[0]
 
 
 def test_the_strongest_come_first_and_noise_is_no_reason():

@@ -17,6 +17,7 @@ from stream.core.window import (
     Fold,
     User,
     WindowLimits,
+    clock_ms,
     decode,
     encode,
     fire_timer,
@@ -227,3 +228,46 @@ def test_timers_fire_in_turn_and_an_event_starts_them_anew():
 @given(st.lists(st.binary(max_size=40), max_size=5))
 def test_an_outbox_keeps_its_messages(messages: list[bytes]):
     assert unpack_outbox(pack_outbox(messages)) == messages
+
+
+def test_an_event_of_the_newest_time_does_not_start_the_timers_anew():
+    user, _ = folded([event(T0_MS, 1)])
+    fire_timer(user, LIMITS)
+    assert fold_one(user, event(T0_MS, 2), 1) == Fold.APPLIED
+    assert (user.silence, user.due_ms) == (1, T0_MS + 7 * DAY_MS)
+
+
+def test_a_late_event_does_not_turn_the_users_time_back():
+    user, _ = folded([event(T0_MS)])
+    fire_timer(user, LIMITS)
+    fold_one(user, event(T0_MS - DAY_MS), 1)
+    assert clock_ms(user, LIMITS) == T0_MS + 3 * DAY_MS
+    fold_one(user, event(T0_MS + 4 * DAY_MS), 2)
+    assert clock_ms(user, LIMITS) == T0_MS + 4 * DAY_MS
+
+
+def test_purchases_out_of_order():
+    buy = EventType.PURCHASE
+    user, _ = folded([event(T0_MS + day * DAY_MS, key, buy, 1.0, basket=day) for key, day in enumerate((5, 3, 5))],
+                     WindowLimits())
+    assert (user.orders, user.gaps, user.gap_days) == (2, 1, 2.0)
+    assert user.last_order_ms == T0_MS + 5 * DAY_MS
+    assert user.first_seen_ms == T0_MS + 3 * DAY_MS
+
+
+@pytest.mark.parametrize(('age_days', 'kept'), [(89, True), (90, False)])
+def test_a_day_bucket_is_kept_for_90_days(age_days: int, kept: bool):
+    for order in ((0, age_days), (age_days, 0)):
+        user, _ = folded([event(T0_MS + day * DAY_MS, day) for day in order], WindowLimits())
+        assert (len(np.frombuffer(user.days, DAY_DTYPE)) == 2) is kept
+
+
+def test_a_day_counter_stays_at_its_largest_number():
+    user = User('u')
+    limits = WindowLimits(events_max=1)
+    run = [event(T0_MS + at, at) for at in range(65_540)]
+    for at, each in enumerate(run):
+        each.offset = at
+    fold(user, run, limits)
+    assert np.frombuffer(user.days, DAY_DTYPE)['browses'].tolist() == [65_535]
+    assert user.applied == 65_540

@@ -13,10 +13,11 @@ torch = pytest.importorskip('torch', reason='torch is not installed: pip install
 import onnxruntime
 
 from stream.core.features import COUNTERS, LENGTHS, SLOT_NUMBERS, batches
+from stream.core.scores import OUTPUT_NAMES
 from stream.errors import ModelError, UsageError
 from stream.learn import dataset
 from stream.learn.export import export, padded, parity
-from stream.learn.model import INPUT_NAMES, OUTPUT_NAMES
+from stream.learn.model import INPUT_NAMES
 from stream.learn.train import load
 from stream.scoring.artefact import load_artefact
 

@@ -1,6 +1,7 @@
 import asyncio
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,6 +92,17 @@ def test_bytes_that_are_no_text_come_as_base64(tmp_path: Path):
     assert [(letter['row'], letter['reason']) for letter in letters] == [
         (1, 'invalid_utf8'), (2, 'empty_value'), (3, 'missing_field')]
     assert letters[0]['value_base64'] == '//4='
+
+
+def test_names_and_details_that_are_no_text_do_not_stop_a_replay(tmp_path: Path):
+    path = tmp_path / os.fsdecode(b'bad\xff.csv')
+    path.write_bytes(b'InvoiceNo,StockCode,Description,Quantity,InvoiceDate,UnitPrice,CustomerID,Country\n'
+                     b'\xff1,S,d,-1,12/1/2010 8:26,1,c,UK\n')
+    counts, _, dead_letters = replayed(path, format_name='online-retail')
+    [letter] = lines(dead_letters)
+    assert counts.dead == 1
+    assert letter['file'] == 'bad\\udcff.csv'
+    assert letter['reason'] == 'bad_number'
 
 
 @pytest.mark.parametrize('publish', ['changes', 'all', 'events'])

@@ -4,6 +4,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from stream.core.window import WindowLimits
 from stream.errors import ModelError
 from stream.scoring.artefact import LAYOUT, MANIFEST, Manifest, load_artefact, sha256
 
@@ -16,7 +17,8 @@ def folder(tmp_path: Path) -> Path:
     manifest = {
         'name': 'm', 'version': '1', 'files': {'model.onnx': sha256(made / 'model.onnx')},
         'layout': msgspec.to_builtins(LAYOUT),
-        'tier_names': ['low', 'high'], 'tier_edges': [1.0], 'command': 'stream train', 'seed': 7}
+        'tier_names': ['low', 'high'], 'tier_edges': [1.0], 'command': 'stream train', 'seed': 7,
+        'currency': 'EUR', 'window': msgspec.to_builtins(WindowLimits())}
     (made / MANIFEST).write_text(json.dumps(manifest))
     return made
 

@@ -9,7 +9,6 @@ from stream.core.decide import Policy
 from stream.core.events import Event, EventType, Source
 from stream.core.features import Batch
 from stream.core.lane import Touched, fold_step
-from stream.core.reasons import ROWS_PER_USER_MAX
 from stream.core.scores import Outputs
 from stream.core.window import User, WindowLimits, encode, unpack_outbox
 from stream.errors import ModelError
@@ -104,11 +103,11 @@ def test_reasons_name_what_moved_the_score():
 def test_reasons_keep_to_their_budget_and_go_to_the_alerts_first():
     touched = touched_users(a=1, b=2)
     scorer = ScriptedScorer(lambda slots: 0.9 if slots == 2 else 0.1)
-    scored = run(touched, scorer, budget=2 * ROWS_PER_USER_MAX - 1)
+    scored = run(touched, scorer, budget=6)
     reasons = {value['user_id']: value['reasons'] for value in map(json.loads, scored.messages)}
     assert reasons['a'] is None
     assert reasons['b'] is not None
-    assert scorer.rows_asked <= 2 + ROWS_PER_USER_MAX
+    assert scorer.rows_asked <= 2 + 6
 
 
 def test_a_refused_row_decides_nothing_and_is_counted():
