@@ -32,9 +32,9 @@ from stream.scoring.step import Publish
 
 TIME_BINS_MAX = 140
 USERS_AT_RISK_MAX = 20
-_BIN_DAYS = (1, 7, 28, 364)     # 364 days suffice for any times that the decoder takes
-_MONDAY = 4                     # 1970-01-05, in days since 1970
-_AXIS_DAYS_MIN = 7
+_BIN_HOURS = (1, 24, 168, 672, 8736)    # 52 weeks suffice for any times that the decoder takes
+_MONDAY = 4 * 24                        # 1970-01-05, in hours since 1970
+_AXIS_BINS_MIN = 7
 _LOG_FROM = 100                 # a tallest bar this many times the middling one hides it on a linear axis
 _SOURCES_SHOWN_MAX = 8
 _SHA256_SHOWN = 12
@@ -127,11 +127,11 @@ class ReportAbout:
 
 @dataclass(frozen=True)
 class Series:
-    """Counts over time: `edges` are days since 1970, one more than counts; every bin is `bin_days` days."""
+    """Counts over time: `edges` are hours since 1970, one more than counts; every bin is `bin_hours` hours."""
 
     edges: np.ndarray
     counts: dict[str, np.ndarray]
-    bin_days: int
+    bin_hours: int
 
 
 def write_report(path: Path, statistics: Statistics, counts: Counts, model: ModelInfo, about: ReportAbout) -> None:
@@ -151,8 +151,8 @@ def render_report(statistics: Statistics, counts: Counts, model: ModelInfo, abou
     template = environment.from_string(files('stream.replay').joinpath('report.html.j2').read_text('utf-8'))
     tier_name = _tier_namer(about.tier_names)
     at_risk = statistics.users_at_risk()
-    days = [*statistics.events_per_day, *statistics.alerts_per_day]
-    span = (min(days), max(days)) if days else None
+    hours = [*statistics.events_per_hour, *statistics.alerts_per_hour]
+    span = (min(hours), max(hours)) if hours else None
     with style.context(['default', _STYLE]):
         draw = _Draw()
         return template.render(
@@ -172,32 +172,34 @@ def render_report(statistics: Statistics, counts: Counts, model: ModelInfo, abou
         )
 
 
-def binned(per_day: Mapping[int, Mapping[str, int]], first_day: int, last_day: int, names: Sequence[str]) -> Series:
-    """Counts by day, summed up to as few days a bin as give TIME_BINS_MAX bins or fewer; longer bins begin on Mondays.
+def binned(per_hour: Mapping[int, Mapping[str, int]], first_hour: int, last_hour: int,
+           names: Sequence[str]) -> Series:
+    """Counts by hour, summed up to as few hours a bin as give TIME_BINS_MAX bins or fewer; weeks begin on Mondays.
 
-    per_day   day since 1970 -> name -> count, all days within [first_day, last_day]
+    per_hour  hour since 1970 -> name -> count, all hours within [first_hour, last_hour]
     names     which names to keep; those that never occur are left out
     """
-    bin_days = next(days for days in _BIN_DAYS if (last_day - first_day) // days + 2 <= TIME_BINS_MAX)
-    start = first_day if bin_days == 1 else (first_day - _MONDAY) // bin_days * bin_days + _MONDAY
-    bins = (last_day - start) // bin_days + 1
+    bin_hours = next(hours for hours in _BIN_HOURS if (last_hour - first_hour) // hours + 2 <= TIME_BINS_MAX)
+    origin = _MONDAY if bin_hours > 24 else 0
+    start = (first_hour - origin) // bin_hours * bin_hours + origin
+    bins = (last_hour - start) // bin_hours + 1
     counts = {name: np.zeros(bins, np.int64) for name in names}
-    for day, row in per_day.items():
+    for hour, row in per_hour.items():
         for name in counts.keys() & row.keys():
-            counts[name][(day - start) // bin_days] += row[name]
-    return Series(start + bin_days * np.arange(bins + 1), {name: row for name, row in counts.items() if row.any()},
-                  bin_days)
+            counts[name][(hour - start) // bin_hours] += row[name]
+    return Series(start + bin_hours * np.arange(bins + 1), {name: row for name, row in counts.items() if row.any()},
+                  bin_hours)
 
 
 # The sections
 
 
 def _events_over_time(draw: '_Draw', statistics: Statistics, span: tuple[int, int] | None) -> list[dict[str, Any]]:
-    if not statistics.events_per_day or span is None:
+    if not statistics.events_per_hour or span is None:
         return []
     charts = []
     for title, names in (('Looking around', _BROWSING_NAMES), ('Cart and orders', _CART_NAMES)):
-        series = binned(statistics.events_per_day, *span, names)
+        series = binned(statistics.events_per_hour, *span, names)
         if series.counts:
             charts.append({'title': title, **_over_time(draw, series, _EVENT_COLOURS, f'{title}: events over time',
                                                         lambda name: name.replace('_', ' '))})
@@ -205,20 +207,20 @@ def _events_over_time(draw: '_Draw', statistics: Statistics, span: tuple[int, in
 
 
 def _alerts_over_time(draw: '_Draw', statistics: Statistics, span: tuple[int, int] | None) -> dict[str, Any] | None:
-    if not statistics.alerts_per_day or span is None:
+    if not statistics.alerts_per_hour or span is None:
         return None
-    series = binned(statistics.alerts_per_day, *span, tuple(_ALERTS))
+    series = binned(statistics.alerts_per_hour, *span, tuple(_ALERTS))
     colours = {label: colour for label, (_, colour) in _ALERTS.items()}
     return _over_time(draw, series, colours, 'Alerts over time', lambda label: _ALERTS[label][0])
 
 
 def _over_time(draw: '_Draw', series: Series, colours: Mapping[str, str], label: str,
                words: Callable[[str], str]) -> dict[str, Any]:
-    step = {1: 'day', 7: 'week', 28: '4 weeks', 364: '52 weeks'}[series.bin_days]
+    step = {1: 'hour', 24: 'day', 168: 'week', 672: '4 weeks', 8736: '52 weeks'}[series.bin_hours]
     legend = [(words(name), colours[name], int(row.sum())) for name, row in series.counts.items()]
     spoken = f'{label}, per {step}. Totals: {", ".join(f"{name} {_number(total)}" for name, _, total in legend)}.'
     return {'plot': draw.twice(lambda figure: _stack(figure, series, colours, step), 250, spoken),
-            'legend': legend, 'step': step, 'whole_bins': series.bin_days == 1}
+            'legend': legend, 'step': step, 'whole_bins': series.bin_hours <= 24}
 
 
 def _scores(draw: '_Draw', statistics: Statistics, about: ReportAbout) -> list[dict[str, Any]]:
@@ -311,12 +313,12 @@ def _rounded(path: re.Match[str]) -> str:
 
 def _stack(figure: Figure, series: Series, colours: Mapping[str, str], step: str) -> None:
     axes = figure.add_subplot()
-    edges = date2num(series.edges.astype('datetime64[D]'))
+    edges = date2num(series.edges.astype('datetime64[h]'))
     floor = np.zeros(len(edges) - 1)
     for name, row in series.counts.items():
         axes.stairs(floor + row, edges, baseline=floor, fill=True, color=colours[name], linewidth=0)
         floor = floor + row
-    spare = max(0.0, _AXIS_DAYS_MIN - (edges[-1] - edges[0])) / 2
+    spare = max(0, _AXIS_BINS_MIN - len(floor)) / 2 * (edges[1] - edges[0])
     axes.set_xlim(edges[0] - spare, edges[-1] + spare)
     axes.set_ylim(0, floor.max() * 1.05)
     narrow = figure.get_figwidth() * 72 < _WIDE

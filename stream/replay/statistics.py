@@ -1,4 +1,4 @@
-"""What a replay adds up for its report, block by block; memory grows with the days and the users at risk."""
+"""What a replay adds up for its report, block by block; memory grows with the hours and the users at risk."""
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -6,29 +6,29 @@ from typing import Any
 import numpy as np
 import orjson
 
-from stream.core.decide import Kind
+from stream.core.decide import HOUR_MS, Kind
 from stream.core.events import TYPE_NAMES, Event
 from stream.core.scores import STEPS_PER_UNIT, Scores
-from stream.core.window import DAY_MS, NO_TIER
+from stream.core.window import NO_TIER
 
 SCORE_BINS = 50
 ALERTS_SHOWN_PER_LABEL = 4
-_DAY_TYPE = 256         # a day and a type code in one integer
+_HOUR_TYPE = 256        # an hour and a type code in one integer
 
 
 class Statistics:
     """Sums over a replay.
 
-    events_per_day    day since 1970 -> type name -> events that were read and valid
-    alerts_per_day    day -> message label (type, and state where it has one) -> messages
+    events_per_hour   hour since 1970 -> type name -> events that were read and valid
+    alerts_per_hour   hour -> message label (type, and state where it has one) -> messages
     score_histograms  intent, churn, power -> counts in SCORE_BINS equal bins over [0, 1]
     tiers             last tier of every user; None for those without one
     dead              reason -> dead letters
     """
 
     def __init__(self) -> None:
-        self.events_per_day: defaultdict[int, Counter[str]] = defaultdict(Counter)
-        self.alerts_per_day: defaultdict[int, Counter[str]] = defaultdict(Counter)
+        self.events_per_hour: defaultdict[int, Counter[str]] = defaultdict(Counter)
+        self.alerts_per_hour: defaultdict[int, Counter[str]] = defaultdict(Counter)
         self.score_histograms = {name: np.zeros(SCORE_BINS, np.int64) for name in ('intent', 'churn', 'power')}
         self.tiers: Counter[int | None] = Counter()
         self.dead: Counter[str] = Counter()
@@ -37,15 +37,15 @@ class Statistics:
         self._at_risk: dict[str, dict[str, Any]] = {}
 
     def add_events(self, events: Sequence[Event]) -> None:
-        """Count valid events by day and type, and move the clock."""
+        """Count valid events by hour and type, and move the clock."""
         if not events:
             return
         ts_ms = np.array([event.ts_ms for event in events])
         types = np.array([event.type for event in events])
         self.clock_ms = max(self.clock_ms, int(ts_ms.max()))
-        for key, count in zip(*np.unique(ts_ms // DAY_MS * _DAY_TYPE + types, return_counts=True), strict=True):
-            day, code = divmod(int(key), _DAY_TYPE)
-            self.events_per_day[day][TYPE_NAMES[code]] += int(count)
+        for key, count in zip(*np.unique(ts_ms // HOUR_MS * _HOUR_TYPE + types, return_counts=True), strict=True):
+            hour, code = divmod(int(key), _HOUR_TYPE)
+            self.events_per_hour[hour][TYPE_NAMES[code]] += int(count)
 
     def add_scores(self, scores: Scores) -> None:
         """Add usable scores to the histograms."""
@@ -57,11 +57,11 @@ class Statistics:
             histogram += np.bincount(bins, minlength=SCORE_BINS)
 
     def add_alerts(self, messages: Sequence[bytes]) -> None:
-        """Count decisions by day and label; remember who is at risk."""
+        """Count decisions by hour and label; remember who is at risk."""
         for message in messages:
             value = orjson.loads(message)
             label = ' '.join(filter(None, (value['type'], value.get('state'))))
-            self.alerts_per_day[value['as_of_ms'] // DAY_MS][label] += 1
+            self.alerts_per_hour[value['as_of_ms'] // HOUR_MS][label] += 1
             if value['type'] == Kind.CHURN:
                 if value['state'] == 'raised':
                     self._at_risk[value['user_id']] = value

@@ -3,6 +3,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import numpy as np
 import orjson
@@ -23,6 +24,7 @@ from stream.replay.report import (
 from stream.replay.statistics import Statistics
 
 DAY = 20_089        # 2025-01-01
+HOUR = DAY * 24
 MODEL = ModelInfo('shopper', '3', 'abcdef0123456789' * 4)
 ABOUT = ReportAbout(['january.jsonl', 'february.jsonl'], 'events', 'EUR', DAY * DAY_MS, (DAY + 40) * DAY_MS, 'changes',
                     ('low', 'middle', 'high'), 0.65, 0.85, 0.55)
@@ -45,7 +47,7 @@ def alert(user_id='u7', **changes) -> bytes:
 def full() -> Statistics:
     statistics = Statistics()
     for day in range(41):
-        statistics.events_per_day[DAY + day] = Counter(view=200 + day, purchase=3)
+        statistics.events_per_hour[HOUR + 24 * day] = Counter(view=200 + day, purchase=3)
     rng = np.random.default_rng(2)
     for name in statistics.score_histograms:
         statistics.score_histograms[name] += rng.integers(1, 90, 50)
@@ -141,7 +143,7 @@ def test_the_numbers_are_the_counts():
 
 def test_totals_of_the_plots_are_the_sums():
     statistics, text = full(), Outline(full_page()).text
-    views = sum(row['view'] for row in statistics.events_per_day.values())
+    views = sum(row['view'] for row in statistics.events_per_hour.values())
     assert f'view {views:,} ' in text
     assert 'purchase 123 ' in text
     assert 'no purchase within 30 days is likely: raised 2 ' in text
@@ -208,13 +210,13 @@ def test_an_empty_replay_says_so_in_sentences():
     assert [text for level, text in outline.headings if level == 2] == SECTIONS[:-1]
 
 
-@pytest.mark.parametrize('days', [1, 2, 9, 400, 45_000])
-def test_any_span_can_be_drawn(days):
+@pytest.mark.parametrize('hours', [1, 2, 30, 220, 9_600, 1_080_000])
+def test_any_span_can_be_drawn(hours):
     statistics = Statistics()
-    for day in {0, days - 1}:
-        statistics.events_per_day[1_200 + day] = Counter(view=1)
-        statistics.alerts_per_day[1_200 + day] = Counter({'churn.alert raised': 1})
-    assert f'view {len({0, days - 1})} ' in Outline(page(statistics)).text
+    for hour in {0, hours - 1}:
+        statistics.events_per_hour[29_000 + hour] = Counter(view=1)
+        statistics.alerts_per_hour[29_000 + hour] = Counter({'churn.alert raised': 1})
+    assert f'view {len({0, hours - 1})} ' in Outline(page(statistics)).text
 
 
 def test_a_spike_puts_the_counts_on_a_log_axis():
@@ -275,7 +277,8 @@ def test_the_same_replay_gives_the_same_bytes(tmp_path):
 
 def test_the_order_in_which_things_were_counted_does_not_show():
     statistics = full()
-    for counted in (statistics.dead, statistics.tiers, statistics.events_per_day, *statistics.events_per_day.values()):
+    per_hour = statistics.events_per_hour
+    for counted in (statistics.dead, statistics.tiers, per_hour, *per_hour.values()):
         items = list(counted.items())[::-1]
         counted.clear()
         counted.update(dict(items))
@@ -285,24 +288,29 @@ def test_the_order_in_which_things_were_counted_does_not_show():
 # ---- bins over time -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(('span_days', 'bin_days'), [
-    (1, 1), (TIME_BINS_MAX - 1, 1), (TIME_BINS_MAX, 7), (900, 7), (1_200, 28), (46_000, 364)])
-def test_longer_spans_get_longer_bins(span_days, bin_days):
-    days = {DAY + at: Counter(view=1 + at % 3, purchase=1) for at in range(span_days)}
-    series = binned(days, DAY, DAY + span_days - 1, ('view', 'purchase', 'refund'))
-    assert series.bin_days == bin_days
+@pytest.mark.parametrize(('span_hours', 'bin_hours'), [
+    (1, 1), (TIME_BINS_MAX - 1, 1), (TIME_BINS_MAX, 24), (24 * (TIME_BINS_MAX - 1), 24), (24 * TIME_BINS_MAX, 168),
+    (24 * 1_200, 672), (24 * 46_000, 8736)])
+def test_longer_spans_get_longer_bins(span_hours, bin_hours):
+    last = HOUR + span_hours - 1
+    some = range(HOUR, last + 1, max(1, span_hours // 5_000))
+    hours = {at: Counter(view=1 + at % 3, purchase=1) for at in some}
+    series = binned(hours, HOUR, last, ('view', 'purchase', 'refund'))
+    assert series.bin_hours == bin_hours
     assert len(series.edges) - 1 <= TIME_BINS_MAX
-    assert set(np.diff(series.edges)) == {bin_days}
-    assert series.edges[0] <= DAY < series.edges[0] + bin_days
-    assert series.edges[-1] > DAY + span_days - 1 >= series.edges[-2]
+    assert set(np.diff(series.edges)) == {bin_hours}
+    assert series.edges[0] <= HOUR < series.edges[0] + bin_hours
+    assert series.edges[-1] > last >= series.edges[-2]
     assert list(series.counts) == ['view', 'purchase']
-    views = [days[day]['view'] if day in days else 0 for day in range(series.edges[0], series.edges[-1])]
-    assert series.counts['view'].tolist() == np.reshape(views, (-1, bin_days)).sum(axis=1).tolist()
+    expected = [sum(hours[at]['view'] for at in some if start <= at < end) for start, end in pairwise(series.edges)]
+    assert series.counts['view'].tolist() == expected
 
 
-def test_weeks_begin_on_mondays():
-    series = binned({DAY: Counter(view=1)}, DAY, DAY + 300, ('view',))
-    assert np.array(series.edges[:1], 'datetime64[D]').astype(object)[0].weekday() == 0
+def test_weeks_begin_on_mondays_and_days_at_midnight():
+    series = binned({HOUR: Counter(view=1)}, HOUR, HOUR + 24 * 300, ('view',))
+    assert np.array(series.edges[:1], 'datetime64[h]').astype(object)[0].weekday() == 0
+    series = binned({HOUR + 5: Counter(view=1)}, HOUR + 5, HOUR + 24 * 10, ('view',))
+    assert series.edges[0] == HOUR
 
 
 def _cells(html: str) -> str:

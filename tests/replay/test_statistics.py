@@ -2,6 +2,7 @@ import numpy as np
 import orjson
 import pytest
 
+from stream.core.decide import HOUR_MS
 from stream.core.events import TYPE_CODES, Event
 from stream.core.scores import Scores
 from stream.core.window import DAY_MS, NO_TIER
@@ -24,13 +25,13 @@ def alert(user_id='u', kind='churn.alert', state: str | None = 'raised', day=0, 
     return orjson.dumps(value | ({'state': state} if state else {}))
 
 
-# ---- events by day --------------------------------------------------------------------------------------------------
+# ---- events by hour -------------------------------------------------------------------------------------------------
 
 
-def test_a_day_ends_before_midnight_utc():
+def test_an_hour_ends_before_the_next():
     statistics = Statistics()
-    statistics.add_events([read(DAY_MS * 20_000 - 1, 'view'), read(DAY_MS * 20_000, 'view')])
-    assert statistics.events_per_day == {19_999: {'view': 1}, 20_000: {'view': 1}}
+    statistics.add_events([read(HOUR_MS * 20_000 - 1, 'view'), read(HOUR_MS * 20_000, 'view')])
+    assert statistics.events_per_hour == {19_999: {'view': 1}, 20_000: {'view': 1}}
 
 
 def test_blocks_add_up_whatever_their_cuts():
@@ -42,11 +43,11 @@ def test_blocks_add_up_whatever_their_cuts():
     whole.add_events(reads)
     for start in range(0, 500, 37):
         cut.add_events(reads[start:start + 37])
-    assert whole.events_per_day == cut.events_per_day
-    for day, row in whole.events_per_day.items():
+    assert whole.events_per_hour == cut.events_per_hour
+    for hour, row in whole.events_per_hour.items():
         for name, number in row.items():
-            assert number == sum(r.ts_ms // DAY_MS == day and r.type == TYPE_CODES[name] for r in reads)
-    assert sum(row.total() for row in whole.events_per_day.values()) == 500
+            assert number == sum(r.ts_ms // HOUR_MS == hour and r.type == TYPE_CODES[name] for r in reads)
+    assert sum(row.total() for row in whole.events_per_hour.values()) == 500
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------
@@ -72,14 +73,14 @@ def test_a_score_on_an_edge_belongs_to_the_bin_above_it(step):
 # ---- alerts ---------------------------------------------------------------------------------------------------------
 
 
-def test_alerts_are_counted_by_day_kind_and_state():
+def test_alerts_are_counted_by_hour_kind_and_state():
     statistics = Statistics()
     statistics.add_alerts([alert(day=3), alert(day=3, user_id='v'), alert(day=4, state='cleared'),
                            alert(day=4, kind='purchase_intent.alert'),
                            alert(day=4, kind='purchase_power.updated', state=None)])
-    assert statistics.alerts_per_day == {
-        3: {'churn.alert raised': 2},
-        4: {'churn.alert cleared': 1, 'purchase_intent.alert raised': 1, 'purchase_power.updated': 1}}
+    assert statistics.alerts_per_hour == {
+        72: {'churn.alert raised': 2},
+        96: {'churn.alert cleared': 1, 'purchase_intent.alert raised': 1, 'purchase_power.updated': 1}}
 
 
 def test_whose_alert_was_cleared_is_no_longer_at_risk():
