@@ -3,6 +3,7 @@ import asyncio
 import gc
 import importlib
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -11,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Annotated, Any, NoReturn
 
 import msgspec
 import orjson
@@ -29,7 +30,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from stream.config import Settings, load_settings, render, unknown_variables
+from stream.config import SHIPPED_MODEL, Settings, load_settings, render, unknown_variables
 from stream.errors import StreamError, UsageError
 from stream.replay.formats import FORMATS
 
@@ -42,7 +43,8 @@ app = typer.Typer(
 ConfigFile = Annotated[Path | None, typer.Option(
     '--config', metavar='FILE', help='Settings file in TOML (default: stream.toml, if there is one).')]
 Overrides = Annotated[list[str] | None, typer.Option(
-    '--set', metavar='NAME=VALUE', help='Any setting of `stream config`, e.g. --set churn_raise=0.7; repeatable.')]
+    '--set', metavar='NAME=VALUE', help='Any setting of `stream config`, e.g. --set churn_raise=0.7; lists and tables '
+                                  'as JSON; repeatable.')]
 FormatName = Annotated[str, typer.Option(
     '--format', metavar='FORMAT', help='How the files are written. ' + ' '.join(
         f'[bold]{name}[/bold]: {entry.help}' for name, entry in FORMATS.items()))]
@@ -170,6 +172,7 @@ def show_config(
 
 def main() -> None:
     """Entry point of the installed command."""
+    signal.signal(signal.SIGTERM, _stop)
     try:
         app(standalone_mode=True)
     except StreamError as error:
@@ -182,12 +185,18 @@ def main() -> None:
         sys.exit(130)
 
 
+def _stop(number: int, _frame: object) -> NoReturn:
+    _say('stopped: no output of this command was kept')
+    sys.exit(128 + number)      # on the way out, half-written files are removed
+
+
 class Outcome(msgspec.Struct):
     """What a replay leaves for its summary."""
 
     counts: Any
     alerts_shown: list[dict[str, Any]]
     refused_scores: int
+    trained_on: str
     out: Path
     dead_letters: Path
     report: Path | None
@@ -229,10 +238,11 @@ def _replay(
             about = ReportAbout(
                 sources=[path.name for path in files], format=format_name, currency=settings.currency,
                 first_ms=recording.first_ms, last_ms=recording.last_ms, publish=settings.publish,
+                trained_on=scorer.trained_on,
                 tier_names=scorer.tier_names, intent_raise=settings.intent_raise, churn_raise=settings.churn_raise,
                 churn_clear=settings.churn_clear)
             write_report(report, run.statistics, counts, scorer.model, about)
-    return Outcome(counts, run.statistics.alerts_shown, run.refused_scores, out, dead_letters,
+    return Outcome(counts, run.statistics.alerts_shown, run.refused_scores, scorer.trained_on, out, dead_letters,
                    report if with_report else None, seconds)
 
 
@@ -259,7 +269,10 @@ def _scorer(settings: Settings) -> Any:
         from stream.scoring.scorer import ConstantScorer
         return ConstantScorer(rows_max=settings.batch_rows_max)
     from stream.scoring.embedded import EmbeddedScorer
-    scorer = EmbeddedScorer(settings.model, settings.scorer_threads, settings.batch_rows_max)
+    model = settings.model
+    if model == SHIPPED_MODEL and not model.exists():      # called from elsewhere: the one of this checkout
+        model = Path(__file__).parents[1] / SHIPPED_MODEL
+    scorer = EmbeddedScorer(model, settings.scorer_threads, settings.batch_rows_max)
     trained, here = scorer.manifest.window, settings.window_limits()
     if (trained.events_max, trained.span_ms) != (here.events_max, here.span_ms):
         _say(f'warning: the model was trained on windows of {trained.events_max} events, these hold {here.events_max} '
@@ -284,8 +297,8 @@ def _state(settings: Settings, state_dir: Path | None, stack: ExitStack) -> Any:
 
 def _simulate(out: Path, shoppers: int, days: int, seed: int, noise: float) -> None:
     from stream.replay.simulator import SimulatorOptions, simulate, write
-    if not out.parent.is_dir():
-        raise UsageError(f'There is no folder {out.parent}.', 'make it, or name another file.')
+    if out.suffix != '.jsonl' or not out.parent.is_dir():
+        raise UsageError(f'Events cannot be written to {out}.', 'name a .jsonl file in an existing folder.')
     truth = out.with_suffix('.truth.jsonl')
     simulation = simulate(SimulatorOptions(shoppers=shoppers, days=days, seed=seed, noise=noise))
     write(simulation, out, truth)
@@ -374,6 +387,10 @@ def _print_summary(outcome: Outcome) -> None:
     if outcome.refused_scores:
         console.print(f'{outcome.refused_scores:,} scores were refused (not numbers in range): check the model.',
                       markup=False)
+    if 2 * counts.dead > counts.read:
+        console.print('More than half of the rows are dead letters: check --format, and the reasons given there.',
+                      markup=False)
+    console.print(f'scored by a model trained on {outcome.trained_on}', markup=False)
     console.print(f'alerts: {outcome.out}\ndead letters: {outcome.dead_letters}', markup=False)
     if outcome.report:
         console.print(f'report: {outcome.report}', markup=False)

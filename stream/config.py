@@ -20,6 +20,7 @@ from stream.scoring.step import Publish
 
 CONFIG_FILE = Path('stream.toml')
 SHIPPED_MODEL = Path('triton_models/shopper/1')
+MINUTE_MS = 60_000
 _REPLAY = ReplayRules()
 _EVENTS, _LIMITS, _POLICY = _REPLAY.events, _REPLAY.limits, _REPLAY.policy
 
@@ -37,6 +38,7 @@ class Action(BaseModel, extra='forbid'):
     action: str
     tier_min: int = NO_TIER
     tier_max: int = 100
+    spend_min: float = Field(0.0, ge=0)
 
 
 class Settings(BaseSettings):
@@ -51,10 +53,14 @@ class Settings(BaseSettings):
     batch_rows_max: int = Field(256, ge=1, le=256, description='windows in one request to the model')
     publish: Publish = Field(
         'changes', description='changes: decisions only; all: also the scores of every scored user; '
-                               'events: also one output per event')
+                               'events: also one output per event, with the scores at the end of its step')
     state: Literal['memory', 'rocksdb'] = Field('memory', description="where a replay keeps the users' records")
     block_events_max: int = Field(
-        _REPLAY.block_events_max, ge=1, le=100_000, description='events folded and scored together')
+        _REPLAY.block_events_max, ge=1, le=100_000,
+        description='events folded and scored together: a shopper is scored at the end of such a step')
+    block_span_minutes_max: int = Field(
+        _REPLAY.block_span_ms_max // MINUTE_MS, ge=1, le=3 * 1440,
+        description='time that a step of a replay may span; shorter ones score more states and take longer')
 
     currency: Currency = Field(_EVENTS.currency, description='ISO 4217 code of all amounts')
     currency_rates: dict[Currency, Rate] = Field(
@@ -70,8 +76,8 @@ class Settings(BaseSettings):
         default_factory=lambda: [delay_ms // DAY_MS for delay_ms in _LIMITS.silence_ms], max_length=255,
         description='days without an event after which a user is scored again')
 
-    tier_margin: Share = Field(
-        _POLICY.tier_margin, description='how much likelier a new tier must be than the published one')
+    tier_margin: Annotated[float, Field(ge=0, le=0.5)] = Field(
+        _POLICY.tier_margin, description='how much more than half of the probability must lie beyond the old tier')
     power_move_min: Share = Field(
         _POLICY.power_move_min, description='how far purchase power must have moved for a new tier')
     tier_events_min: int = Field(_POLICY.tier_events_min, ge=1, description='events before the first tier is published')
@@ -131,7 +137,7 @@ class Settings(BaseSettings):
     def replay_rules(self) -> ReplayRules:
         """What a replay needs."""
         return ReplayRules(self.event_rules(), self.window_limits(), self.policy(), self.publish,
-                           self.block_events_max, self.reasons_rows_max)
+                           self.block_events_max, self.block_span_minutes_max * MINUTE_MS, self.reasons_rows_max)
 
 
 def load_settings(config: Path | None = None, **flags: Any) -> Settings:
@@ -151,7 +157,9 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
         return FromFile(**given)
     except ValidationError as error:
         wrong = '; '.join(f'{".".join(map(str, item["loc"])) or "settings"}: {item["msg"]}' for item in error.errors())
-        raise UsageError(f'Wrong settings: {wrong}.', 'see `stream config --help` and `stream config`.') from error
+        raise UsageError(
+            f'Wrong settings: {wrong}.',
+            'see `stream config` for the names; lists and tables are JSON, e.g. --set silence_days=[7,14].') from error
     except ValueError as error:     # the TOML file, or JSON in an environment variable, cannot be parsed
         raise UsageError(f'The settings cannot be read: {error}.', 'correct the file or the variable.') from error
 

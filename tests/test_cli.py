@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,30 @@ def test_a_model_trained_on_other_windows_or_money_is_told(folder: Path):
     assert 'windows of 128 events' in told
 
 
+def test_the_shipped_model_is_found_from_any_folder_and_says_what_it_was_trained_on(folder: Path):
+    done = stream(folder, 'replay', 'events.jsonl', '--no-report', '--out', 'm.jsonl')
+    assert 'trained on 9,000 simulated shoppers' in done.stdout
+
+
+def test_a_file_of_another_format_is_noticed(folder: Path):
+    done = stream(folder, 'replay', 'events.jsonl', '--format', 'cdnow', '--no-report', '--out', 'f.jsonl')
+    assert 'check --format' in done.stdout
+
+
+def test_a_stopped_replay_leaves_nothing(tmp_path: Path, folder: Path):
+    with subprocess.Popen([STREAM, 'replay', folder / 'events.jsonl', '--publish', 'all'], cwd=tmp_path,
+                          stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob('*.part')):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.terminate()
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + 15
+    assert 'stopped' in told
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_demo_shows_alerts_with_reasons_and_where_the_report_is(tmp_path: Path):
     done = stream(tmp_path, 'demo', '--shoppers', '60', '--days', '120', '--set', f'model={MODEL}')
     assert 'churn.alert raised' in done.stdout
@@ -112,7 +137,8 @@ def test_config_prints_what_is_in_effect_and_the_schema(tmp_path: Path):
     (('export', '.'), ModelError.exit_code, 'not a checkpoint'),
     (('replay', 'events.jsonl', '--set', 'currency_rates={"USD":-1}'), UsageError.exit_code, 'currency_rates'),
     (('replay', 'events.jsonl', '--set', 'silence_days=[40000000000000]'), UsageError.exit_code, 'silence_days'),
-    (('simulate', 'no/where.jsonl'), UsageError.exit_code, 'no folder'),
+    (('simulate', 'no/where.jsonl'), UsageError.exit_code, 'existing folder'),
+    (('simulate', 'x.jsonl.gz'), UsageError.exit_code, '.jsonl'),
     (('train',), UsageError.exit_code, '--simulate'),
 ])
 def test_errors_say_what_to_do_and_leave_nothing_half_done(folder: Path, arguments, code: int, message: str):

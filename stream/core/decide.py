@@ -1,8 +1,10 @@
 """Scores become decisions: tier changes, intent alerts, churn alerts raised and cleared.
 
-    purchase power   the likeliest tier replaces the published one if it is likelier by `tier_margin` (hysteresis), the
-                     power moved by `power_move_min`, and the last change is `power_cooldown_ms` old. A new model's
-                     tiers replace the old one's without a message: that the ruler changed is no news of the shopper.
+    purchase power   a shopper's tier is the median one: half of the probability lies at or below it. It replaces the
+                     published tier if more than half plus `tier_margin` lies beyond that one (hysteresis), the power
+                     moved by `power_move_min`, and the last change is `power_cooldown_ms` old. (The likeliest tier
+                     would jump between the ends, where most of the probability of an undecided shopper lies.) A new
+                     model's tiers replace the old one's without a message: a new ruler is no news of the shopper.
     purchase intent  raised at `intent_raise`; re-armed, without a message, at `intent_clear`
     churn            raised at `churn_raise` for shoppers with `churn_orders_min` orders, cleared at `churn_clear`
 
@@ -37,19 +39,22 @@ class Kind(enum.StrEnum):
 class ActionRule(msgspec.Struct, frozen=True):
     """Propose `action` on an occasion to shoppers with a tier in [tier_min, tier_max]; the first rule that fits.
 
-    The default `tier_min` also fits shoppers who have no tier yet (-1).
+    tier_min    the default also fits shoppers who have no tier yet (-1)
+    spend_min   of the shopper so far, in the configured currency: who is about to leave has a low tier, whatever the
+                past was worth
     """
 
     occasion: Occasion
     action: str
     tier_min: int = NO_TIER
     tier_max: int = 100
+    spend_min: float = 0.0
 
 
 class Policy(msgspec.Struct, frozen=True):
     """Thresholds on scores in [0, 1], cool-downs and lifetimes in milliseconds of event time."""
 
-    tier_margin: float = 0.1
+    tier_margin: float = 0.2
     power_move_min: float = 0.1
     tier_events_min: int = 5
     intent_raise: float = 0.7
@@ -64,7 +69,7 @@ class Policy(msgspec.Struct, frozen=True):
     intent_ttl_ms: int = 12 * HOUR_MS
     churn_ttl_ms: int = 7 * DAY_MS
     actions: tuple[ActionRule, ...] = (
-        ActionRule('churn_raised', 'service_call', tier_min=3),
+        ActionRule('churn_raised', 'service_call', spend_min=500.0),
         ActionRule('churn_raised', 'coupon'),
         ActionRule('intent', 'recommendation', tier_min=2),
         ActionRule('intent', 'coupon'),
@@ -75,10 +80,10 @@ class Policy(msgspec.Struct, frozen=True):
         """How long a message of this kind is worth acting on."""
         return {Kind.INTENT: self.intent_ttl_ms, Kind.CHURN: self.churn_ttl_ms}.get(kind, self.power_ttl_ms)
 
-    def action(self, occasion: Occasion, tier: int) -> str | None:
+    def action(self, occasion: Occasion, tier: int, spend: float) -> str | None:
         """What to propose, None where no rule fits."""
         for rule in self.actions:
-            if rule.occasion == occasion and rule.tier_min <= tier <= rule.tier_max:
+            if rule.occasion == occasion and rule.tier_min <= tier <= rule.tier_max and spend >= rule.spend_min:
                 return rule.action
         return None
 
@@ -130,18 +135,20 @@ def _power(headers: np.ndarray, as_of_ms: np.ndarray, scores: Scores, policy: Po
            model: bytes) -> Iterator[Decision]:
     rows = np.arange(len(scores))
     tier = headers['tier'].astype(np.int64)
-    best = scores.tiers.argmax(axis=1)
+    below = _steps(scores.tiers.cumsum(axis=1))     # probability at or below each tier, on the grid
+    median = np.minimum((below < STEPS_PER_UNIT / 2).sum(axis=1), scores.tiers.shape[1] - 1)
     first = (tier == NO_TIER) & (headers['applied'] >= policy.tier_events_min)
     known = (tier != NO_TIER) & (tier < scores.tiers.shape[1])
     remodelled = (tier != NO_TIER) & (headers['model'] != np.void(model))
     # In whole steps of the grid: a difference of two floats may fall just short of a threshold that it meets.
-    lead = _steps(scores.tiers[rows, best]) - _steps(scores.tiers[rows, np.where(known, tier, 0)])
+    published = np.where(known, tier, 0)
+    beyond = np.where(median > tier, below[:, -1] - below[rows, published], below[rows, np.maximum(published - 1, 0)])
     move = np.abs(_steps(scores.power) - headers['power_grid'])
-    changed = (known & (best != tier) & (lead >= policy.tier_margin * STEPS_PER_UNIT)
-               & (move >= policy.power_move_min * STEPS_PER_UNIT)
+    changed = (known & (median != tier) & (beyond >= round((0.5 + policy.tier_margin) * STEPS_PER_UNIT))
+               & (move >= round(policy.power_move_min * STEPS_PER_UNIT))
                & _cooled(headers['power_at_ms'], as_of_ms, policy.power_cooldown_ms))
     for row in np.flatnonzero(scores.usable & (first | changed | remodelled)):
-        new, old = int(best[row]), int(tier[row])
+        new, old = int(median[row]), int(tier[row])
         occasion: Occasion | None = (None if remodelled[row] else 'power_first' if first[row]
                                      else 'power_up' if new > old else 'power_down')
         yield Decision(int(row), Kind.POWER, occasion, new, old)

@@ -60,7 +60,7 @@ def decision_message(
         value['previous_tier'] = _tier(decision.previous_tier)
     value |= {
         'reasons': reasons,
-        'action': policy.action(occasion, decision.tier),
+        'action': policy.action(occasion, decision.tier, user.spend),
         'expires_at_ms': origin.as_of_ms + policy.ttl_ms(decision.kind),
         'previous_id': previous.hex() if any(previous) else None,
     }

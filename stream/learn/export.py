@@ -120,7 +120,8 @@ def _manifest(kept: Checkpoint, model_dir: Path, name: str, version: int) -> dic
     manifest = Manifest(
         name=name, version=str(version), files={WEIGHTS: sha256(model_dir / str(version) / WEIGHTS)}, layout=LAYOUT,
         tier_names=tuple(config['tiers']['names']), tier_edges=(0.0, *config['tiers']['edges']),
-        currency=config['currency'], window=msgspec.convert(config['window'], WindowLimits),
+        trained_on=config['source'], currency=config['currency'],
+        window=msgspec.convert(config['window'], WindowLimits),
         command=config['command'], seed=config['seed'])
     return msgspec.to_builtins(manifest) | {
         'repository_files': {file: sha256(model_dir / file) for file in ('config.pbtxt', LABELS_FILE)},

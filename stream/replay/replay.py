@@ -21,8 +21,6 @@ from stream.replay.statistics import Statistics
 from stream.scoring.scorer import Scorer
 from stream.scoring.step import Publish, score_step
 
-BLOCK_SPAN_MS_MAX = DAY_MS
-
 
 class ReplayRules(msgspec.Struct, frozen=True):
     """Everything that decides what comes out, apart from the events and the model."""
@@ -32,6 +30,7 @@ class ReplayRules(msgspec.Struct, frozen=True):
     policy: Policy = Policy()
     publish: Publish = 'changes'
     block_events_max: int = 2_000
+    block_span_ms_max: int = DAY_MS
     reasons_rows_max: int = 2_048
 
 
@@ -75,7 +74,7 @@ class Replay:
 
         Errors   InputError, ModelError; StateError if the account does not come out even, which is a defect.
         """
-        for block in self._recording.blocks(self._rules.block_events_max, BLOCK_SPAN_MS_MAX):
+        for block in self._recording.blocks(self._rules.block_events_max, self._rules.block_span_ms_max):
             await self._block(block)
             if progress:
                 progress(len(block.values))

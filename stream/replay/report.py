@@ -109,6 +109,7 @@ class ReportAbout:
     format             name of the recording's format
     currency           ISO 4217 code of all amounts
     first_ms, last_ms  event times of the earliest and the latest row, Unix ms; both 0: no row has a time
+    trained_on         the model's training data, in words
     tier_names         lowest tier first; None: the model names none
     intent_raise, churn_raise, churn_clear   thresholds on scores in [0, 1]
     """
@@ -119,6 +120,7 @@ class ReportAbout:
     first_ms: int
     last_ms: int
     publish: Publish
+    trained_on: str
     tier_names: tuple[str, ...] | None
     intent_raise: float
     churn_raise: float

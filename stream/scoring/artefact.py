@@ -42,6 +42,7 @@ LAYOUT = FeatureLayout(LENGTHS, TYPE_VOCABULARY, ITEM_BUCKETS, CATEGORY_BUCKETS,
 class Manifest(msgspec.Struct, frozen=True):
     """What stands beside the weights. `tier_edges` are the lower bounds of tiers 1 and up, spend in 90 days.
 
+    trained_on         the data, in words
     currency, window   of the events that it was trained on; serve with the same
     """
 
@@ -51,6 +52,7 @@ class Manifest(msgspec.Struct, frozen=True):
     layout: FeatureLayout
     tier_names: tuple[str, ...]
     tier_edges: tuple[float, ...]
+    trained_on: str
     currency: str
     window: WindowLimits
     command: str

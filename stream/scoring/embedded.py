@@ -22,6 +22,7 @@ class EmbeddedScorer:
         artefact = load_artefact(version_dir)
         self.model = artefact.info
         self.manifest = artefact.manifest
+        self.trained_on = artefact.manifest.trained_on
         self.tier_names = artefact.manifest.tier_names
         self.rows_max = rows_max
         options = onnxruntime.SessionOptions()

@@ -18,6 +18,7 @@ class Scorer(Protocol):
 
     model: ModelInfo
     tier_names: tuple[str, ...]
+    trained_on: str
     rows_max: int       # the largest batch that it takes
 
     async def score(self, batches: Sequence[Batch]) -> list[Outputs]: ...
@@ -31,6 +32,7 @@ class ConstantScorer:
     def __init__(self, tiers: int = 5, rows_max: int = 256) -> None:
         self.model = ModelInfo('constant', '1', '0' * 64)
         self.rows_max = rows_max
+        self.trained_on = 'nothing: constant scores'
         self.tier_names = tuple(f'tier {tier}' for tier in range(tiers))
 
     async def score(self, batches: Sequence[Batch]) -> list[Outputs]:

@@ -44,15 +44,23 @@ def test_the_first_tier_waits_for_enough_events():
 
 
 @pytest.mark.parametrize(('tiers', 'expected'), [
-    ((0.10, 0.35, 0.55), 'power_up'),
-    ((0.55, 0.35, 0.10), 'power_down'),
-    ((0.05, 0.45, 0.50), None),         # not likelier by the margin
-    ((0.40, 0.20, 0.40), None),         # likelier, but the power stayed where it was
+    ((0.10, 0.30, 0.60), 'power_up'),
+    ((0.60, 0.30, 0.10), 'power_down'),
+    ((0.06, 0.35, 0.59), None),         # the median lies beyond, but not by the margin
+    ((0.59, 0.35, 0.06), None),
+    ((0.45, 0.10, 0.45), None),         # both ends are likelier than the middle, which is the median
     ((0.10, 0.80, 0.10), None),
 ])
 def test_a_tier_changes_by_margin_and_move(tiers: tuple[float, ...], expected: str | None):
     user = shopper(tier=1, power_grid=5000)
     assert decided(user, scores_of(tiers=tiers)) == ([(Kind.POWER, expected)] if expected else [])
+
+
+def test_a_tier_stays_while_the_power_hardly_moves():
+    user = shopper(tier=1, power_grid=7900)
+    assert decided(user, scores_of(tiers=(0.0, 0.4, 0.6))) == []        # power .8
+    user.power_grid = 6900
+    assert decided(user, scores_of(tiers=(0.0, 0.4, 0.6))) == [(Kind.POWER, 'power_up')]
 
 
 def test_a_tier_change_waits_for_its_cool_down_and_comes_then():
@@ -126,10 +134,12 @@ def test_rows_are_decided_alone():
 
 def test_the_first_rule_that_fits_proposes_the_action():
     policy = Policy()
-    assert policy.action('churn_raised', 4) == 'service_call'
-    assert policy.action('churn_raised', 1) == 'coupon'
-    assert policy.action('churn_cleared', 4) is None
-    assert msgspec.structs.replace(policy, actions=()).action('intent', 1) is None
+    assert policy.action('churn_raised', 0, 500.0) == 'service_call'
+    assert policy.action('churn_raised', 4, 499.0) == 'coupon'
+    assert policy.action('churn_cleared', 4, 900.0) is None
+    assert policy.action('intent', 2, 0.0) == 'recommendation'
+    assert policy.action('intent', 1, 0.0) == 'coupon'
+    assert msgspec.structs.replace(policy, actions=()).action('intent', 1, 0.0) is None
 
 
 def test_alerts_name_the_tier_that_the_same_step_has_set():
@@ -141,18 +151,16 @@ def test_alerts_name_the_tier_that_the_same_step_has_set():
 
 
 def test_a_shopper_without_a_tier_gets_an_action_too():
-    assert Policy().action('churn_raised', -1) == 'coupon'
-    assert Policy().action('intent', -1) == 'coupon'
+    assert Policy().action('churn_raised', -1, 0.0) == 'coupon'
+    assert Policy().action('intent', -1, 0.0) == 'coupon'
 
 
-@pytest.mark.parametrize('at', range(0, 60, 7))
-def test_a_threshold_that_is_met_to_the_step_is_met(at: int):
-    low = at / 100
-    user = shopper(tier=0, power_grid=0)
-    tiers = (low, low + 0.1, 1 - 2 * low - 0.1) if low + 0.1 >= 1 - 2 * low - 0.1 else (low, 0.0, low + 0.1)
-    scores = scores_of(tiers=tiers)
-    scores.power[0] = 0.1
-    assert decided(user, scores) == [(Kind.POWER, 'power_up')]
+@pytest.mark.parametrize('share', [at / 100 for at in range(60, 100, 3)])
+def test_a_threshold_that_is_met_to_the_step_is_met(share: float):
+    scores = scores_of(tiers=(1 - share, share / 3, share * 2 / 3))
+    policy = msgspec.structs.replace(POLICY, tier_margin=share - 0.5)
+    headers = np.frombuffer(pack_header(shopper(tier=0, power_grid=0)), HEADER_DTYPE)
+    assert [decision.occasion for decision in decide(headers, np.array([T0_MS]), scores, policy, MODEL)] == ['power_up']
 
 
 def test_clearing_an_alert_starts_no_cool_down():

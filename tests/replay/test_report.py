@@ -27,7 +27,7 @@ DAY = 20_089        # 2025-01-01
 HOUR = DAY * 24
 MODEL = ModelInfo('shopper', '3', 'abcdef0123456789' * 4)
 ABOUT = ReportAbout(['january.jsonl', 'february.jsonl'], 'events', 'EUR', DAY * DAY_MS, (DAY + 40) * DAY_MS, 'changes',
-                    ('low', 'middle', 'high'), 0.65, 0.85, 0.55)
+                    '9 shoppers', ('low', 'middle', 'high'), 0.65, 0.85, 0.55)
 COUNTS = Counts(read=12_345, applied=12_000, duplicate=203, late=101, dead=41, users=777, scored=5_050, alerts=62)
 SECTIONS = ['Where every row went', 'Events over time', 'Scores', 'Expected spend tiers at the end', 'Alerts over time',
             'Shoppers most at risk', 'Dead letters']

@@ -18,7 +18,7 @@ def folder(tmp_path: Path) -> Path:
         'name': 'm', 'version': '1', 'files': {'model.onnx': sha256(made / 'model.onnx')},
         'layout': msgspec.to_builtins(LAYOUT),
         'tier_names': ['low', 'high'], 'tier_edges': [1.0], 'command': 'stream train', 'seed': 7,
-        'currency': 'EUR', 'window': msgspec.to_builtins(WindowLimits())}
+        'trained_on': 'nothing', 'currency': 'EUR', 'window': msgspec.to_builtins(WindowLimits())}
     (made / MANIFEST).write_text(json.dumps(manifest))
     return made
 
