@@ -272,7 +272,7 @@ def _scorer(settings: Settings) -> Any:
     model = settings.model
     if model == SHIPPED_MODEL and not model.exists():      # called from elsewhere: the one of this checkout
         model = Path(__file__).parents[1] / SHIPPED_MODEL
-    scorer = EmbeddedScorer(model, settings.scorer_threads, settings.batch_rows_max)
+    scorer = EmbeddedScorer(model, settings.scorer_threads, settings.batch_rows_max, off_loop=False)
     trained, here = scorer.manifest.window, settings.window_limits()
     if (trained.events_max, trained.span_ms) != (here.events_max, here.span_ms):
         _say(f'warning: the model was trained on windows of {trained.events_max} events, these hold {here.events_max} '

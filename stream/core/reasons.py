@@ -36,15 +36,16 @@ _DEEDS = {
 class Occlusions:
     """Occluded variants of some rows: what was taken away in each, and the features to score.
 
-    row         int64 [variants] index of the row that is explained
-    group       [variants] the group of counters that is taken away, 'silence', or '' for a slot
-    taken       [variants] of a slot, the indices of its events in `snapshots.rows`
+    row     int64 [variants] index of the row that is explained
+    group   [variants] the group of counters that is taken away, 'silence', or '' for a slot
+    slot    int64 [variants] the slot that is taken away, -1 where it is a group
     """
 
     snapshots: Snapshots
+    base: Features
     row: np.ndarray
     group: list[str]
-    taken: list[np.ndarray]
+    slot: np.ndarray
     inputs: Features
 
 
@@ -56,36 +57,42 @@ def variants(base: Features, rows: np.ndarray) -> np.ndarray:
 
 def occlude(snapshots: Snapshots, rows: Sequence[int], base: Features) -> Occlusions:
     """Occluded variants of the given rows. `base` are the features of `snapshots`."""
-    nothing = np.zeros(0, np.int64)
     owner: list[int] = []
     group: list[str] = []
-    taken: list[np.ndarray] = []
+    slot: list[int] = []
     kept: list[np.ndarray] = []
+    kept_counts: list[int] = []
+    days: list[np.ndarray] = []
+    event_ends = np.cumsum(snapshots.headers['events'], dtype=np.int64)
+    day_ends = np.cumsum(snapshots.headers['days'], dtype=np.int64)
     for row in rows:
-        window = _span(snapshots.headers['events'], row)
-        slots = base.slot_of_row[window]
-        for slot in range(int(base.starts[row + 1]) - 1, int(base.starts[row]) - 1, -1)[:SLOTS_EXPLAINED_MAX]:
-            taken.append(window[slots == slot])
-            kept.append(window[slots != slot])
-            group.append('')
-        without = [*(['silence'] if snapshots.as_of_ms[row] > snapshots.headers['last_seen_ms'][row] else []), *_GROUPS]
-        group += without
-        taken += [nothing] * len(without)
+        window = _span(snapshots.headers['events'], event_ends, row)
+        newest = int(base.starts[row + 1])
+        slots = np.arange(newest - 1, max(int(base.starts[row]), newest - SLOTS_EXPLAINED_MAX) - 1, -1)
+        keep = base.slot_of_row[window] != slots[:, None]               # [slots, events]
+        kept.append(np.broadcast_to(window, keep.shape)[keep])
+        kept_counts += keep.sum(axis=1).tolist()
+        silent = snapshots.as_of_ms[row] > snapshots.headers['last_seen_ms'][row]
+        without = ['silence', *_GROUPS] if silent else _GROUPS
         kept += [window] * len(without)
-        owner += [row] * (len(group) - len(owner))
+        kept_counts += [len(window)] * len(without)
+        group += ['' for _ in slots] + list(without)
+        slot += slots.tolist() + [-1] * len(without)
+        days += [_span(snapshots.headers['days'], day_ends, row)] * (len(slots) + len(without))
+        owner += [row] * (len(slots) + len(without))
 
     row_of = np.array(owner)
     headers = snapshots.headers[row_of]
-    headers['events'] = [len(indices) for indices in kept]
-    days = np.concatenate([_span(snapshots.headers['days'], row) for row in owner])
+    headers['events'] = kept_counts
     as_of_ms = snapshots.as_of_ms[row_of]
     silenced = np.array([name == 'silence' for name in group])
     as_of_ms[silenced] = headers['last_seen_ms'][silenced]
-    inputs = features(Snapshots(headers, snapshots.days[days], snapshots.rows[np.concatenate(kept)], as_of_ms))
+    inputs = features(Snapshots(headers, snapshots.days[np.concatenate(days)], snapshots.rows[np.concatenate(kept)],
+                                as_of_ms))
     for index, name in enumerate(group):
         if name in _GROUP_COLUMNS:
             inputs.counters[index, _GROUP_COLUMNS[name]] = 0.0
-    return Occlusions(snapshots, row_of, group, taken, inputs)
+    return Occlusions(snapshots, base, row_of, group, np.array(slot), inputs)
 
 
 def explain(occlusions: Occlusions, occluded: Scores, row: int, kind: Kind, scores: Scores) -> list[dict]:
@@ -106,16 +113,18 @@ def words(occlusions: Occlusions, variant: int) -> dict:
     snapshots, row = occlusions.snapshots, int(occlusions.row[variant])
     header, moment_ms, group = snapshots.headers[row], int(snapshots.as_of_ms[row]), occlusions.group[variant]
     if not group:
-        return _event_words(snapshots.rows[occlusions.taken[variant]], moment_ms)
+        taken = occlusions.base.slot_of_row == occlusions.slot[variant]
+        return _event_words(snapshots.rows[taken], moment_ms)
     if group == 'silence':
         return {'name': 'silence', 'text': f'nothing for {_duration(moment_ms - int(header["last_seen_ms"]))}'}
-    return _counter_words(group, header, snapshots.days[_span(snapshots.headers['days'], row)], moment_ms)
+    days = snapshots.headers['days']
+    mine = snapshots.days[_span(days, np.cumsum(days, dtype=np.int64), row)]
+    return _counter_words(group, header, mine, moment_ms)
 
 
-def _span(counts: np.ndarray, row: int) -> np.ndarray:
-    """Indices of a row's parts in an array that holds `counts[i]` parts of each row, row after row."""
-    start = int(counts[:row].sum(dtype=np.int64))
-    return np.arange(start, start + int(counts[row]))
+def _span(counts: np.ndarray, ends: np.ndarray, row: int) -> np.ndarray:
+    """Indices of a row's parts in an array that holds `counts[i]` parts of each row, row after row, up to `ends[i]`."""
+    return np.arange(int(ends[row]) - int(counts[row]), int(ends[row]))
 
 
 def _event_words(lines: np.ndarray, moment_ms: int) -> dict:

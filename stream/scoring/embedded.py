@@ -13,18 +13,20 @@ from stream.scoring.artefact import load_artefact
 
 
 class EmbeddedScorer:
-    """Runs a model folder with onnxruntime, off the event loop.
+    """Runs a model folder with onnxruntime.
 
     threads   of one model run; 1 keeps the result independent of the machine's core count
+    off_loop  score in a thread of its own, so that the event loop stays free; a replay's has nothing else to do
     """
 
-    def __init__(self, version_dir: Path, threads: int = 1, rows_max: int = 256) -> None:
+    def __init__(self, version_dir: Path, threads: int = 1, rows_max: int = 256, off_loop: bool = True) -> None:
         artefact = load_artefact(version_dir)
         self.model = artefact.info
         self.manifest = artefact.manifest
         self.trained_on = artefact.manifest.trained_on
         self.tier_names = artefact.manifest.tier_names
         self.rows_max = rows_max
+        self._off_loop = off_loop
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -38,7 +40,7 @@ class EmbeddedScorer:
 
     async def score(self, batches: Sequence[Batch]) -> list[Outputs]:
         """Outputs of each batch. Errors: ModelError where onnxruntime refuses the inputs."""
-        return await asyncio.to_thread(self.score_now, batches)
+        return await asyncio.to_thread(self.score_now, batches) if self._off_loop else self.score_now(batches)
 
     def score_now(self, batches: Sequence[Batch]) -> list[Outputs]:
         """The same, in the calling thread."""

@@ -34,7 +34,7 @@ class KeepingScorer(EmbeddedScorer):
     """The embedded scorer; keeps what it was asked, so that onnxruntime can be asked the same again."""
 
     def __init__(self, version_dir: Path) -> None:
-        super().__init__(version_dir)
+        super().__init__(version_dir, off_loop=False)
         self.asked: list[list[Batch]] = []
 
     async def score(self, batches: Sequence[Batch]) -> list[Outputs]:
@@ -88,7 +88,7 @@ def main() -> None:
         for number in range(options.runs):
             speeds.append(loop_ms())
             rates.append(count / replay_s(many, ConstantScorer()))
-            scorer = EmbeddedScorer(SHIPPED_MODEL)
+            scorer = EmbeddedScorer(SHIPPED_MODEL, off_loop=False)
             embedded.append(replay_s(few, scorer))
             windows = scorer.windows_scored
             keeping = KeepingScorer(SHIPPED_MODEL)

@@ -16,6 +16,7 @@ SHIPPED = Path(__file__).parents[2] / 'triton_models' / 'shopper' / '1'
 SCORERS: dict[str, Callable[[], Scorer]] = {
     'constant': ConstantScorer,
     'embedded': lambda: EmbeddedScorer(SHIPPED),
+    'embedded on the loop': lambda: EmbeddedScorer(SHIPPED, off_loop=False),
 }
 
 
