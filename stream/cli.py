@@ -209,9 +209,7 @@ def _replay(
     from stream.replay.recording import Recording
     from stream.replay.replay import Replay
 
-    if out.suffix != '.jsonl' or not out.parent.is_dir():
-        raise UsageError(f'Messages cannot be written to {out}.',
-                         'name a .jsonl file in an existing folder with --out.')
+    _check_target(out, 'Messages')
     # A block's thousands of new objects are no garbage: looking for cycles at every 700 of them cost 6 % of the rate.
     gc.set_threshold(100_000, 10, 10)
     dead_letters, report = out.with_suffix('.dead.jsonl'), out.with_suffix('.html')
@@ -297,12 +295,16 @@ def _state(settings: Settings, state_dir: Path | None, stack: ExitStack) -> Any:
 
 def _simulate(out: Path, shoppers: int, days: int, seed: int, noise: float) -> None:
     from stream.replay.simulator import SimulatorOptions, simulate, write
-    if out.suffix != '.jsonl' or not out.parent.is_dir():
-        raise UsageError(f'Events cannot be written to {out}.', 'name a .jsonl file in an existing folder.')
+    _check_target(out, 'Events')
     truth = out.with_suffix('.truth.jsonl')
     simulation = simulate(SimulatorOptions(shoppers=shoppers, days=days, seed=seed, noise=noise))
     write(simulation, out, truth)
     _say(f'{simulation.events:,} events of {shoppers:,} simulated shoppers over {days} days: {out} (truth: {truth})')
+
+
+def _check_target(out: Path, what: str) -> None:
+    if out.suffix != '.jsonl' or not out.parent.is_dir():
+        raise UsageError(f'{what} cannot be written to {out}.', 'name a .jsonl file in an existing folder.')
 
 
 @contextmanager

@@ -13,14 +13,13 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from stream.core.decide import ActionRule, Occasion, Policy
 from stream.core.events import EventRules
-from stream.core.window import DAY_MS, NO_TIER, WindowLimits
+from stream.core.window import DAY_MS, MINUTE_MS, NO_TIER, WindowLimits
 from stream.errors import UsageError
 from stream.replay.replay import ReplayRules
 from stream.scoring.step import Publish
 
 CONFIG_FILE = Path('stream.toml')
 SHIPPED_MODEL = Path('triton_models/shopper/1')
-MINUTE_MS = 60_000
 _REPLAY = ReplayRules()
 _EVENTS, _LIMITS, _POLICY = _REPLAY.events, _REPLAY.limits, _REPLAY.policy
 

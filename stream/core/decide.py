@@ -20,9 +20,7 @@ import msgspec
 import numpy as np
 
 from stream.core.scores import STEPS_PER_UNIT, Scores
-from stream.core.window import CHURN_RAISED, DAY_MS, INTENT_RAISED, NO_TIER, User
-
-HOUR_MS = 3_600_000
+from stream.core.window import CHURN_RAISED, DAY_MS, HOUR_MS, INTENT_RAISED, NO_TIER, User
 
 Occasion = Literal['power_first', 'power_up', 'power_down', 'intent', 'churn_raised', 'churn_cleared']
 

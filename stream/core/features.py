@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stream.core.events import TYPE_NAMES, EventType
-from stream.core.window import DAY_DTYPE, DAY_MS, HEADER_DTYPE, ROW_DTYPE, TYPES
+from stream.core.window import DAY_DTYPE, DAY_MS, HEADER_DTYPE, MINUTE_MS, ROW_DTYPE, TYPES
 
 SLOTS_MAX = 64
 LENGTHS = (8, 16, 32, 64)
@@ -40,9 +40,8 @@ COUNTER_GROUPS: dict[str, tuple[str, ...]] = {
 COUNTER_NAMES = tuple(name for names in COUNTER_GROUPS.values() for name in names)
 COUNTERS = len(COUNTER_NAMES)
 _YEAR_MS = 365.2425 * DAY_MS
-_MINUTE_MS = 60_000
 # The hour of a slot is taken to the minute: a table costs a tenth of a sine.
-_MINUTE_ANGLE = np.arange(DAY_MS // _MINUTE_MS) * (2 * np.pi * _MINUTE_MS / DAY_MS)
+_MINUTE_ANGLE = np.arange(DAY_MS // MINUTE_MS) * (2 * np.pi * MINUTE_MS / DAY_MS)
 _MINUTE_SIN, _MINUTE_COS = np.sin(_MINUTE_ANGLE).astype(np.float32), np.cos(_MINUTE_ANGLE).astype(np.float32)
 
 
@@ -155,7 +154,7 @@ def _slots(snapshots: Snapshots) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
     categories[:-1, 0] = head['type']
     categories[:-1, 1] = np.where(head['item'] > 0, head['item'] % (ITEM_BUCKETS - 1) + 1, 0)
     categories[:-1, 2] = np.where(head['category'] > 0, head['category'] % (CATEGORY_BUCKETS - 1) + 1, 0)
-    minute = ts_ms % DAY_MS // _MINUTE_MS
+    minute = ts_ms % DAY_MS // MINUTE_MS
     numbers = np.zeros((slots + 1, SLOT_NUMBERS), np.float32)
     numbers[:-1, 0] = np.log1p(amount)
     numbers[:-1, 1] = np.log1p(gap_days)

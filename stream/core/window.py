@@ -26,7 +26,7 @@ from stream.core.events import Event, EventType
 from stream.errors import StateError
 
 FORMAT = 1
-DAY_MS = 86_400_000
+MINUTE_MS, HOUR_MS, DAY_MS = 60_000, 3_600_000, 86_400_000
 DAYS_KEPT = 90
 NO_TIMER_MS = 0
 NO_TIER = -1
@@ -193,6 +193,11 @@ def fold(user: User, events: Sequence[Event], limits: WindowLimits) -> list[Fold
         if ts_ms > last_seen_ms:
             ids += key
             rows += row
+            user.last_seen_ms = last_seen_ms = ts_ms
+            user.silence = 0
+            user.due_ms = ts_ms + limits.silence_ms[0] if limits.silence_ms else NO_TIMER_MS
+            if _I64.unpack_from(rows)[0] < ts_ms - span_ms:
+                _drop_older(ids, rows, ts_ms - span_ms)
         else:
             place = _place(ids, rows, ts_ms, event.key)
             if not place and len(ids) == ids_bytes_max:
@@ -203,12 +208,6 @@ def fold(user: User, events: Sequence[Event], limits: WindowLimits) -> list[Fold
             rows[place * ROW.size:place * ROW.size] = row
         if len(ids) > ids_bytes_max:
             del ids[:_ID_BYTES], rows[:ROW.size]
-        if ts_ms > last_seen_ms:
-            user.last_seen_ms = last_seen_ms = ts_ms
-            user.silence = 0
-            user.due_ms = ts_ms + limits.silence_ms[0] if limits.silence_ms else NO_TIMER_MS
-            if _I64.unpack_from(rows)[0] < ts_ms - span_ms:
-                _drop_older(ids, rows, ts_ms - span_ms)
         kind = event.type
         counts[kind - 1] += 1
         if ts_ms < user.first_seen_ms or not user.first_seen_ms:

@@ -24,7 +24,7 @@ from xxhash import xxh3_64_intdigest
 
 from stream.core.events import Decoder, Event, EventRules, EventType, Refusal
 from stream.core.features import COUNTER_NAMES, Features, Snapshots, features
-from stream.core.window import DAY_MS, Fold, User, WindowLimits, fire_timer, fold, pack_header
+from stream.core.window import DAY_MS, Fold, User, WindowLimits, clock_ms, fire_timer, fold, pack_header
 from stream.errors import UsageError
 
 INTENT_DAYS = 7
@@ -184,7 +184,7 @@ def moments(events: list[Event], limits: WindowLimits, until_ms: int) -> Iterato
         event.offset = place
         if fold(user, [event], limits) == [Fold.APPLIED]:
             last = place + 1 == len(events) or events[place + 1].ts_ms - event.ts_ms > SESSION_GAP_MS
-            yield Kind.SESSION_END if last else Kind.EVENT, user.last_seen_ms, user
+            yield Kind.SESSION_END if last else Kind.EVENT, clock_ms(user, limits), user
     while user.due_ms and user.due_ms <= until_ms:
         yield Kind.TIMER, fire_timer(user, limits), user
 

@@ -130,16 +130,13 @@ class Replay:
 
     async def _fire_timers(self, clock_ms: int, users: Mapping[str, User], events: Sequence[Event]) -> None:
         """Fire every timer due at the stream's time, and those of `users` that come before their first event."""
-        users_max = self._rules.block_events_max
         while True:
-            ids = self._state.due(clock_ms, users_max)
-            silent = self._state.load(user_id for user_id in ids if user_id not in users)
+            silent = self._state.load(
+                user_id for user_id in self._state.due(clock_ms, self._rules.block_events_max) if user_id not in users)
             due = sorted([*silent.values(), *overdue(users, events)], key=lambda user: (user.due_ms, user.user_id))
-            if due:
-                await self._step(fire(due, self._rules.limits))
-            if len(ids) < users_max and not any(0 < user.due_ms <= clock_ms for user in due) \
-                    and not overdue(users, events):
+            if not due:
                 return
+            await self._step(fire(due, self._rules.limits))
 
     async def _step(self, touched: Sequence[Touched]) -> None:
         rules = self._rules

@@ -44,11 +44,10 @@ from pathlib import Path
 import numpy as np
 import orjson
 
+from stream.core.window import DAY_MS, HOUR_MS
 from stream.errors import UsageError
 
 SECOND_MS = 1_000
-HOUR_MS = 3_600_000
-DAY_MS = 86_400_000
 YEAR_DAYS = 365.25
 
 # The shop. Median prices in currency units.

@@ -9,7 +9,7 @@ from stream.core.decide import Decision, Kind, Policy, apply, decide
 from stream.core.features import Features, Snapshots, batches, features
 from stream.core.lane import Touched, snapshot
 from stream.core.messages import decision_message, scores_message
-from stream.core.reasons import Occlusions, explain, occlude, variants
+from stream.core.reasons import explain, occlude, variants
 from stream.core.scores import Scores, collect
 from stream.core.window import pack_outbox
 from stream.scoring.scorer import Scorer
@@ -53,8 +53,7 @@ async def score_step(
     inputs = features(snapshots)
     scores = await _score(inputs, scorer)
     decisions = decide(snapshots.headers, snapshots.as_of_ms, scores, policy, scorer.model.tag)
-    published = [decision for decision in decisions if decision.occasion]
-    explained, occlusions, occluded = await _reasons(published, snapshots, inputs, scorer, reasons_rows_max)
+    reasons = await _reasons(decisions, snapshots, inputs, scores, scorer, reasons_rows_max)
 
     by_row: dict[int, list[Decision]] = {}
     for decision in decisions:
@@ -70,11 +69,8 @@ async def score_step(
         for decision in by_row.get(row, ()):
             apply(user, decision, float(scores.power[row]), origin.as_of_ms, scorer.model.tag)
             if decision.occasion:
-                reasons = (explain(occlusions, occluded, row, decision.kind, scores)
-                           if row in explained and decision.occasion != 'power_first' and occlusions and occluded
-                           else None)
                 mine.append(decision_message(user, decision, decision.occasion, origin, row, scores, scorer.model,
-                                             policy, reasons))
+                                             policy, reasons.get(decision)))
         alerts += mine
         if publish != 'changes' and scores.usable[row]:
             named = [event.event_id for event in entry.applied] if publish == 'events' and entry.applied else [None]
@@ -91,14 +87,18 @@ async def _score(inputs: Features, scorer: Scorer) -> Scores:
 
 
 async def _reasons(
-    published: Sequence[Decision], snapshots: Snapshots, inputs: Features, scorer: Scorer, rows_max: int,
-) -> tuple[set[int], Occlusions | None, Scores | None]:
-    alerts = [decision for decision in published if decision.occasion != 'power_first']
+    decisions: Sequence[Decision], snapshots: Snapshots, inputs: Features, scores: Scores, scorer: Scorer,
+    rows_max: int,
+) -> dict[Decision, list[dict]]:
+    """The reasons of the alerts and tier changes that the budget allows, the most urgent first."""
+    alerts = [decision for decision in decisions if decision.occasion not in (None, 'power_first')]
     by_priority = sorted(alerts, key=lambda decision: (_PRIORITY[decision.kind], decision.row))
     unique = np.array(list(dict.fromkeys(decision.row for decision in by_priority)), np.int64)
-    costs = variants(inputs, unique)
-    explained = sorted(unique[np.cumsum(costs) <= rows_max].tolist())
-    if not explained:
-        return set(), None, None
-    occlusions = occlude(snapshots, explained, inputs)
-    return set(explained), occlusions, await _score(occlusions.inputs, scorer)
+    rows = sorted(unique[np.cumsum(variants(inputs, unique)) <= rows_max].tolist())
+    if not rows:
+        return {}
+    occlusions = occlude(snapshots, rows, inputs)
+    occluded = await _score(occlusions.inputs, scorer)
+    explained = set(rows)
+    return {decision: explain(occlusions, occluded, decision.row, decision.kind, scores)
+            for decision in alerts if decision.row in explained}

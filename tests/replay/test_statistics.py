@@ -2,10 +2,9 @@ import numpy as np
 import orjson
 import pytest
 
-from stream.core.decide import HOUR_MS
 from stream.core.events import TYPE_CODES, Event
 from stream.core.scores import Scores
-from stream.core.window import DAY_MS, NO_TIER
+from stream.core.window import DAY_MS, HOUR_MS, NO_TIER
 from stream.replay.statistics import SCORE_BINS, Statistics
 
 
