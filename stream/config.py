@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from stream.core.decide import ActionRule, Occasion, Policy
 from stream.core.events import EventRules
+from stream.core.partitioners import PartitionerName
 from stream.core.window import DAY_MS, MINUTE_MS, NO_TIER, WindowLimits
 from stream.errors import UsageError
 from stream.replay.replay import ReplayRules
@@ -27,6 +28,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Milliseconds = Annotated[int, Field(ge=0, le=36_500 * DAY_MS)]
 Days = Annotated[int, Field(ge=1, le=36_500)]
 Currency = Annotated[str, Field(pattern='^[A-Z]{3}$')]
+Name = Annotated[str, Field(pattern='^[A-Za-z0-9._-]{1,200}$')]
+Address = Annotated[str, Field(pattern=r'^[^\s:]+:\d+$')]
 Rate = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 
 
@@ -46,10 +49,16 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix='STREAM_', extra='forbid')
 
     model: Path = Field(SHIPPED_MODEL, description='folder of the model version that scores')
-    scorer: Literal['embedded', 'constant'] = Field(
-        'embedded', description='embedded: onnxruntime in the process; constant: the same scores for everybody')
+    scorer: Literal['embedded', 'triton', 'constant'] = Field(
+        'embedded', description='embedded: onnxruntime in the process; triton: Triton Inference Server; '
+                                'constant: the same scores for everybody')
     scorer_threads: int = Field(1, ge=1, description='threads of one embedded model run')
     batch_rows_max: int = Field(256, ge=1, le=256, description='windows in one request to the model')
+    triton: Address = Field('127.0.0.1:8001', description="host:port of Triton's gRPC service")
+    triton_timeout_ms: Milliseconds = Field(10_000, description='for one scored step, with all retries')
+    triton_in_flight_max: int = Field(4, ge=1, le=64, description='requests in flight to Triton at once')
+    fallback: Literal['hold', 'embedded'] = Field(
+        'hold', description='while Triton is away: hold the events, or score with the embedded copy of the same model')
     publish: Publish = Field(
         'changes', description='changes: decisions only; all: also the scores of every scored user; '
                                'events: also one output per event, with the scores at the end of its step')
@@ -60,6 +69,51 @@ class Settings(BaseSettings):
     block_span_minutes_max: int = Field(
         _REPLAY.block_span_ms_max // MINUTE_MS, ge=1, le=3 * 1440,
         description='time that a step of a replay may span; shorter ones score more states and take longer')
+
+    brokers: str = Field('127.0.0.1:9092', min_length=1, description='Kafka bootstrap servers, host:port, by commas')
+    group: Name = Field('stream', description="consumer group; also the first part of the changelog topic's name")
+    instance_id: str = Field(
+        '', description='static group membership: a name of this worker that outlives its restarts; empty: none')
+    clicks_topic: Name = Field('clicks', description='input')
+    carts_topic: Name = Field('carts', description='input, with as many partitions')
+    alerts_topic: Name = Field('alerts', description='decisions; kept by time, never compacted')
+    scores_topic: Name = Field(
+        'scores', description="each scored user's newest scores, compacted; written where publish is not `changes`")
+    dead_letters_topic: Name = Field('dead-letters', description='what could not be read, as it came, with the reason')
+    journal_topic: str = Field(
+        '', description='one record per step, so that a replay can make the same steps; empty: none is written')
+    partitions: int = Field(8, ge=1, le=10_000, description='of topics that are created')
+    replication: int = Field(1, ge=1, le=10, description='of topics that are created')
+    alerts_retention_days: Days = Field(7, description='of topics that are created: alerts, dead letters, journal')
+    partitioner: PartitionerName = Field(
+        'murmur2', description="how the producers of the inputs choose a partition (murmur2: Java, crc32: librdkafka's "
+                               'consistent_random, fnv1a: librdkafka and Sarama); a key elsewhere is a dead letter; '
+                               'none: do not check')
+    session_timeout_ms: Milliseconds = Field(10_000, description='after which the group gives up a silent worker')
+    max_poll_interval_ms: Milliseconds = Field(300_000, description='after which a worker that does not poll leaves')
+    commit_interval_ms: Milliseconds = Field(1_000, description='between two commits of offsets')
+    send_timeout_ms: Milliseconds = Field(120_000, description='for a record to be acknowledged; then the worker exits')
+    drain_timeout_ms: Milliseconds = Field(
+        20_000, description='for steps in flight to end when partitions are taken away, or the worker stops')
+    recovery_timeout_ms: Milliseconds = Field(
+        1_800_000, description='for the state of a partition to be read back; then the worker exits')
+    stuck_timeout_ms: Milliseconds = Field(
+        60_000, description='without a step while events wait and the scorer answers; then the worker exits')
+    standbys: int = Field(0, ge=0, le=10, description='workers that keep a copy of a partition ready, beside its owner')
+    merge_wait_ms: Milliseconds = Field(
+        500, description='how long events of one topic wait for earlier ones of the other that are on their way')
+    clock: Literal['events', 'wall'] = Field(
+        'events', description='what moves silence timers: the times of events alone, or also the time of day '
+                              'while everything has been read')
+    clock_grace_ms: Milliseconds = Field(
+        60_000, description='how far the time of day stays behind with `clock = wall`; older events make it stop')
+    blocks_ahead_max: int = Field(4, ge=1, le=100, description='blocks of a topic partition that wait in memory')
+    sweep_users_max: int = Field(500, ge=1, le=100_000, description='silence timers fired in one step')
+    state_dir: Path = Field(Path('state'), description="folder of the worker's RocksDB databases")
+    rocksdb_cache_mib: int = Field(256, ge=8, description='block cache over all partitions')
+    rocksdb_write_buffers_mib: int = Field(128, ge=8, description='write buffers over all partitions')
+    admin_host: str = Field('127.0.0.1', description='where health and metrics are served')
+    admin_port: int = Field(9108, ge=0, le=65_535, description='0: any free port')
 
     currency: Currency = Field(_EVENTS.currency, description='ISO 4217 code of all amounts')
     currency_rates: dict[Currency, Rate] = Field(
