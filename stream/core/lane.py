@@ -7,8 +7,11 @@ user's next later event is folded:
     before the block    timers due at or before a user's first event of the block fire first, as a sweep
     within the block    a user's events at or after the due time that earlier events of the block have set wait for the
                         next step; users do not wait for one another
+
+`block_steps` is this cut of a block; the worker's lane and the replay of its journal both walk it. (A replay of files
+also fires by the stream's time between these steps, and so has a loop of its own.)
 """
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -38,7 +41,10 @@ class Folded(msgspec.Struct):
 
 
 def overdue(users: Mapping[str, User], events: Sequence[Event]) -> list[User]:
-    """The users whose timer comes before their first event among `events`, by due time, then id."""
+    """The users whose timer comes before their first new event among `events`, by due time, then id.
+
+    A redelivered event, below the user's stored offset, fires nothing: it did when it came for the first time.
+    """
     if not events:
         return []
     newest_ms = max([event.ts_ms for event in events])
@@ -48,8 +54,10 @@ def overdue(users: Mapping[str, User], events: Sequence[Event]) -> list[User]:
         if not waiting:
             break
         if event.user_id in waiting:
-            waiting.remove(event.user_id)
             user = users[event.user_id]
+            if event.offset < user.next_offset[event.source]:
+                continue
+            waiting.remove(event.user_id)
             if user.due_ms <= event.ts_ms:
                 due.append(user)
     return sorted(due, key=lambda user: (user.due_ms, user.user_id))
@@ -87,6 +95,22 @@ def fold_step(users: Mapping[str, User], events: Iterable[Event], limits: Window
             run = [event for event, what in zip(run, outcomes, strict=False) if what is Fold.APPLIED]
         touched.append(Touched(user, Origin(clock_ms(user, limits), 0) if applied else None, run))
     return Folded(touched, counts, rest)
+
+
+def block_steps(users: Mapping[str, User], events: Sequence[Event], limits: WindowLimits) -> Iterator[Folded]:
+    """Cut a block into its steps, and take each when it is asked for: the steps before it are decided by then.
+
+    users    has every user of `events`; what is touched is changed in place
+    Yields   sweeps of timers that come before a user's next event (counts are zero, `rest` is everything that waits),
+             and runs of events; none for a block without events.
+    Promise  every event is counted exactly once; a redelivered block gives steps in which nobody is scored.
+    """
+    while events:
+        while due := overdue(users, events):
+            yield Folded(fire(due, limits), [0] * len(Fold), list(events))
+        folded = fold_step(users, events, limits)
+        yield folded
+        events = folded.rest
 
 
 def snapshot(touched: Sequence[Touched]) -> Snapshots:

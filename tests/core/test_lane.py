@@ -1,5 +1,7 @@
+import random
+
 from stream.core.events import Event, EventType, Source
-from stream.core.lane import fire, fold_step, overdue, snapshot
+from stream.core.lane import block_steps, fire, fold_step, overdue, snapshot
 from stream.core.messages import Origin
 from stream.core.window import DAY_MS, Fold, User, WindowLimits
 
@@ -86,3 +88,82 @@ def test_a_snapshot_has_a_row_for_each_scored_user_as_of_its_origin():
     assert taken.as_of_ms.tolist() == [T0_MS, T0_MS + 2 * DAY_MS]
     assert taken.headers['events'].tolist() == [1, 2]
     assert len(taken.rows) == 3
+
+
+def described(users: dict[str, User], entries: list[Event]) -> list[str]:
+    """The steps of a block: `a@3!` is a timer of `a` due on day 3, `a:1,2` events of `a`, `a-` touched for nothing."""
+    steps = []
+    for folded in block_steps(users, entries, LIMITS):
+        told = []
+        for touched in folded.touched:
+            if touched.origin is None:
+                told.append(f'{touched.user.user_id}-')
+            elif touched.origin.timer_ms:
+                told.append(f'{touched.user.user_id}@{(touched.origin.timer_ms - T0_MS) / DAY_MS:g}!')
+            else:
+                told.append(f'{touched.user.user_id}:{",".join(str(event.offset) for event in touched.applied)}')
+        steps.append(' '.join(told))
+    return steps
+
+
+#   day      0    1    2    3    4    5    6    7    8    9
+#   a        x    |    |    !    x    |    |    !    |    x
+#   b        |    x    |    |    !    x
+#   c        |    |    |    |    x
+def test_a_block_is_cut_where_timers_fire_first():
+    entries = reads(('a', 0), ('b', 1), ('c', 4), ('a', 4), ('b', 5), ('a', 9))
+    users = users_of(entries)
+    assert described(users, entries) == ['a:0 b:1 c:2', 'a@3! b@4!', 'a:3 b:4', 'a@7!', 'a:5']
+    assert users['a'].next_offset == [6, 0]
+
+
+def test_a_long_silence_fires_its_timers_one_sweep_each_before_the_event():
+    first, then = reads(('a', 0)), reads(('b', 0), ('a', 9))
+    users = users_of(first + then)
+    assert described(users, first) == ['a:0']
+    assert described(users, then) == ['a@3!', 'a@7!', 'b:0 a:1']
+
+
+def test_a_block_without_events_has_no_steps():
+    assert described({}, []) == []
+
+
+def test_a_redelivered_block_fires_nothing_and_scores_nobody():
+    # A repeat with a later time moves the clock of `a` past an event that comes after it: day 1 sets the timer of day
+    # 4, which day 10 of the redelivery must leave alone.
+    entries = reads(('a', 0), ('a', 10), ('a', 1))
+    entries[1].event_id, entries[1].key = entries[0].event_id, entries[0].key
+    users = users_of(entries)
+    assert described(users, entries) == ['a:0', 'a@3!', 'a@7!', 'a:2']
+    assert users['a'].due_ms == T0_MS + 4 * DAY_MS
+    assert set(' '.join(described(users, entries)).split()) == {'a-'}
+    assert users['a'].due_ms == T0_MS + 4 * DAY_MS
+
+
+def test_a_step_is_taken_when_it_is_asked_for():
+    entries = reads(('a', 0), ('a', 4))
+    users = users_of(entries)
+    steps = block_steps(users, entries, LIMITS)
+    next(steps)
+    assert (users['a'].applied, users['a'].silence) == (1, 0)
+    next(steps)
+    assert (users['a'].applied, users['a'].silence) == (1, 1)
+
+
+def test_cuts_of_a_stream_into_blocks_change_neither_users_nor_timers():
+    for seed in range(20):
+        draw = random.Random(seed)
+        entries = reads(*[(draw.choice('abc'), draw.uniform(0, 40)) for _ in range(60)])
+        taken = []
+        for size in (1, 7, 60):
+            users, timers = users_of(entries), []
+            counts = [0] * len(Fold)
+            for start in range(0, len(entries), size):
+                for folded in block_steps(users, entries[start:start + size], LIMITS):
+                    counts = [was + more for was, more in zip(counts, folded.counts, strict=True)]
+                    timers += [(touched.user.user_id, touched.origin.timer_ms) for touched in folded.touched
+                               if touched.origin and touched.origin.timer_ms]
+            assert sum(counts) == len(entries), f'SEED={seed}'
+            taken.append((counts, sorted(timers), {
+                name: (user.applied, user.due_ms, user.silence, bytes(user.rows)) for name, user in users.items()}))
+        assert taken[0] == taken[1] == taken[2], f'SEED={seed}'
