@@ -1,0 +1,161 @@
+"""Every metric of the worker: its name, kind, unit and cause, in one place.
+
+Names follow Prometheus: counters end in `_total`, durations are seconds, sizes are bytes. Nothing here names a user:
+labels are topics, partitions, and small fixed sets. The engine calls per block or per step, with counts, never per
+event. Each `Metrics` has a registry of its own, so that a process, or a test, can have several.
+
+A series of one partition goes when the partition is taken away (`revoked`): a lag that nobody measures any more must
+not stand still on a dashboard.
+"""
+from collections.abc import Sequence
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, Info, ProcessCollector
+from prometheus_client.exposition import choose_encoder
+
+from stream.core.decide import Kind
+from stream.core.events import Reason
+from stream.core.window import Fold
+
+Stage = Literal['decode', 'score', 'changelog', 'outputs', 'write']
+STAGES: tuple[Stage, ...] = ('decode', 'score', 'changelog', 'outputs', 'write')
+BREAKER_STATES = ('closed', 'half_open', 'open')
+
+# A stage takes from a millisecond (a small write) to the timeouts of the config (Triton 10 s, a send 120 s).
+_STAGE_BUCKETS_S = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 120)
+# An output is late by the fetch, the block and the stages; after an outage, by the outage.
+_OUTPUT_BUCKETS_S = (.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 7200, 86_400)
+
+
+class Metrics:
+    """All metrics as attributes; methods where one fact moves several of them."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = at = registry or CollectorRegistry()
+
+        # ---- events: applied + duplicate + late + dead letters account for every record that is read once -----------
+        self.events_read = Counter(
+            'stream_events_read_total', 'Input records taken from Kafka, redeliveries included.', registry=at)
+        self.events_applied = Counter(
+            'stream_events_applied_total', 'Events put into a window.', registry=at)
+        self.events_duplicate = Counter(
+            'stream_events_duplicate_total', 'Events whose id was in the window already.', registry=at)
+        self.events_late = Counter(
+            'stream_events_late_total', 'Events older than a full window, or than its span.', registry=at)
+        self.events_redelivered = Counter(
+            'stream_events_redelivered_total', 'Events skipped because the state had them before a restart.',
+            registry=at)
+        self.dead_letters = Counter(
+            'stream_dead_letters_total', 'Records written to the dead-letter topic, by reason.', ['reason'],
+            registry=at)
+        self.messages = Counter(
+            'stream_messages_total', 'Output messages acknowledged by Kafka, by CloudEvents type.', ['type'],
+            registry=at)
+
+        # ---- lanes --------------------------------------------------------------------------------------------------
+        self.blocks = Counter(
+            'stream_blocks_total', 'Blocks of records that a lane took.', registry=at)
+        self.steps = Counter(
+            'stream_steps_total', 'Steps of all lanes: runs of events, and sweeps of timers.', registry=at)
+        self.timers_fired = Counter(
+            'stream_timers_fired_total', 'Silence timers fired.', registry=at)
+        self.reseeks = Counter(
+            'stream_reseeks_total', 'Blocks that the contiguity guard refused, so that a partition was read again.',
+            registry=at)
+        self.stage_seconds = Histogram(
+            'stream_stage_seconds', 'Time that one step spent in a stage; decode: one block.', ['stage'],
+            buckets=_STAGE_BUCKETS_S, registry=at)
+        self.event_to_output_seconds = Histogram(
+            'stream_event_to_output_seconds',
+            "From the Kafka time of a step's oldest event to the acknowledgement of the step's outputs.",
+            buckets=_OUTPUT_BUCKETS_S, registry=at)
+        self.in_flight_blocks = Gauge(
+            'stream_in_flight_blocks', 'Blocks fetched and not yet done.', registry=at)
+        self.in_flight_bytes = Gauge(
+            'stream_in_flight_bytes', 'Bytes of the records of these blocks.', registry=at)
+        self.lane_clock_seconds = Gauge(
+            'stream_lane_clock_seconds', 'Unix time, of events, up to which the timers of a lane have fired.',
+            ['partition'], registry=at)
+        self.users = Gauge(
+            'stream_users', "Users in a lane's state, as RocksDB estimates them.", ['partition'], registry=at)
+
+        # ---- scoring ------------------------------------------------------------------------------------------------
+        self.scored_rows = Counter(
+            'stream_scored_rows_total', 'Windows scored, with usable scores.', registry=at)
+        self.refused_rows = Counter(
+            'stream_refused_rows_total', 'Windows whose scores were no numbers in range; they decide nothing.',
+            registry=at)
+        self.scorer_retries = Counter(
+            'stream_scorer_retries_total', 'Requests to the scorer that were sent again.', registry=at)
+        self.scorer_holds = Counter(
+            'stream_scorer_holds_total', 'Times that events were held because the scorer did not answer.', registry=at)
+        self.scorer_holding = Gauge(
+            'stream_scorer_holding', '1 while events are held because the scorer does not answer.', registry=at)
+        self.scorer_breaker = Enum(
+            'stream_scorer_breaker', "State of the scorer's circuit breaker.", states=list(BREAKER_STATES),
+            registry=at)
+
+        # ---- the group ----------------------------------------------------------------------------------------------
+        self.lag = Gauge(
+            'stream_lag_events', 'Records between the next one to fold and the end of a topic partition.',
+            ['topic', 'partition'], registry=at)
+        self.rebalances = Counter(
+            'stream_rebalances_total', 'Assignments of partitions that this worker was given.', registry=at)
+        self.commits = Counter(
+            'stream_commits_total', 'Commits of offsets that Kafka accepted.', registry=at)
+        self.commits_failed = Counter(
+            'stream_commits_failed_total', 'Commits of offsets that failed; the next one makes up for it.',
+            registry=at)
+
+        # ---- state --------------------------------------------------------------------------------------------------
+        self.recovering_partitions = Gauge(
+            'stream_recovering_partitions', 'Partitions whose state is being read back from the changelog.',
+            registry=at)
+        self.recovery_records = Counter(
+            'stream_recovery_records_total', 'Changelog records applied to the state.', registry=at)
+        self.recovery_left = Gauge(
+            'stream_recovery_left_records', "Changelog records that are left until a partition's state is whole.",
+            ['partition'], registry=at)
+        self.standby_lag = Gauge(
+            'stream_standby_lag_records', 'Changelog records that a standby copy is behind.', ['partition'],
+            registry=at)
+
+        self.build = Info(
+            'stream_build', 'Version of this worker, and the model that it scores with.', registry=at)
+        self.process = ProcessCollector(registry=at)        # CPU, memory and file handles of this process
+
+        for reason in Reason:       # from 0, so that the first dead letter is a rise that an alert can see
+            self.dead_letters.labels(reason)
+        for kind in Kind:
+            self.messages.labels(kind)
+        self._stages = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
+
+    def folded(self, counts: Sequence[int]) -> None:
+        """What became of the events of one step; `counts` by `Fold`."""
+        for counter, what in ((self.events_applied, Fold.APPLIED), (self.events_duplicate, Fold.DUPLICATE),
+                              (self.events_late, Fold.LATE), (self.events_redelivered, Fold.SEEN)):
+            if counts[what]:
+                counter.inc(counts[what])
+
+    def stage(self, stage: Stage, seconds: float) -> None:
+        """A step (for decode: a block) has spent `seconds` in a stage."""
+        self._stages[stage].observe(seconds)
+
+    def built(self, version: str, model: str, model_version: str, sha256: str) -> None:
+        """Which worker, and which model's weights, this is."""
+        self.build.info({'version': version, 'model': model, 'model_version': model_version, 'sha256': sha256})
+
+    def revoked(self, topics: Sequence[str], partition: int) -> None:
+        """Forget the series of one partition number: of its input topics, its lane and its state."""
+        for topic in topics:
+            self.lag.remove(topic, str(partition))
+        for gauge in (self.lane_clock_seconds, self.users, self.recovery_left, self.standby_lag):
+            gauge.remove(str(partition))
+
+    def exposition(self, accept: str = '') -> tuple[bytes, str]:
+        """All series as Prometheus reads them, and their content type.
+
+        accept   the request's Accept header: OpenMetrics is served to whoever asks for it
+        """
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
