@@ -37,3 +37,24 @@ class ModelError(StreamError):
     """The model's files are missing, changed or give impossible scores."""
 
     exit_code = 5
+
+
+class KafkaError(StreamError):
+    """The brokers cannot be reached, refuse, or hold topics that do not fit the settings."""
+
+    exit_code = 6
+
+
+class ScorerUnavailable(ModelError):
+    """The scorer cannot answer for the moment; nothing of the question was lost, and nothing of it was answered.
+
+    Hold what was to be scored and ask again after `retry_after_ms`: no answer comes earlier.
+    """
+
+    def __init__(self, problem: str, do: str, retry_after_ms: int) -> None:
+        super().__init__(problem, do)
+        self.retry_after_ms = retry_after_ms
+
+
+class ResponseRefused(ModelError):
+    """An answer that does not fit its question: other rows, names, types or shapes. None of it may be used."""
