@@ -1,0 +1,160 @@
+"""The one place that turns settings into Kafka client arguments, and Kafka's errors into ones that say what to do.
+
+Everything that talks to Kafka takes its arguments from `client_arguments`, so that whatever concerns the connection is
+said once. The clients opened here are for commands and for the checks at a worker's start; while one is open, the
+client library's own log is kept back, because at a missing broker it repeats itself many times a second and would
+drown the one sentence that matters: its last complaint is in the error instead.
+"""
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import errors as broker_errors
+from aiokafka.admin import AIOKafkaAdminClient
+
+from stream.config import Settings
+from stream.errors import KafkaError, UsageError
+
+CONNECT_TIMEOUT_MS = 10_000
+_CLIENT_LOG = logging.getLogger('aiokafka')
+
+
+def bootstrap_servers(settings: Settings) -> list[str]:
+    """The `brokers` setting as a list of host:port.
+
+    Errors   UsageError where an entry is not host:port.
+    """
+    servers = [entry.strip() for entry in settings.brokers.split(',') if entry.strip()]
+    for server in servers:
+        host, _, port = server.rpartition(':')
+        if not host or not port.isdigit() or not 0 < int(port) < 65_536:
+            raise UsageError(f'The setting brokers has {server!r}, which is not host:port.',
+                             'write e.g. brokers = "kafka-1:9092,kafka-2:9092".')
+    if not servers:
+        raise UsageError('The setting brokers names no broker.', 'write e.g. brokers = "kafka-1:9092".')
+    return servers
+
+
+def client_arguments(settings: Settings, role: str = 'worker') -> dict[str, Any]:
+    """What every aiokafka client takes.
+
+    role     what the client is for, e.g. worker, admin: a part of the client id that the brokers log
+    Errors   UsageError where `brokers` is wrong.
+    """
+    return {'bootstrap_servers': bootstrap_servers(settings), 'client_id': f'stream-{settings.group}-{role}'}
+
+
+@asynccontextmanager
+async def open_admin(settings: Settings, timeout_ms: int = CONNECT_TIMEOUT_MS) -> AsyncIterator[AIOKafkaAdminClient]:
+    """An admin client, connected; Kafka's errors inside become KafkaError.
+
+    Errors   KafkaError where no broker answers within `timeout_ms` (per broker).
+    """
+    async with _opened(settings, lambda: AIOKafkaAdminClient(
+            **client_arguments(settings, 'admin'), request_timeout_ms=timeout_ms)) as admin:
+        yield admin
+
+
+@asynccontextmanager
+async def open_producer(settings: Settings, role: str, **options: Any) -> AsyncIterator[AIOKafkaProducer]:
+    """An idempotent producer, connected, as `open_admin`; `options` go to aiokafka."""
+    async with _opened(settings, lambda: AIOKafkaProducer(
+            **client_arguments(settings, role), enable_idempotence=True, **options)) as producer:
+        yield producer
+
+
+@asynccontextmanager
+async def open_consumer(settings: Settings, role: str, **options: Any) -> AsyncIterator[AIOKafkaConsumer]:
+    """A consumer of committed records without a group, connected, as `open_admin`; assign its partitions yourself."""
+    async with _opened(settings, lambda: AIOKafkaConsumer(
+            **client_arguments(settings, role), isolation_level='read_committed', enable_auto_commit=False,
+            group_id=None, **options)) as consumer:
+        yield consumer
+
+
+@contextmanager
+def kafka_errors(doing: str = '') -> Iterator[None]:
+    """Turn what aiokafka raises into KafkaError; `doing` begins the sentence, e.g. 'Reading the topic clicks'."""
+    try:
+        yield
+    except broker_errors.KafkaError as error:
+        raise as_kafka_error(error, doing) from error
+    except TimeoutError as error:
+        raise KafkaError(f'{doing or "Kafka"}: no answer in time.', 'see whether the brokers are well.') from error
+
+
+def as_kafka_error(error: Exception, doing: str = '') -> KafkaError:
+    """One of aiokafka's errors, with what to do."""
+    what = f'{doing}: ' if doing else ''
+    detail = str(error).strip() or type(error).__name__
+    for kinds, do in _WHAT_TO_DO:
+        if isinstance(error, kinds):
+            return KafkaError(f'{what}{detail}.', do)
+    return KafkaError(f'{what}{detail}.', "see the brokers' log, and whether they are well.")
+
+
+_WHAT_TO_DO: list[tuple[tuple[type[Exception], ...], str]] = [
+    ((broker_errors.TopicAuthorizationFailedError, broker_errors.GroupAuthorizationFailedError,
+      broker_errors.ClusterAuthorizationFailedError),
+     "grant it to this client's principal, or have somebody do it who may."),
+    ((broker_errors.UnknownTopicOrPartitionError,), 'create the topic: `stream topics`.'),
+    ((broker_errors.InvalidReplicationFactorError,), 'set `replication` to at most the number of brokers.'),
+    ((broker_errors.MessageSizeTooLargeError,), 'raise max.message.bytes of the topic.'),
+    ((broker_errors.InvalidTimestampError,),
+     "raise message.timestamp.after.max.ms of the topic, or set the clock right."),
+    ((broker_errors.KafkaConnectionError, broker_errors.NodeNotReadyError, broker_errors.KafkaTimeoutError,
+      broker_errors.RequestTimedOutError, broker_errors.NoBrokersAvailable),
+     'see whether the brokers run, and whether the addresses that they advertise can be reached from here.'),
+]
+
+
+class _LastWords(logging.Handler):
+    """Keeps the last complaint of the client library."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.text = ''
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text = record.getMessage()
+
+
+_kept_back = 0      # contexts in which the client's log is kept back
+
+
+@contextmanager
+def _quiet_client() -> Iterator[_LastWords]:
+    global _kept_back
+    handler = _LastWords()
+    _CLIENT_LOG.addHandler(handler)
+    _kept_back += 1
+    _CLIENT_LOG.propagate = False
+    try:
+        yield handler
+    finally:
+        _CLIENT_LOG.removeHandler(handler)
+        _kept_back -= 1
+        _CLIENT_LOG.propagate = not _kept_back
+
+
+@asynccontextmanager
+async def _opened(settings: Settings, make: Any) -> AsyncIterator[Any]:
+    with _quiet_client() as complaint:
+        client = make()
+        try:
+            try:
+                await client.start()
+            except (broker_errors.KafkaError, TimeoutError, OSError) as error:
+                raise KafkaError(
+                    f'No broker of {settings.brokers} answers ({complaint.text or error}).',
+                    'start Kafka, or correct the setting `brokers` (comma-separated host:port).') from error
+            with kafka_errors():
+                yield client
+        finally:
+            close = client.close if isinstance(client, AIOKafkaAdminClient) else client.stop
+            # A broker that went away must not hold up the end.
+            with suppress(broker_errors.KafkaError, TimeoutError):
+                await asyncio.wait_for(close(), CONNECT_TIMEOUT_MS / 1000)
