@@ -89,7 +89,7 @@ def kafka_errors(doing: str = '') -> Iterator[None]:
 def as_kafka_error(error: Exception, doing: str = '') -> KafkaError:
     """One of aiokafka's errors, with what to do."""
     what = f'{doing}: ' if doing else ''
-    detail = str(error).strip() or type(error).__name__
+    detail = str(error).strip().rstrip('.') or type(error).__name__
     for kinds, do in _WHAT_TO_DO:
         if isinstance(error, kinds):
             return KafkaError(f'{what}{detail}.', do)
