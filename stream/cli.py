@@ -8,52 +8,44 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import msgspec
 import orjson
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
-from rich.text import Text
 
-from stream.config import SHIPPED_MODEL, Settings, load_settings, render, unknown_variables
+from stream.cli_kafka import app as kafka_commands
+from stream.cli_shared import (
+    AsJson,
+    ConfigFile,
+    FormatName,
+    Overrides,
+    effective_settings,
+    parsed,
+    progress_bar,
+    say,
+    written,
+)
+from stream.config import SHIPPED_MODEL, Settings, render
 from stream.errors import StreamError, UsageError
-from stream.replay.formats import FORMATS
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode='rich',
     help='Real-time shopper scoring: click and cart events in, purchase-power scores and churn alerts out.',
     epilog='Exit codes: 0 done, 1 file system, '
-           '2 wrong command or setting, 3 unreadable input, 4 damaged state, 5 model, 130 stopped.')
+           '2 wrong command or setting, 3 unreadable input, 4 damaged state, 5 model, 6 Kafka, 130 stopped.')
 
-ConfigFile = Annotated[Path | None, typer.Option(
-    '--config', metavar='FILE', help='Settings file in TOML (default: stream.toml, if there is one).')]
-Overrides = Annotated[list[str] | None, typer.Option(
-    '--set', metavar='NAME=VALUE', help='Any setting of `stream config`, e.g. --set churn_raise=0.7; lists and tables '
-                                  'as JSON; repeatable.')]
-FormatName = Annotated[str, typer.Option(
-    '--format', metavar='FORMAT', help='How the files are written. ' + ' '.join(
-        f'[bold]{name}[/bold]: {entry.help}' for name, entry in FORMATS.items()))]
 Seed = Annotated[int, typer.Option(help='The same seed gives the same bytes.')]
 Model = Annotated[Path | None, typer.Option(metavar='DIR', help='Folder of a model version (setting `model`).')]
 Publish = Annotated[str | None, typer.Option(
     metavar='changes|all|events', help='What is written (setting `publish`): decisions only; also the scores of every '
                                        'scored user; also one output per event.')]
-AsJson = Annotated[bool, typer.Option('--json', help='End with one line of counts as JSON on standard output.')]
 
 
 @app.command()
@@ -66,7 +58,7 @@ def demo(
     overrides: Overrides = None,
 ) -> None:
     """Simulate shoppers, replay their events through the shipped model, show alerts with reasons and a report."""
-    settings = _settings(config, **_parsed(overrides))
+    settings = effective_settings(config, **parsed(overrides))
     out.mkdir(parents=True, exist_ok=True)
     events = out / 'events.jsonl'
     _simulate(events, shoppers, days, seed, noise=0.002)
@@ -108,7 +100,7 @@ def replay(
 ) -> None:
     """Send recorded events through the worker's own core, in event-time order; the same files give the same bytes."""
     flags = {'publish': publish, 'scorer': scorer, 'model': model, 'state': 'rocksdb' if state_dir else state}
-    settings = _settings(config, **_parsed(overrides) | {k: v for k, v in flags.items() if v is not None})
+    settings = effective_settings(config, **parsed(overrides) | {k: v for k, v in flags.items() if v is not None})
     outcome = _replay(files, format_name, out, settings, report, state_dir)
     if as_json:
         sys.stdout.write(orjson.dumps(msgspec.to_builtins(outcome.counts)).decode() + '\n')
@@ -130,7 +122,7 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train a model: pretrained on unlabelled events, then fine-tuned, judged beside simple baselines."""
-    settings = _settings(config, **_parsed(overrides))
+    settings = effective_settings(config, **parsed(overrides))
     learning = _learning('stream.learn.train')
     if bool(files) == bool(simulated):
         raise UsageError('Nothing to learn from, or two things.', 'name recorded files, or --simulate SHOPPERS.')
@@ -142,7 +134,7 @@ def train(
             command=f'stream train --format {format_name} {" ".join(path.name for path in files or ())} --seed {seed}')
     options = replace(options, rules=settings.event_rules(), limits=settings.window_limits())
     learning.train(options, out, Console(stderr=True))
-    _say(f'checkpoint: {out}. Next: stream export {out} --into triton_models')
+    say(f'checkpoint: {out}. Next: stream export {out} --into triton_models')
 
 
 @app.command()
@@ -153,7 +145,7 @@ def export(
     version: Annotated[int, typer.Option(min=1, help='Number of the version.')] = 1,
 ) -> None:
     """Write a checkpoint as ONNX with Triton's configuration, checked against torch, into a model repository."""
-    _say(f'model: {_learning("stream.learn.export").export(checkpoint, into, name, version)}')
+    say(f'model: {_learning("stream.learn.export").export(checkpoint, into, name, version)}')
 
 
 @app.command(name='config')
@@ -167,7 +159,10 @@ def show_config(
         from stream.core.events import json_schema
         sys.stdout.write(orjson.dumps(json_schema(), option=orjson.OPT_INDENT_2).decode() + '\n')
     else:
-        sys.stdout.write(render(_settings(config, **_parsed(overrides))))
+        sys.stdout.write(render(effective_settings(config, **parsed(overrides))))
+
+
+app.add_typer(kafka_commands)
 
 
 def main() -> None:
@@ -176,17 +171,17 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except StreamError as error:
-        _say(f'stream: {error}')
+        say(f'stream: {error}')
         sys.exit(error.exit_code)
     except OSError as error:
-        _say(f'stream: {error.strerror or error}: {error.filename}. Do: check the path, its rights and the disk.')
+        say(f'stream: {error.strerror or error}: {error.filename}. Do: check the path, its rights and the disk.')
         sys.exit(StreamError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def _stop(number: int, _frame: object) -> NoReturn:
-    _say('stopped: no output of this command was kept')
+    say('stopped: no output of this command was kept')
     sys.exit(128 + number)      # on the way out, half-written files are removed
 
 
@@ -217,14 +212,14 @@ def _replay(
         if path.is_dir() or path.resolve() in {file.resolve() for file in files}:
             raise UsageError(f'{path} is a folder, or one of the files to replay.', 'name another file with --out.')
     with ExitStack() as stack:
-        progress = stack.enter_context(_progress())
+        progress = stack.enter_context(progress_bar())
         recording = Recording(files, format_name)
         task = progress.add_task('reading times', total=None)
         recording.scan(lambda rows: progress.update(task, completed=rows))
         scorer = _scorer(settings)
         state = _state(settings, state_dir, stack)
-        outputs = stack.enter_context(_written(out))
-        letters = stack.enter_context(_written(dead_letters))
+        outputs = stack.enter_context(written(out))
+        letters = stack.enter_context(written(dead_letters))
         run = Replay(recording, state, scorer, settings.replay_rules(), outputs, letters)
         progress.reset(task, description='replaying', total=recording.rows)
         started = time.monotonic()
@@ -273,11 +268,11 @@ def _scorer(settings: Settings) -> Any:
     scorer = EmbeddedScorer(model, settings.scorer_threads, settings.batch_rows_max, off_loop=False)
     trained, here = scorer.manifest.window, settings.window_limits()
     if (trained.events_max, trained.span_ms) != (here.events_max, here.span_ms):
-        _say(f'warning: the model was trained on windows of {trained.events_max} events, these hold {here.events_max} '
-             '(or another span): do not trust its scores.')
+        say(f'warning: the model was trained on windows of {trained.events_max} events, these hold {here.events_max} '
+            '(or another span): do not trust its scores.')
     if scorer.manifest.currency != settings.currency:
-        _say(f'warning: the model was trained on amounts in {scorer.manifest.currency}, these are in '
-             f'{settings.currency}: do not trust its scores.')
+        say(f'warning: the model was trained on amounts in {scorer.manifest.currency}, these are in '
+            f'{settings.currency}: do not trust its scores.')
     return scorer
 
 
@@ -299,59 +294,12 @@ def _simulate(out: Path, shoppers: int, days: int, seed: int, noise: float) -> N
     truth = out.with_suffix('.truth.jsonl')
     simulation = simulate(SimulatorOptions(shoppers=shoppers, days=days, seed=seed, noise=noise))
     write(simulation, out, truth)
-    _say(f'{simulation.events:,} events of {shoppers:,} simulated shoppers over {days} days: {out} (truth: {truth})')
+    say(f'{simulation.events:,} events of {shoppers:,} simulated shoppers over {days} days: {out} (truth: {truth})')
 
 
 def _check_target(out: Path, what: str) -> None:
     if out.suffix != '.jsonl' or not out.parent.is_dir():
         raise UsageError(f'{what} cannot be written to {out}.', 'name a .jsonl file in an existing folder.')
-
-
-@contextmanager
-def _written(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears under its name only when it is complete."""
-    part = path.with_name(path.name + '.part')
-    try:
-        with part.open('wb', buffering=1 << 20) as file:
-            yield file
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _settings(config: Path | None, **flags: Any) -> Settings:
-    for name in unknown_variables():
-        _say(f'warning: {name} in the environment is no setting; see `stream config` for the names.')
-    return load_settings(config, **flags)
-
-
-def _parsed(overrides: list[str] | None) -> dict[str, Any]:
-    values = {}
-    for override in overrides or ():
-        name, separator, text = override.partition('=')
-        if not separator:
-            raise UsageError(f'--set {override} is not NAME=VALUE.', 'see `stream config` for the names.')
-        try:
-            values[name] = orjson.loads(text)
-        except orjson.JSONDecodeError:
-            values[name] = text     # a bare word
-    return values
-
-
-def _progress() -> Progress:
-    return Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TextColumn('rows'), _Rate(),
-                    TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-
-
-class _Rate(ProgressColumn):
-    """Rows a second."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f'{task.speed:,.0f}/s' if task.speed else '')
-
-
-def _say(text: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
 
 
 _SCORE_OF = {'purchase_intent.alert': 'purchase_intent', 'churn.alert': 'churn'}

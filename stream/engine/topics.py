@@ -35,6 +35,8 @@ _ID_BYTES = 8
 _DECISION_BYTES_MAX, _DECISIONS_MAX = 8_192, 3      # a message with all its reasons; kinds of decisions in one step
 _SCORES_MESSAGE_BYTES_MAX = 4_096                   # two ids of 256 characters, each as long as JSON can make them
 _READY_TIMEOUT_S = 30
+_CONFIGS = ('cleanup.policy', 'retention.ms', 'max.message.bytes', 'min.compaction.lag.ms', 'message.timestamp.type',
+            'message.timestamp.after.max.ms')
 _NAME = re.compile(r'[A-Za-z0-9._-]{1,249}')
 
 Role = Literal['input', 'alerts', 'scores', 'dead letters', 'journal', 'changelog']
@@ -49,7 +51,7 @@ class Wanted(msgspec.Struct, frozen=True):
 
 
 class Found(msgspec.Struct, frozen=True):
-    """A topic as it is; `config` is empty where it may not be read."""
+    """A topic as it is: that of its configuration which matters here, empty where it may not be read."""
 
     partitions: int
     replication: int
@@ -211,9 +213,9 @@ async def read_topics(admin: AIOKafkaAdminClient, names: list[str]) -> dict[str,
     there = {topic['topic']: topic for topic in await admin.describe_topics()
              if topic['topic'] in names and not topic['error_code']}
     configs = await _read_configs(admin, list(there))
-    return {name: Found(len(topic['partitions']), min(len(entry['replicas']) for entry in topic['partitions']),
-                        configs[name])
-            for name, topic in there.items()}
+    return {name: Found(len(there[name]['partitions']),
+                        min(len(entry['replicas']) for entry in there[name]['partitions']), configs[name])
+            for name in names if name in there}
 
 
 async def _read_configs(admin: AIOKafkaAdminClient, names: list[str]) -> dict[str, dict[str, str]]:
@@ -224,7 +226,8 @@ async def _read_configs(admin: AIOKafkaAdminClient, names: list[str]) -> dict[st
     response: Any
     for response in await admin.describe_configs(resources):
         for error_code, _message, _kind, name, entries in response.resources:
-            configs[name] = {} if error_code else {entry[0]: entry[1] for entry in entries}
+            configs[name] = {} if error_code else {
+                entry[0]: entry[1] for entry in entries if entry[0] in _CONFIGS}
     return configs
 
 

@@ -1,0 +1,85 @@
+"""What the commands share: options that mean the same everywhere, settings in effect, files that appear when they are
+complete, progress, and words for a person."""
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import orjson
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from stream.config import Settings, load_settings, unknown_variables
+from stream.errors import UsageError
+from stream.replay.formats import FORMATS
+
+ConfigFile = Annotated[Path | None, typer.Option(
+    '--config', metavar='FILE', help='Settings file in TOML (default: stream.toml, if there is one).')]
+Overrides = Annotated[list[str] | None, typer.Option(
+    '--set', metavar='NAME=VALUE', help='Any setting of `stream config`, e.g. --set churn_raise=0.7; lists and tables '
+                                  'as JSON; repeatable.')]
+FormatName = Annotated[str, typer.Option(
+    '--format', metavar='FORMAT', help='How the files are written. ' + ' '.join(
+        f'[bold]{name}[/bold]: {entry.help}' for name, entry in FORMATS.items()))]
+AsJson = Annotated[bool, typer.Option('--json', help='End with one line of counts as JSON on standard output.')]
+
+
+def say(text: str) -> None:
+    """A line for a person, on standard error."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+
+
+def effective_settings(config: Path | None, **flags: Any) -> Settings:
+    """The settings of file, environment and flags; warns of variables that look like settings and are none."""
+    for name in unknown_variables():
+        say(f'warning: {name} in the environment is no setting; see `stream config` for the names.')
+    return load_settings(config, **flags)
+
+
+def parsed(overrides: list[str] | None) -> dict[str, Any]:
+    """The values of `--set NAME=VALUE`; UsageError where one is not of that form."""
+    values = {}
+    for override in overrides or ():
+        name, separator, text = override.partition('=')
+        if not separator:
+            raise UsageError(f'--set {override} is not NAME=VALUE.', 'see `stream config` for the names.')
+        try:
+            values[name] = orjson.loads(text)
+        except orjson.JSONDecodeError:
+            values[name] = text     # a bare word
+    return values
+
+
+@contextmanager
+def written(path: Path) -> Iterator[IO[bytes]]:
+    """A file that appears under its name only when it is complete."""
+    part = path.with_name(path.name + '.part')
+    try:
+        with part.open('wb', buffering=1 << 20) as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def progress_bar() -> Progress:
+    """Rows done, of how many, and how fast, on standard error; gone when it is done."""
+    return Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TextColumn('rows'), _Rate(),
+                    TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+
+
+class _Rate(ProgressColumn):
+    """Rows a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f'{task.speed:,.0f}/s' if task.speed else '')
