@@ -62,7 +62,7 @@ class TimersEntry(msgspec.Struct, frozen=True, tag='timers', tag_field='kind'):
 
     lane: Count
     step: Step
-    users: list[str]
+    users: Sequence[str]
     model: str
     rules: str
 
@@ -72,7 +72,7 @@ class RecoveredEntry(msgspec.Struct, frozen=True, tag='recovered', tag_field='ki
 
     lane: Count
     step: Count
-    users: list[str]
+    users: Sequence[str]
 
 
 Entry = EventsEntry | TimersEntry | RecoveredEntry
