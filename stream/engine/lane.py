@@ -1,0 +1,529 @@
+"""A lane: the serial owner of the users of one partition number, over both input topics.
+
+One block's way, in order; the names are those of the methods:
+
+    admit           the contiguity guard: a block that does not start where the last one ended is not taken
+    _next           blocks of both topics by their first record's time
+    _decode         bytes become events, or dead letters
+    _load, _take    the touched users' records; `block_steps` cuts the block into steps
+    _score          features, scores, decisions, reasons, messages into the outboxes
+    _send_changelog the users' records and the lane's own, last
+    _send_outputs   messages and dead letters
+    _write          one RocksDB batch: records, timers, the changelog offset just acknowledged
+    _done           the block may be committed
+
+The first five of step k+1 run while the last four of step k are under way. The changelog of step k+1 is sent only after
+the outputs of step k are acknowledged, so that only the newest step can be unpublished: whoever takes the partition
+over sends the outboxes of that step again before anything else. An error after the first send ends the worker: what it
+has not written it reads back when it starts again.
+"""
+import asyncio
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+from aiokafka import ConsumerRecord
+from faust.types import TP
+
+from stream.core.decide import Policy
+from stream.core.events import Decoder, Event, Refusal, Source
+from stream.core.journal import EventsEntry, RecoveredEntry, TimersEntry, encode_entry
+from stream.core.lane import Folded, Touched, block_steps, fire
+from stream.core.messages import cloudevents_headers
+from stream.core.partitioners import PartitionerName, misrouted
+from stream.core.window import Fold, User, WindowLimits, encode, unpack_outbox
+from stream.engine.blocks import Block
+from stream.engine.publisher import Publisher, Record
+from stream.engine.store import LANE_KEY, Change, LaneRecord, Meta, PartitionStore
+from stream.engine.transport import Consumer
+from stream.errors import ModelError
+from stream.metrics import Metrics
+from stream.scoring.scorer import Scorer
+from stream.scoring.step import Publish, Scored, score_step
+
+log = logging.getLogger(__name__)
+HOLD_RETRY_S = 1.0
+CLOCK_LOOK_S = 1.0          # how often an idle lane looks at the time of day
+FETCH_FRESH_MS = 10_000     # an end that was heard of longer ago is no end
+
+
+@dataclass(frozen=True)
+class LaneRules:
+    """Everything that decides what a lane does with its events."""
+
+    limits: WindowLimits
+    policy: Policy
+    publish: Publish
+    reasons_rows_max: int
+    digest: str
+    partitioner: PartitionerName
+    partitions: int
+    wall_clock: bool
+    clock_grace_ms: int
+    clock_idle_ms_max: int
+    merge_wait_ms: int
+    blocks_ahead_max: int
+    sweep_users_max: int
+    changelog: str
+    alerts: str
+    scores: str
+    dead_letters: str
+    journal: str
+    source: str             # the CloudEvents attribute
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What all lanes of a worker share."""
+
+    rules: LaneRules
+    decoder: Decoder
+    scorer: Scorer
+    publisher: Publisher
+    metrics: Metrics
+    consumer: Consumer
+
+
+class Step(msgspec.Struct):
+    """What one step has led to.
+
+    done    the source whose position moves to `stop` when the step is durable; None for a step within a block
+    """
+
+    number: int
+    changes: list[Change]
+    messages: list[tuple[bytes, list[bytes]]]       # user id, messages
+    letters: list[Record]
+    lane: LaneRecord
+    journal: bytes | None
+    oldest_ms: int
+    done: Source | None
+    stop: int
+
+
+class Stopped(Exception):  # noqa: N818 - no error: the lane was told to stop
+    """Raised within a lane that has been told to stop where it would have waited."""
+
+
+class Lane:
+    """One partition number's lane. `run` is its task; `admit` takes what the agent brings."""
+
+    def __init__(self, number: int, generation: int, store: PartitionStore, tools: Tools,
+                 tps: tuple[TP, TP]) -> None:
+        self.number = number
+        self.store = store
+        self.tps = tps
+        self.running = False
+        self.holding = ''
+        self.done = [tools.consumer.positions[tp] for tp in tps]
+        self.moved_at = time.monotonic()
+        self.steps = 0
+        self._expected = list(self.done)
+        self._generation = generation
+        self._tools = tools
+        self._rules = tools.rules
+        self._queues: tuple[deque[Block], deque[Block]] = (deque(), deque())
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._step = 0
+        self._stream_ms = [0, 0]
+        self._record_ms = 0             # newest timestamp of a record
+        self._gave_up_waiting = False
+        self._overlay: dict[str, User] = {}         # users of steps that are not yet written
+        self._publishing: asyncio.Task | None = None
+        self._task: asyncio.Task | None = None
+
+    # ---- what comes in ---------------------------------------------------------------------------------------------
+
+    def admit(self, block: Block) -> None:
+        """Take a block, or, where one is missing before it, have the partition read again from there."""
+        source = Source.CLICKS if block.topic == self.tps[Source.CLICKS].topic else Source.CARTS
+        tp, consumer = self.tps[source], self._tools.consumer
+        if block.epoch != consumer.epochs.get(tp) or self._stopping:
+            return
+        if block.start != self._expected[source]:
+            log.warning('%s-%d: a block from position %d came where %d was due: reading again from there.',
+                        tp.topic, tp.partition, block.start, self._expected[source])
+            self._tools.metrics.reseeks.inc()
+            consumer.seek_now(tp, self._expected[source])
+            return
+        self._expected[source] = block.stop
+        self._queues[source].append(block)
+        self._gave_up_waiting = False
+        self._tools.metrics.in_flight_blocks.inc()
+        self._wake.set()
+
+    def wants(self, source: Source) -> bool:
+        """Whether there is room for another block."""
+        return len(self._queues[source]) < self._rules.blocks_ahead_max
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there are events that the lane has not finished."""
+        return self.done != self._expected
+
+    def blocks(self) -> int:
+        """Blocks in memory."""
+        return sum(map(len, self._queues))
+
+    def lag(self, source: Source) -> int:
+        """Positions between what is done and the end of the topic partition, as far as it is known."""
+        end = self._tools.consumer.end_offset(self.tps[source])
+        return max((end or 0) - self.done[source], 0)
+
+    # ---- life ------------------------------------------------------------------------------------------------------
+
+    def start(self) -> asyncio.Task:
+        """Begin: the state is whole."""
+        self._task = asyncio.create_task(self._run(), name=f'lane {self.number}')
+        return self._task
+
+    async def stop(self, timeout_s: float) -> None:
+        """End the step in flight and begin no other; what is not done by then is dropped, and done again later."""
+        self._stopping = True
+        self._wake.set()
+        if self._task is None:
+            return
+        await asyncio.wait([self._task], timeout=timeout_s)
+        if not self._task.done():
+            log.warning('lane %d: a step did not end within %.1f s; it is dropped and done again.', self.number,
+                        timeout_s)
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        self._tools.metrics.in_flight_blocks.dec(self.blocks())
+
+    async def _run(self) -> None:
+        try:
+            await self._take_over()
+            self.running = True
+            while not self._stopping:
+                block = await self._next()
+                if block is not None:
+                    await self._block(block)
+                await self._sweep()
+            await self._published()
+        except Stopped:
+            await self._published()
+        finally:
+            self.running = False
+            if self._publishing is not None and not self._publishing.done():
+                self._publishing.cancel()
+                await asyncio.wait([self._publishing])
+
+    async def _take_over(self) -> None:
+        """Send again what the newest step may not have sent, before anything else."""
+        meta = self.store.meta
+        self._step = max(meta.newest, meta.lane.step)
+        self._stream_ms = list(meta.lane.stream_ms)
+        if self._rules.journal:
+            entry = RecoveredEntry(self.number, meta.newest if meta.unsent else self._step + 1, tuple(meta.unsent))
+            await self._send(self._rules.journal, [(b'%d' % self.number, encode_entry(entry), ())])
+        if meta.unsent:
+            users = await asyncio.to_thread(self.store.load, meta.unsent)
+            again = [(user_id.encode(), unpack_outbox(user.outbox)) for user_id, user in users.items() if user.outbox]
+            log.info('lane %d: sending the messages of step %d again, of %d users.', self.number, meta.newest,
+                     len(again))
+            await self._send_messages(again)
+            await asyncio.to_thread(self.store.write, [], Meta(meta.changelog, meta.lane, meta.newest, []))
+
+    # ---- which block is next ---------------------------------------------------------------------------------------
+
+    async def _next(self) -> Block | None:
+        """The block that comes first in time; None where the timers have to be looked at, or the lane stops."""
+        wait_until = time.monotonic() + self._rules.merge_wait_ms / 1000
+        while not self._stopping:
+            self._wake.clear()
+            if self._publishing is not None and self._publishing.done():
+                await self._published()
+            clicks, carts = self._queues
+            if clicks and carts:
+                return (clicks if clicks[0].first_ms <= carts[0].first_ms else carts).popleft()
+            if clicks or carts:
+                ready, other = (clicks, Source.CARTS) if clicks else (carts, Source.CLICKS)
+                left_s = wait_until - time.monotonic()
+                if self._gave_up_waiting or not ready[0].records or not self._unread(other):
+                    return ready.popleft()
+                if left_s <= 0:
+                    self._gave_up_waiting = True
+                    return ready.popleft()
+                await self._woken(min(left_s, .05))
+            elif not self.store.none_due(self.clock_ms()):
+                return None
+            else:
+                await self._woken(CLOCK_LOOK_S)
+        return None
+
+    async def _woken(self, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._wake.wait()
+        except TimeoutError:
+            return
+
+    def _unread(self, source: Source) -> bool:
+        """Whether the topic partition has, as far as is known, records that have not come in yet."""
+        end = self._tools.consumer.end_offset(self.tps[source])
+        return end is None or end > self._expected[source]
+
+    # ---- one block -------------------------------------------------------------------------------------------------
+
+    async def _block(self, block: Block) -> None:
+        started = time.perf_counter()
+        source = Source.CLICKS if block.topic == self.tps[Source.CLICKS].topic else Source.CARTS
+        events, letters = self._decode(block, source)
+        metrics = self._tools.metrics
+        metrics.blocks.inc()
+        metrics.in_flight_blocks.dec()
+        metrics.events_read.inc(len(block.records))
+        metrics.stage('decode', time.perf_counter() - started)
+        users = await self._load(dict.fromkeys([event.user_id for event in events]))
+        journal = None
+        if self._rules.journal:
+            journal = encode_entry(EventsEntry(self.number, self._step + 1, source, block.start, block.stop,
+                                               self._tools.scorer.model.sha256, self._rules.digest))
+        steps = block_steps(users, events, self._rules.limits) if events else iter([Folded([], [0] * len(Fold), [])])
+        for folded in steps:
+            last = not folded.rest
+            metrics.folded(folded.counts)
+            if last:
+                for event in events:
+                    if event.ts_ms > self._stream_ms[source]:
+                        self._stream_ms[source] = event.ts_ms
+            await self._take(folded.touched, journal, letters if last else [], block.first_ms,
+                             source if last else None, block.stop)
+            journal = None
+        self._record_ms = max(self._record_ms, block.first_ms)
+
+    def _decode(self, block: Block, source: Source) -> tuple[list[Event], list[Record]]:
+        """The block's events in order, and its dead letters."""
+        decode_event, events, letters = self._tools.decoder, [], []
+        for record in block.records:
+            outcome = decode_event(record.value, record.key, record.timestamp)
+            if isinstance(outcome, Event):
+                outcome.source = source
+                outcome.offset = record.offset
+                events.append(outcome)
+            else:
+                letters.append(self._letter(record, outcome))
+        rules = self._rules
+        strays = {}
+        for user_id in {event.user_id for event in events}:
+            refusal = misrouted(rules.partitioner, user_id.encode(), self.number, rules.partitions)
+            if refusal is not None:
+                strays[user_id] = refusal
+        if strays:
+            by_offset = {record.offset: record for record in block.records}
+            letters += [self._letter(by_offset[event.offset], strays[event.user_id]) for event in events
+                        if event.user_id in strays]
+            events = [event for event in events if event.user_id not in strays]
+        return events, letters
+
+    def _letter(self, record: ConsumerRecord, refusal: Refusal) -> Record:
+        self._tools.metrics.dead_letters.labels(refusal.reason).inc()
+        place = f'{record.topic}-{record.partition}-{record.offset}'
+        headers = [*record.headers, ('stream_topic', record.topic.encode()),
+                   ('stream_partition', b'%d' % record.partition), ('stream_offset', b'%d' % record.offset),
+                   ('stream_timestamp_ms', b'%d' % record.timestamp), ('stream_reason', str(refusal.reason).encode()),
+                   ('stream_detail', refusal.detail.encode('utf-8', 'backslashreplace'))]
+        if record.key is not None:
+            headers.append(('stream_key', record.key))
+        return place.encode(), record.value, headers
+
+    async def _load(self, user_ids: dict[str, None]) -> dict[str, User]:
+        """The users, in this order, those of steps in flight as they will be."""
+        overlay = self._overlay
+        missing = [user_id for user_id in user_ids if user_id not in overlay]
+        if not missing:
+            return {user_id: overlay[user_id] for user_id in user_ids}
+        known = {user_id: overlay[user_id] for user_id in user_ids if user_id in overlay}
+        loaded = await asyncio.to_thread(self.store.load, missing)
+        return loaded if not known else {user_id: known.get(user_id) or loaded[user_id] for user_id in user_ids}
+
+    # ---- one step --------------------------------------------------------------------------------------------------
+
+    async def _take(self, touched: Sequence[Touched], journal: bytes | None, letters: list[Record], oldest_ms: int,
+                    done: Source | None, stop: int) -> None:
+        """Score a step and hand it over to be published, after the one before it."""
+        self._step += 1
+        number, overlay, changes = self._step, self._overlay, []
+        for entry in touched:
+            entry.user.step = number
+            entry.user.generation = self._generation
+        scored = await self._score(touched)
+        messages = []
+        for entry in touched:
+            user = entry.user
+            user_id = user.user_id.encode()
+            changes.append(Change(user_id, encode(user), user.stored_due_ms, user.due_ms))
+            user.stored_due_ms = user.due_ms
+            overlay[user.user_id] = user
+            if user.outbox:
+                messages.append((user_id, unpack_outbox(user.outbox)))
+        self._tools.metrics.scored_rows.inc(len(scored.rows) - scored.refused)
+        self._tools.metrics.refused_rows.inc(scored.refused)
+        await self._published()
+        positions = list(self.done)
+        if done is not None:
+            positions[done] = stop
+        lane = LaneRecord(number, self._generation, positions, list(self._stream_ms))
+        step = Step(number, changes, messages, letters, lane, journal, oldest_ms, done, stop)
+        self._publishing = asyncio.create_task(self._publish(step), name=f'lane {self.number} step {number}')
+        self._publishing.add_done_callback(lambda _: self._wake.set())
+
+    async def _score(self, touched: Sequence[Touched]) -> Scored:
+        """Score, decide, explain. While the scorer is away the lane holds: it asks again until it is back."""
+        tools, rules, held = self._tools, self._rules, False
+        started = time.perf_counter()
+        try:
+            while True:
+                try:
+                    scored = await score_step(touched, tools.scorer, rules.policy, rules.publish,
+                                              rules.reasons_rows_max)
+                except ModelError as error:
+                    if not held:
+                        log.warning('lane %d holds its events: %s', self.number, error)
+                        tools.metrics.scorer_holds.inc()
+                    held, self.holding = True, error.problem
+                    await self._hold(getattr(error, 'retry_after_ms', HOLD_RETRY_S * 1000) / 1000)
+                    continue
+                if held:
+                    log.info('lane %d goes on.', self.number)
+                tools.metrics.stage('score', time.perf_counter() - started)
+                return scored
+        finally:
+            self.holding = ''
+
+    async def _hold(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while (left_s := until - time.monotonic()) > 0:
+            if self._stopping:
+                raise Stopped
+            self._wake.clear()
+            await self._woken(left_s)
+        if self._stopping:
+            raise Stopped
+
+    async def _published(self) -> None:
+        """Wait for the step in flight. Errors: what it failed with."""
+        if self._publishing is not None:
+            publishing, self._publishing = self._publishing, None
+            await publishing
+
+    async def _publish(self, step: Step) -> None:
+        stage, clock = self._tools.metrics.stage, time.perf_counter
+        times = [clock()]
+        if step.journal is not None:
+            await self._send(self._rules.journal, [(b'%d' % self.number, step.journal, ())])
+        changelog = await self._send_changelog(step)
+        times.append(clock())
+        await self._send_outputs(step)
+        times.append(clock())
+        if step.oldest_ms and (step.messages or step.letters):
+            self._tools.metrics.event_to_output_seconds.observe(max(time.time() - step.oldest_ms / 1000, 0))
+        await self._write(step, changelog)
+        times.append(clock())
+        stage('changelog', times[1] - times[0])
+        stage('outputs', times[2] - times[1])
+        stage('write', times[3] - times[2])
+        self._done(step)
+
+    async def _send_changelog(self, step: Step) -> int:
+        """Send the users' records, and the lane's own last; return the changelog offset after it."""
+        if not step.changes:
+            return self.store.meta.changelog
+        records: list[Record] = [(change.user_id, change.record, ()) for change in step.changes]
+        records.append((LANE_KEY, msgspec.json.encode(step.lane), ()))
+        return await self._send(self._rules.changelog, records)
+
+    async def _send_outputs(self, step: Step) -> None:
+        sends = []
+        if step.messages:
+            sends.append(self._send_messages(step.messages))
+        if step.letters:
+            sends.append(self._send(self._rules.dead_letters, step.letters))
+        await asyncio.gather(*sends)
+
+    async def _send_messages(self, messages: Sequence[tuple[bytes, list[bytes]]]) -> None:
+        """Decisions go to the topic of alerts, scores to that of scores; a user's in order."""
+        rules, metrics = self._rules, self._tools.metrics
+        by_topic: dict[str, list[Record]] = {}
+        kinds: Counter[bytes] = Counter()
+        for user_id, of_user in messages:
+            for message in of_user:
+                headers = cloudevents_headers(message, rules.source)
+                kind = headers[2][1]
+                topic = rules.scores if kind == b'scores.updated' else rules.alerts
+                by_topic.setdefault(topic, []).append((user_id, message, headers))
+                kinds[kind] += 1
+        await asyncio.gather(*(self._send(topic, records) for topic, records in by_topic.items()))
+        for kind, count in kinds.items():
+            metrics.messages.labels(kind.decode()).inc(count)
+
+    async def _send(self, topic: str, records: Sequence[Record]) -> int:
+        return await self._tools.publisher.send(topic, self.number, records)
+
+    async def _write(self, step: Step, changelog: int) -> None:
+        """Make the step durable here. A thread cannot be cancelled: whoever cancels this waits for it."""
+        if not step.changes:
+            return
+        meta = Meta(changelog, step.lane, step.number, [])
+        write = asyncio.create_task(asyncio.to_thread(self.store.write, step.changes, meta))
+        try:
+            await asyncio.shield(write)
+        except asyncio.CancelledError:
+            await asyncio.wait([write])
+            raise
+
+    def _done(self, step: Step) -> None:
+        overlay = self._overlay
+        for change in step.changes:
+            user_id = change.user_id.decode()
+            user = overlay.get(user_id)
+            if user is not None and user.step == step.number:
+                del overlay[user_id]
+        if step.done is not None:
+            self.done[step.done] = step.stop
+        self.moved_at = time.monotonic()
+        self.steps += 1
+        self._tools.metrics.steps.inc()
+
+    # ---- the sweep of silent users ---------------------------------------------------------------------------------
+
+    async def _sweep(self) -> None:
+        """Fire one step of the timers that are due by the lane's clock; events come before the next one."""
+        clock_ms = self.clock_ms()
+        if self._stopping or self.store.none_due(clock_ms):
+            return
+        await self._published()         # the index does not know of timers in flight
+        due = await asyncio.to_thread(self.store.due, clock_ms, self._rules.sweep_users_max)
+        if not due:
+            return
+        users = await self._load(dict.fromkeys(due))
+        journal = None
+        if self._rules.journal:
+            journal = encode_entry(TimersEntry(self.number, self._step + 1, tuple(due), self._tools.scorer.model.sha256,
+                                               self._rules.digest))
+        self._tools.metrics.timers_fired.inc(len(due))
+        await self._take(fire(users.values(), self._rules.limits), journal, [], 0, None, 0)
+
+    def clock_ms(self) -> int:
+        """How far time has come for this lane, in ms of event time.
+
+        The smaller of its topics' stream times; a topic with nothing unread does not hold the clock back. The time of
+        day counts only while the end of both is known to be reached, and events are recent.
+        """
+        behind = [self._stream_ms[source] for source in Source if self._queues[source] or self._unread(source)]
+        if behind:
+            return min(behind)
+        newest_ms = max(self._stream_ms)
+        if not self._rules.wall_clock or not self.running:
+            return newest_ms
+        now_ms = int(time.time() * 1000)
+        heard_ms = [self._tools.consumer.fetched_ms_ago(tp, now_ms) for tp in self.tps]
+        recent = now_ms - max(self._record_ms, newest_ms) <= self._rules.clock_idle_ms_max
+        if recent and all(ago_ms is not None and ago_ms <= FETCH_FRESH_MS for ago_ms in heard_ms):
+            return max(newest_ms, now_ms - self._rules.clock_grace_ms)
+        return newest_ms

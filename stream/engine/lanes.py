@@ -1,0 +1,202 @@
+"""All lanes of a worker: which partitions it owns, keeps copies of, reads back, and how they are doing.
+
+    rebalance       the group takes partitions away: every lane ends its step in flight, within `drain_timeout_ms`, and
+                    what is done is committed; stores stay open. Then it hands partitions out: stores of those that went
+                    elsewhere are closed, the others are read up to the end of their changelog, and their lanes begin.
+    failure         the first error of a lane, the changelog reader or the watchdog; the worker exits with it.
+"""
+import asyncio
+import importlib.metadata
+import logging
+import time
+from collections.abc import Iterable, Mapping
+
+from faust.types import TP
+
+from stream.core.events import Source
+from stream.engine.admin import LaneState, LaneStatus, Status
+from stream.engine.blocks import Block
+from stream.engine.changelog import ChangelogReader, Follower
+from stream.engine.lane import Lane, Tools
+from stream.engine.tables import UserStore
+from stream.errors import StateError
+
+log = logging.getLogger(__name__)
+WATCH_S = 1.0
+
+
+class Lanes:
+    """The lanes of the partitions that this worker owns, and the stores of those that it stands by for."""
+
+    def __init__(self, topics: tuple[str, str], users: UserStore, reader: ChangelogReader, tools: Tools, group: str,
+                 drain_timeout_ms: int, stuck_timeout_ms: int) -> None:
+        self.failure: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+        self.joined = False
+        self._topics = topics
+        self._users = users
+        self._reader = reader
+        self._tools = tools
+        self._group = group
+        self._drain_s = drain_timeout_ms / 1000
+        self._stuck_s = stuck_timeout_ms / 1000
+        self._lanes: dict[int, Lane] = {}
+        self._standbys: set[int] = set()
+        self._polled_at = time.monotonic()
+        self._commit_failed = False
+        self._stopping = False
+        self._tasks: set[asyncio.Task] = set()
+
+    # ---- blocks and positions (the transport's `Owner`) --------------------------------------------------------------
+
+    def admit(self, block: Block) -> None:
+        """Bring a block to its lane; one without a lane is of an assignment that is gone."""
+        lane = self._lanes.get(block.partition)
+        if lane is not None:
+            lane.admit(block)
+
+    def wants(self, tp: TP) -> bool:
+        lane = self._lanes.get(tp.partition)
+        return lane is None or lane.wants(self._source(tp))
+
+    def committable(self) -> dict[TP, int]:
+        return {tp: lane.done[source] for lane in self._lanes.values() for source, tp in enumerate(lane.tps)}
+
+    def committed(self, offsets: Mapping[TP, int], ok: bool) -> None:
+        metrics = self._tools.metrics
+        (metrics.commits if ok else metrics.commits_failed).inc()
+        self._commit_failed = not ok
+
+    def polled(self) -> None:
+        self._polled_at = time.monotonic()
+
+    async def drain(self) -> None:
+        """End all steps in flight and begin no other, within the configured time."""
+        await self._reader.unfollow()
+        await asyncio.gather(*(lane.stop(self._drain_s) for lane in self._lanes.values()))
+
+    def _source(self, tp: TP) -> Source:
+        return Source.CLICKS if tp.topic == self._topics[Source.CLICKS] else Source.CARTS
+
+    # ---- rebalances ------------------------------------------------------------------------------------------------
+
+    async def assign(self, active: Iterable[int], standby: Iterable[int], generation: int) -> None:
+        """Own `active` and stand by for `standby`, until the next call. `drain` must have been called before.
+
+        Errors   StateError where a store cannot be opened.
+        """
+        owned, copies = set(active), set(standby) - set(active)
+        await self.drain()
+        for number in set(self._users.open_partitions()) - owned - copies:
+            await asyncio.to_thread(self._users.release, number)
+            self._tools.metrics.revoked(self._topics, number)
+        self._lanes, self._standbys = {}, copies
+        followers = {}
+        for number in sorted(owned | copies):
+            store = await asyncio.to_thread(self._users.take, number)
+            if number in owned:
+                tps = (TP(self._topics[0], number), TP(self._topics[1], number))
+                lane = self._lanes[number] = Lane(number, generation, store, self._tools, tps)
+                followers[number] = Follower(store, False, self._starter(lane))
+            else:
+                followers[number] = Follower(store, True)
+        log.info('Owner of partitions %s, copies of %s (generation %d).', sorted(owned), sorted(copies), generation)
+        self._tools.metrics.rebalances.inc()
+        self.joined = True
+        if followers and not self._stopping:
+            self._watch(await self._reader.follow(followers))
+
+    def _starter(self, lane: Lane):
+        def start() -> None:
+            if self._lanes.get(lane.number) is lane:
+                self._watch(lane.start())
+        return start
+
+    def _watch(self, task: asyncio.Task) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """The worker cannot go on. Only the first error counts."""
+        if not self.failure.done():
+            self.failure.set_result(error)
+
+    async def close(self) -> None:
+        """Drain, and close every store."""
+        self._stopping = True
+        await self.drain()
+        await self._reader.close()
+        for number in self._users.open_partitions():
+            await asyncio.to_thread(self._users.release, number)
+
+    # ---- how it is doing (the admin server's `Health`) ---------------------------------------------------------------
+
+    async def watchdog(self) -> None:
+        """Measure every second; give up on a lane that does not move although it could."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            self._measure()
+            for lane in self._lanes.values():
+                still_s = time.monotonic() - lane.moved_at
+                if not (lane.running and lane.waiting) or lane.holding:
+                    lane.moved_at = time.monotonic()
+                elif still_s > self._stuck_s:
+                    self.fail(StateError(
+                        f'Partition {lane.number} has not moved for {still_s:.0f} s although events wait.',
+                        'start the worker again; report this with the log if it comes back.'))
+            silent_s = time.monotonic() - self._polled_at
+            if self.joined and silent_s > self._stuck_s:
+                self.fail(StateError(f'Kafka has not been polled for {silent_s:.0f} s.',
+                                     'start the worker again; report this with the log if it comes back.'))
+
+    def _measure(self) -> None:
+        metrics = self._tools.metrics
+        for lane in self._lanes.values():
+            for source, tp in enumerate(lane.tps):
+                metrics.lag.labels(tp.topic, str(tp.partition)).set(lane.lag(Source(source)))
+            metrics.users.labels(str(lane.number)).set(lane.store.users_estimate())
+            metrics.lane_clock_seconds.labels(str(lane.number)).set(lane.clock_ms() / 1000)
+        metrics.recovering_partitions.set(len(self._reader.recovering))
+        metrics.scorer_holding.set(any(lane.holding for lane in self._lanes.values()))
+
+    def live(self) -> list[str]:
+        """Why the worker should be started again; nothing where it lives."""
+        return [str(self.failure.result())] if self.failure.done() else []
+
+    def ready(self) -> list[str]:
+        """Why events do not flow; nothing where they do."""
+        reasons = self.live()
+        if not self.joined:
+            reasons.append('the consumer group has not been joined')
+        if self._commit_failed:
+            reasons.append('the last commit failed')
+        now = time.monotonic()
+        for number, lane in sorted(self._lanes.items()):
+            if not lane.running:
+                reasons.append(f'partition {number} is being read back')
+            elif lane.holding:
+                reasons.append(f'partition {number} holds its events: {lane.holding}')
+            elif lane.waiting and now - lane.moved_at > self._stuck_s / 2:
+                reasons.append(f'partition {number} has not moved for {now - lane.moved_at:.0f} s')
+        return reasons
+
+    def status(self) -> Status:
+        """Partitions, their states and lags; nothing of a shop."""
+        model = self._tools.scorer.model
+        partitions = [LaneStatus(
+            number, self._state(lane), lane.store.meta.lane.step,
+            {tp.topic: lane.lag(Source(source)) for source, tp in enumerate(lane.tps)}, lane.clock_ms(),
+            lane.store.users_estimate(), lane.blocks()) for number, lane in sorted(self._lanes.items())]
+        partitions += [LaneStatus(number, 'standby') for number in sorted(self._standbys)]
+        return Status(version=importlib.metadata.version('stream-scoring'), group=self._group,
+                      model=f'{model.name}/{model.version}', model_sha256=model.sha256, lanes=partitions)
+
+    @staticmethod
+    def _state(lane: Lane) -> LaneState:
+        if lane.holding:
+            return 'holding'
+        return 'running' if lane.running else 'recovering'

@@ -1,0 +1,362 @@
+"""The Faust transport `blocks://`: fetches become blocks, and the drain loop, tracking and commits are our own.
+
+Faust's own loop and its bookkeeping per message are replaced, since they lose blocks: a partition that leaves the
+active set while its records are delivered, positions that move although delivery was cancelled, queues that are cleared
+when flow resumes. Here a block may still get lost on its way through Faust's queues; the lane's contiguity guard sees
+that and seeks back. What a lane has not admitted is not tracked, and what it has not finished is not committed.
+
+The consumer runs on the event loop of the worker (not in Faust's thread): nothing of the worker blocks it, and a
+partition that is paused is still polled, so that the worker stays in its group for as long as it holds.
+"""
+import asyncio
+import logging
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, Protocol
+
+import aiokafka
+import msgspec
+from aiokafka.errors import CommitFailedError, ConsumerStoppedError, IllegalStateError, KafkaError
+from faust.transport import base
+from faust.transport.consumer import Consumer as FaustConsumer
+from faust.transport.drivers import aiokafka as driver
+from faust.types import TP, AppT
+from faust.types.tuples import ConsumerMessage
+
+from stream.config import Settings
+from stream.engine.blocks import Block, cut
+from stream.engine.kafka import client_arguments
+
+log = logging.getLogger(__name__)
+POLL_MS = 200
+BATCH_BYTES_MAX = 900_000       # below the broker's default for one batch, 1 MiB
+REQUEST_BYTES_MAX = 4 << 20
+
+
+class Owner(Protocol):
+    """Whoever processes the blocks; `stream.engine.lanes.Lanes`."""
+
+    def wants(self, tp: TP) -> bool:
+        """Whether it has room for another block of this topic partition."""
+        ...
+
+    def committable(self) -> dict[TP, int]:
+        """The positions up to which everything is durable."""
+        ...
+
+    async def drain(self) -> None:
+        """End the steps in flight, within the configured time, and begin no other."""
+        ...
+
+    def committed(self, offsets: Mapping[TP, int], ok: bool) -> None:
+        """Told of each try to commit."""
+        ...
+
+    def polled(self) -> None:
+        """Told whenever the group's consumer has been polled."""
+        ...
+
+
+class Runtime(msgspec.Struct):
+    """What an app carries for its parts: `app.runtime`."""
+
+    settings: Settings
+    owner: Any = None
+
+
+def runtime(app: AppT) -> Runtime:
+    """The runtime of a worker's app."""
+    found: Runtime = getattr(app, 'runtime')  # noqa: B009 - Faust's app type knows no such attribute
+    return found
+
+
+class RebalanceListener(aiokafka.abc.ConsumerRebalanceListener):
+    """Passes the group's decisions on to Faust, in the order that it needs."""
+
+    def __init__(self, consumer: 'Consumer') -> None:
+        self._consumer = consumer
+
+    async def on_partitions_revoked(  # pyright: ignore[reportIncompatibleMethodOverride] - awaited by aiokafka
+        self, revoked: Iterable[Any],
+    ) -> None:
+        consumer = self._consumer
+        consumer.app.on_rebalance_start()
+        consumer.forget_positions()
+        await consumer.on_partitions_revoked({TP(tp.topic, tp.partition) for tp in revoked})
+
+    async def on_partitions_assigned(  # pyright: ignore[reportIncompatibleMethodOverride] - awaited by aiokafka
+        self, assigned: Iterable[Any],
+    ) -> None:
+        consumer = self._consumer
+        tps = {TP(tp.topic, tp.partition) for tp in assigned}
+        coordinator: Any = consumer.driver._coordinator
+        generation = coordinator.generation
+        consumer.app.consumer_generation_id = generation
+        await consumer.seek_to_committed()
+        await consumer.on_partitions_assigned(tps, generation)
+
+
+class Consumer(FaustConsumer):
+    """The group's consumer, which delivers blocks."""
+
+    consumer_stopped_errors = (ConsumerStoppedError,)
+    driver: aiokafka.AIOKafkaConsumer
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        carried = runtime(self.app)
+        self._settings = carried.settings
+        self.positions: dict[TP, int] = {}      # where the next fetch of a topic partition begins
+        self.epochs: dict[TP, int] = {}         # changes with every seek: what was fetched before is worthless
+        self._epoch = 0
+        self._last_commit: dict[TP, int] = {}
+
+    @property
+    def owner(self) -> Owner:
+        return runtime(self.app).owner
+
+    # -- life
+
+    async def on_start(self) -> None:
+        settings = self._settings
+        self.driver = aiokafka.AIOKafkaConsumer(
+            **client_arguments(settings),
+            group_id=settings.group,
+            group_instance_id=settings.instance_id or None,
+            partition_assignment_strategy=[self.app.assignor],
+            enable_auto_commit=False,
+            auto_offset_reset='earliest',
+            isolation_level='read_committed',
+            max_poll_interval_ms=settings.max_poll_interval_ms,
+            session_timeout_ms=settings.session_timeout_ms,
+            heartbeat_interval_ms=max(settings.session_timeout_ms // 5, 100),
+            fetch_max_wait_ms=POLL_MS,
+        )
+        await self.driver.start()
+
+    async def on_stop(self) -> None:
+        await self.owner.drain()
+        await self.commit()
+        await self.driver.stop()
+
+    async def subscribe(self, topics: Iterable[str]) -> None:
+        self.driver.subscribe(topics=sorted(topics), listener=RebalanceListener(self))
+
+    def close(self) -> None:
+        """Everything is closed in `on_stop`."""
+
+    # -- the drain loop
+
+    async def _drain_messages(self, fetcher: Any) -> None:
+        driver, events_max = self.driver, self._settings.block_events_max
+        while not (self.should_stop or fetcher.should_stop):
+            self._pause_and_resume()
+            try:
+                fetched = await driver.getmany(timeout_ms=POLL_MS)
+            except ConsumerStoppedError:
+                return
+            except KafkaError as error:
+                if not error.retriable:
+                    raise
+                log.warning('Fetching failed: %s. It is tried again.', error)
+                await asyncio.sleep(POLL_MS / 1000)
+                continue
+            self.owner.polled()
+            for span in self._advanced(fetched):
+                for block in cut(span, events_max):
+                    await self.callback(self._message(block))
+            await asyncio.sleep(0)
+
+    def _advanced(self, fetched: Mapping[Any, Sequence[Any]]) -> Iterator[Block]:
+        """What was fetched of each topic partition whose position has moved, as one block; it may have no records.
+
+        A partition that a lane sought back in the meantime has not moved: what was fetched of it is dropped here.
+        """
+        records_of = {(tp.topic, tp.partition): records for tp, records in fetched.items()}
+        assignment = self._assignment()
+        for tp in list(self.positions):
+            start = self.positions.get(tp)
+            state = assignment.state_value(tp) if assignment is not None else None
+            if start is not None and state is not None and state.has_valid_position and state.position != start:
+                self.positions[tp] = state.position
+                yield Block(tp.topic, tp.partition, self.epochs[tp], start, state.position,
+                            records_of.get((tp.topic, tp.partition), ()))
+
+    def _assignment(self) -> Any:
+        subscription = self.driver._subscription.subscription
+        return subscription.assignment if subscription is not None else None
+
+    def _message(self, block: Block) -> ConsumerMessage:
+        carried: Any = block        # where Faust expects bytes; `BlockSchema` takes it out again
+        message = ConsumerMessage(
+            block.topic, block.partition, block.start, 0.0, 0, None, None, carried, None, 0, 0,
+            TP(block.topic, block.partition), generation_id=self.app.consumer_generation_id)
+        message.tracked = True      # tracked by the lane that admits it, not by Faust
+        return message
+
+    def _pause_and_resume(self) -> None:
+        driver, owner = self.driver, self.owner
+        paused = driver.paused()
+        for tp in self.positions:
+            if owner.wants(tp):
+                if tp in paused:
+                    driver.resume(_driver_tp(tp))
+            elif tp not in paused:
+                driver.pause(_driver_tp(tp))
+
+    # -- positions
+
+    async def seek_to_committed(self) -> Mapping[TP, int]:
+        """Put every partition on its committed position, or on its beginning, and remember where."""
+        tps = list(self.driver.assignment())
+        committed = await asyncio.gather(*(self.driver.committed(tp) for tp in tps))
+        new = [tp for tp, offset in zip(tps, committed, strict=True) if offset is None]
+        beginnings = await self.driver.beginning_offsets(new) if new else {}
+        for tp, offset in zip(tps, committed, strict=True):
+            start = beginnings[tp] if offset is None else offset
+            self.seek_now(TP(tp.topic, tp.partition), start)
+        self._last_commit = {TP(tp.topic, tp.partition): offset
+                             for tp, offset in zip(tps, committed, strict=True) if offset is not None}
+        return self.positions
+
+    async def _seek(self, partition: TP, offset: int) -> None:
+        self.seek_now(partition, offset)
+
+    def seek_now(self, tp: TP, position: int) -> None:
+        """Fetch from `position` next; blocks that are on their way are of an old epoch."""
+        self.driver.seek(_driver_tp(tp), position)
+        self._epoch += 1
+        self.positions[tp], self.epochs[tp] = position, self._epoch
+
+    def forget_positions(self) -> None:
+        """The assignment is gone."""
+        self.positions.clear()
+        self.epochs.clear()
+
+    def end_offset(self, tp: TP) -> int | None:
+        """Where the topic partition ended at its last fetch, open transactions apart; None: not known."""
+        return self.driver.last_stable_offset(_driver_tp(tp)) if tp in self.positions else None
+
+    def fetched_ms_ago(self, tp: TP, now_ms: int) -> int | None:
+        """How long ago a fetch of the topic partition was answered; None: never."""
+        fetched_ms = self.driver.last_poll_timestamp(_driver_tp(tp)) if tp in self.positions else None
+        return None if not fetched_ms or fetched_ms < 0 else now_ms - fetched_ms
+
+    def assignment(self) -> set[TP]:
+        return {TP(tp.topic, tp.partition) for tp in self.driver.assignment()}
+
+    # -- commits
+
+    async def commit(self, topics: Any = None, start_new_transaction: bool = True) -> bool:
+        """Commit what is done. A commit that fails is tried again at the next turn, with what is done by then."""
+        assigned = self.driver.assignment()
+        offsets = {tp: position for tp, position in self.owner.committable().items()
+                   if tp in assigned and position > self._last_commit.get(tp, -1)}
+        if not offsets:
+            return False
+        ok = await self._commit(offsets)
+        self.owner.committed(offsets, ok)
+        if ok:
+            self._last_commit.update(offsets)
+        return ok
+
+    async def _commit(self, offsets: Mapping[TP, int]) -> bool:
+        try:
+            await self.driver.commit({_driver_tp(tp): position for tp, position in offsets.items()})
+        except (CommitFailedError, IllegalStateError) as error:
+            log.info('Offsets were not committed, the group is rebalancing: %s', error)
+            return False
+        except KafkaError as error:
+            log.warning('Offsets were not committed: %r. They will be, with the next commit.', error)
+            return False
+        return True
+
+    async def wait_empty(self) -> None:
+        """Called by Faust when partitions are taken away: end what is in flight, commit it."""
+        await self.owner.drain()
+        await self.commit()
+
+    async def verify_all_partitions_active(self) -> None:
+        """Faust only logs what it finds; `Lanes` has a watchdog that exits."""
+
+    # -- what Faust asks for and this worker does without
+
+    async def perform_seek(self) -> None:
+        await self.seek_to_committed()
+
+    async def create_topic(self, *args: Any, **kwargs: Any) -> None:
+        """Topics are made and checked before the app starts."""
+
+    async def _getmany(self, active_partitions: set[TP] | None, timeout: float) -> Any:
+        raise NotImplementedError('the drain loop fetches by itself')
+
+    def _to_message(self, tp: TP, record: Any) -> ConsumerMessage:
+        raise NotImplementedError('records travel in blocks')
+
+    def _new_topicpartition(self, topic: str, partition: int) -> TP:
+        return TP(topic, partition)
+
+    def highwater(self, tp: TP) -> int:
+        return self.end_offset(tp) or 0
+
+    async def highwaters(self, *partitions: TP) -> MutableMapping[TP, int]:
+        raise NotImplementedError('changelogs have a reader of their own')
+
+    async def earliest_offsets(self, *partitions: TP) -> MutableMapping[TP, int]:
+        raise NotImplementedError('changelogs have a reader of their own')
+
+    async def position(self, tp: TP) -> int | None:
+        return self.positions.get(tp)
+
+    async def seek_wait(self, partitions: Mapping[TP, int]) -> None:
+        for tp, position in partitions.items():
+            self.seek_now(tp, position)
+
+    def topic_partitions(self, topic: str) -> int | None:
+        return len(self.driver.partitions_for_topic(topic) or ()) or None
+
+    def key_partition(self, topic: str, key: bytes | None, partition: int | None = None) -> int | None:
+        return partition
+
+
+class Producer(driver.Producer):
+    """Faust's producer with our settings: idempotent, all replicas acknowledge."""
+
+    def _settings_default(self) -> Mapping[str, Any]:
+        settings = runtime(self.app).settings
+        return {
+            **client_arguments(settings),
+            'acks': 'all',
+            'enable_idempotence': True,
+            'linger_ms': 0,
+            'max_batch_size': BATCH_BYTES_MAX,
+            'max_request_size': REQUEST_BYTES_MAX,
+            'request_timeout_ms': settings.send_timeout_ms,
+        }
+
+    def _settings_auth(self) -> Mapping[str, Any]:
+        return {}
+
+    def _settings_extra(self) -> Mapping[str, Any]:
+        return {}
+
+    @property
+    def driver(self) -> aiokafka.AIOKafkaProducer:
+        """The client that sends."""
+        return self._ensure_producer()
+
+    async def create_topic(self, *args: Any, **kwargs: Any) -> None:
+        """Topics are made and checked before the app starts."""
+
+
+class Transport(base.Transport):
+    """Registered as `blocks` among Faust's transports."""
+
+    Consumer = Consumer
+    Producer = Producer
+    driver_version = f'aiokafka={aiokafka.__version__}'
+    default_port = 9092
+
+
+def _driver_tp(tp: TP) -> Any:
+    return aiokafka.TopicPartition(tp.topic, tp.partition)
+
