@@ -17,7 +17,6 @@ import msgspec
 import numpy as np
 import onnxruntime
 import torch
-from torch import Tensor
 from torch.nn.functional import pad
 
 from stream.core.features import COUNTERS, LENGTHS, SLOT_NUMBERS
@@ -29,18 +28,16 @@ from stream.learn.dataset import CHURN_DAYS, INTENT_DAYS, SPEND_DAYS, TIERS
 from stream.learn.model import INPUT_NAMES, ShopperModel
 from stream.learn.train import Checkpoint, load
 from stream.scoring.artefact import LAYOUT, MANIFEST, WEIGHTS, Manifest, sha256
+from stream.scoring.repository import CONFIG_FILE, LABELS_FILE, Served, Tensor, triton_config
 
 OPSET = 17
-ROWS_MAX = 256
 TOLERANCE = 1e-5        # absolute and relative
-LABELS_FILE = 'tiers.txt'
 
-# name -> (numpy type, shape of one row; -1 is the number of slots)
-INPUTS = {'categories': ('int32', (-1, 3)), 'numbers': ('float32', (-1, SLOT_NUMBERS)),
-          'counters': ('float32', (COUNTERS,)), 'row_id': ('int64', (1,))}
-OUTPUTS = {'purchase_intent': ('float32', (1,)), 'tier_probabilities': ('float32', (TIERS,)),
-           'expected_spend': ('float32', (1,)), 'churn': ('float32', (1,)), 'row_id_out': ('int64', (1,))}
-_TRITON_TYPES = {'int32': 'TYPE_INT32', 'int64': 'TYPE_INT64', 'float32': 'TYPE_FP32'}
+INPUTS = {'categories': Tensor('int32', (-1, 3)), 'numbers': Tensor('float32', (-1, SLOT_NUMBERS)),
+          'counters': Tensor('float32', (COUNTERS,)), 'row_id': Tensor('int64', (1,))}
+OUTPUTS = {'purchase_intent': Tensor('float32', (1,)), 'tier_probabilities': Tensor('float32', (TIERS,)),
+           'expected_spend': Tensor('float32', (1,)), 'churn': Tensor('float32', (1,)),
+           'row_id_out': Tensor('int64', (1,))}
 
 
 def export(checkpoint: Path, repository: Path, name: str = 'shopper', version: int = 1) -> Path:
@@ -63,7 +60,8 @@ def export(checkpoint: Path, repository: Path, name: str = 'shopper', version: i
     version_dir = model_dir / str(version)
     version_dir.mkdir(parents=True, exist_ok=True)
     (version_dir / WEIGHTS).write_bytes(content)
-    (model_dir / 'config.pbtxt').write_text(_triton_config(name, version))
+    served = Served(name, str(version), {WEIGHTS: sha256(version_dir / WEIGHTS)}, INPUTS, OUTPUTS)
+    (model_dir / CONFIG_FILE).write_text(triton_config(served))
     (model_dir / LABELS_FILE).write_text('\n'.join(kept.config['tiers']['names']) + '\n')
     (version_dir / MANIFEST).write_text(json.dumps(_manifest(kept, model_dir, name, version), indent=1) + '\n')
     (model_dir / 'README.md').write_text(card(kept, name, version, difference, content))
@@ -95,13 +93,13 @@ def parity(kept: Checkpoint, graph: Path) -> float:
     return worst
 
 
-def padded(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+def padded(batch: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
     """The same windows with padding up to `length` slots."""
     missing = length - batch['categories'].shape[1]
     return batch | {name: pad(batch[name], (0, 0, 0, missing)) for name in ('categories', 'numbers')}
 
 
-def _write_graph(model: ShopperModel, windows: dict[int, dict[str, Tensor]], path: Path) -> None:
+def _write_graph(model: ShopperModel, windows: dict[int, dict[str, torch.Tensor]], path: Path) -> None:
     example = windows[max(windows)]
     with warnings.catch_warnings():
         # Torch deprecates this exporter, and parts that it uses itself; the one that replaces it needs a package more.
@@ -111,8 +109,8 @@ def _write_graph(model: ShopperModel, windows: dict[int, dict[str, Tensor]], pat
         torch.onnx.export(
             model, tuple(example[name] for name in INPUT_NAMES), path, dynamo=False, opset_version=OPSET,
             input_names=list(INPUT_NAMES), output_names=list(OUTPUT_NAMES),
-            dynamic_axes={name: {0: 'rows', 1: 'slots'} if shape[0] == -1 else {0: 'rows'}
-                          for name, (_, shape) in (INPUTS | OUTPUTS).items()})
+            dynamic_axes={name: {0: 'rows', 1: 'slots'} if tensor.row_shape[0] == -1 else {0: 'rows'}
+                          for name, tensor in (INPUTS | OUTPUTS).items()})
 
 
 def _manifest(kept: Checkpoint, model_dir: Path, name: str, version: int) -> dict:
@@ -124,34 +122,8 @@ def _manifest(kept: Checkpoint, model_dir: Path, name: str, version: int) -> dic
         window=msgspec.convert(config['window'], WindowLimits),
         command=config['command'], seed=config['seed'])
     return msgspec.to_builtins(manifest) | {
-        'repository_files': {file: sha256(model_dir / file) for file in ('config.pbtxt', LABELS_FILE)},
-        'inputs': {key: {'type': kind, 'row_shape': shape} for key, (kind, shape) in INPUTS.items()},
-        'outputs': {key: {'type': kind, 'row_shape': shape} for key, (kind, shape) in OUTPUTS.items()},
+        'repository_files': {file: sha256(model_dir / file) for file in (CONFIG_FILE, LABELS_FILE)},
+        'inputs': msgspec.to_builtins(INPUTS), 'outputs': msgspec.to_builtins(OUTPUTS),
         'horizon_days': {'purchase_intent': INTENT_DAYS, 'churn': CHURN_DAYS, 'expected_spend': SPEND_DAYS,
                          'tier_probabilities': SPEND_DAYS},
         'opset': OPSET, 'licence': 'Apache-2.0'}
-
-
-def _triton_config(name: str, version: int) -> str:
-    def tensor(key: str, kind: str, shape: tuple[int, ...]) -> str:
-        label = f'\n    label_filename: "{LABELS_FILE}"' if key == 'tier_probabilities' else ''
-        return (f'  {{\n    name: "{key}"\n    data_type: {_TRITON_TYPES[kind]}\n'
-                f'    dims: [ {", ".join(map(str, shape))} ]{label}\n  }}')
-
-    inputs = ',\n'.join(tensor(key, *what) for key, what in INPUTS.items())
-    outputs = ',\n'.join(tensor(key, *what) for key, what in OUTPUTS.items())
-    return f'''name: "{name}"
-platform: "onnxruntime_onnx"
-max_batch_size: {ROWS_MAX}
-input [
-{inputs}
-]
-output [
-{outputs}
-]
-version_policy {{ specific {{ versions: [ {version} ] }} }}
-dynamic_batching {{
-  max_queue_delay_microseconds: 1000
-  default_queue_policy {{ max_queue_size: 1024 }}
-}}
-'''

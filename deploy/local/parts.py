@@ -1,0 +1,479 @@
+"""A real Kafka 4 broker and a real Triton server without Docker, on free ports of 127.0.0.1.
+
+`Kafka(folder)` and `Triton(folder)` start, stop, pause, are killed and start again on the same ports and data; the
+command line is stack.py beside this file. What they need is fetched once into build/parts, as pom.xml and
+triton-constraints.txt say; callers at the same time wait for each other.
+"""
+import contextlib
+import fcntl
+import hashlib
+import os
+import platform
+import random
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+from stream.errors import StreamError
+from stream.scoring.repository import QUEUE_REQUESTS_MAX, render
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+PARTS = ROOT / 'build' / 'parts'
+SHIPPED = ROOT / 'triton_models' / 'shopper' / '1'
+HOST = '127.0.0.1'
+OR_DOCKER = ', or use Docker instead: docker compose up.'
+START_SECONDS_MAX = 90.0
+STOP_SECONDS_MAX = 20.0
+INSTALL_SECONDS_MAX = 900
+JAVA_MIN = 17
+
+
+class PartError(StreamError):
+    """A local part cannot be fetched, started or stopped."""
+
+
+# ---- fetching -------------------------------------------------------------------------------------------------------
+
+def install_kafka() -> Path:
+    """The folder of the broker's jars; fetched on the first call, whoever calls meanwhile waits for that.
+
+    Errors   PartError without Java or Maven, or where Maven fails.
+    """
+    java = shutil.which('java')
+    if java is None:
+        raise PartError('Kafka needs Java, and there is none.',
+                        f'install it (Debian: apt-get install openjdk-17-jre-headless maven){OR_DOCKER}')
+    pom = HERE / 'pom.xml'
+
+    def fetch(target: Path) -> None:
+        version = subprocess.run([java, '-version'], capture_output=True, text=True, check=False).stderr
+        found = re.search(r'version "(\d+)', version)
+        if not found or int(found[1]) < JAVA_MIN:
+            raise PartError(f'Kafka 4 needs Java {JAVA_MIN} or newer, `java -version` says: {version.strip()}.',
+                            f'install it (Debian: apt-get install openjdk-17-jre-headless){OR_DOCKER}')
+        if shutil.which('mvn') is None:
+            raise PartError('Fetching Kafka needs Maven, and there is none.',
+                            f'install it (Debian: apt-get install maven){OR_DOCKER}')
+        _run(['mvn', '-q', '-B', '-f', str(pom), 'dependency:copy-dependencies', f'-DoutputDirectory={target}'],
+             'Maven cannot fetch Kafka', f'check that Maven reaches its repository{OR_DOCKER}')
+
+    return _installed('kafka', pom.read_bytes(), fetch)
+
+
+def install_triton() -> Path:
+    """A folder with the server (`server`) and its Python backend with onnxruntime (`backends`); see `install_kafka`."""
+    pins = HERE / 'triton-constraints.txt'
+    python = f'{sys.version_info.major}.{sys.version_info.minor}'
+    uv = shutil.which('uv', path=f'{ROOT / ".venv" / "bin"}{os.pathsep}{os.environ.get("PATH", "")}')
+
+    def fetch(target: Path) -> None:
+        if uv is None:
+            raise PartError('Fetching Triton needs uv, and there is none.', 'run `make` targets, which install it.')
+        install = [uv, 'pip', 'install', '--quiet', '--python', sys.executable, '--constraint', str(pins), '--target']
+        do = f'check that uv reaches the package index, on Linux with Python 3.11 or 3.12{OR_DOCKER}'
+        backend = target / 'backends' / 'python'
+        _run([*install, str(target / 'server'), '--no-deps', 'nvidia-pytriton'], 'uv cannot fetch Triton', do)
+        _run([*install, str(backend), 'onnxruntime', 'numpy'], "uv cannot fetch the Python backend's packages", do)
+        served = target / 'server' / 'pytriton' / 'tritonserver'
+        stub = served / 'python_backend_stubs' / python / 'triton_python_backend_stub'
+        if not stub.is_file():
+            raise PartError(f'This Triton has no backend for Python {python}.', f'use Python 3.11 or 3.12{OR_DOCKER}')
+        shutil.copytree(served / 'backends' / 'python', backend, dirs_exist_ok=True)
+        for program in (Path(shutil.copy2(stub, backend)), served / 'bin' / 'tritonserver'):
+            program.chmod(0o755)
+
+    return _installed('triton', f'{python} {platform.machine()}'.encode() + pins.read_bytes(), fetch)
+
+
+def _installed(name: str, pins: bytes, fetch: Callable[[Path], None]) -> Path:
+    """`build/parts/<name>-<hash of the pins>`: complete where it exists, since it is renamed into place."""
+    target = PARTS / f'{name}-{hashlib.sha256(pins).hexdigest()[:12]}'
+    if target.exists():
+        return target
+    PARTS.mkdir(parents=True, exist_ok=True)
+    with (PARTS / f'{name}.lock').open('w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            part = target.with_name(target.name + '.part')
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            try:
+                fetch(part)
+                part.rename(target)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+    return target
+
+
+def _run(command: Sequence[str], problem: str, do: str) -> None:
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              text=True, errors='replace', timeout=INSTALL_SECONDS_MAX, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise PartError(f'{problem}: no end within {INSTALL_SECONDS_MAX} s.', do) from error
+    if done.returncode:
+        raise PartError(f'{problem}:\n{_tail(done.stdout)}\n', do)
+
+
+# ---- processes ------------------------------------------------------------------------------------------------------
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on, below those that the system gives to outgoing connections: a client
+    that tries again and again while its server is away could otherwise be given the server's own port, and keep it."""
+    try:
+        end = int(Path('/proc/sys/net/ipv4/ip_local_port_range').read_text().split()[0])
+    except (OSError, ValueError):
+        end = 32_768
+    for _ in range(200):
+        port = random.randrange(10_000, end) if end > 11_000 else 0
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind((HOST, port))
+            return probe.getsockname()[1]
+    raise PartError('There is no free port on 127.0.0.1.', 'stop what listens there.')
+
+
+def started_at(pid: int) -> int | None:
+    """When a running process started, in clock ticks since boot; None where there is none. With the pid it names a
+    process for good: pids come again."""
+    try:
+        state, *fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+    except OSError:
+        return None
+    return None if state in 'ZX' else int(fields[18])
+
+
+def stop_process(pid: int, started: int, seconds_max: float = STOP_SECONDS_MAX) -> bool:
+    """SIGTERM, and SIGKILL to its whole group when it has not ended in time; False where it was gone already."""
+    if started_at(pid) != started:
+        return False
+    for number, bound in ((signal.SIGTERM, seconds_max), (signal.SIGKILL, 10.0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+            os.killpg(pid, number) if number == signal.SIGKILL else os.kill(pid, number)
+        if _until(lambda: started_at(pid) != started, bound):
+            with contextlib.suppress(ProcessLookupError):       # children that outlived it
+                os.killpg(pid, signal.SIGKILL)
+            return True
+    raise PartError(f'Process {pid} does not end.', 'look at what it waits for (ps, /proc).')
+
+
+def recorded(pid_file: Path) -> tuple[int, int] | None:
+    """pid and start of the process that a part's pid file names, where it still runs."""
+    try:
+        pid, started = map(int, pid_file.read_text().split())
+    except (FileNotFoundError, ValueError):
+        return None
+    return (pid, started) if started_at(pid) == started else None
+
+
+def _until(condition: Callable[[], bool], seconds_max: float) -> bool:
+    deadline = time.monotonic() + seconds_max
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _tail(text: str, lines: int = 30) -> str:
+    return '\n'.join(text.strip().splitlines()[-lines:])
+
+
+# Waits until its standard input says that all is well, or ends because the caller was killed: then it cleans up.
+_GUARD = '''
+read -r word
+[ "$word" = done ] && exit
+kill -s KILL -- "-$1"
+rm -rf "$2" "/dev/shm/$3"*
+'''
+
+
+class Part:
+    """A server process in a group of its own, with its data, log and pid file in `folder`.
+
+    tied   it dies, and its folder goes, with the process that started it, however that ends; else it stays
+    """
+
+    name = 'part'
+
+    def __init__(self, folder: Path, tied: bool = True) -> None:
+        self.folder = folder
+        self.log = folder / f'{self.name}.log'
+        self.pid_file = folder / f'{self.name}.pid'
+        self.pid = 0
+        self.started = 0        # clock ticks; see `started_at`
+        self._tied = tied
+        self._process: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
+        self._was_up = False
+
+    def start(self) -> Self:
+        """Start it and return when it answers.
+
+        Errors   PartError with the end of its log where it ends, or does not answer in time; then it is stopped.
+        """
+        if self.running:
+            return self
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for attempt in (1, 2, 3):
+            try:
+                self._launch()
+                break
+            except PartError as error:
+                # Somebody took a port between choosing and binding it.
+                if self._was_up or attempt == 3 or 'already in use' not in str(error):
+                    raise
+                self._choose_ports()
+        self._was_up = True
+        return self
+
+    def stop(self) -> None:
+        """SIGTERM, then SIGKILL after a bound; data and ports stay for a later start."""
+        try:
+            if self.pid:
+                self._reaping(lambda: stop_process(self.pid, self.started))
+        finally:
+            self._ended()
+
+    def kill(self) -> None:
+        """SIGKILL to all of its group, as a crash would; data and ports stay."""
+        if self.running:
+            os.killpg(self.pid, signal.SIGKILL)
+            self._reaping(lambda: _until(lambda: not self.running, 10))
+        self._ended()
+
+    def pause(self) -> None:
+        """SIGSTOP: its connections stay open and nothing answers."""
+        os.killpg(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        os.killpg(self.pid, signal.SIGCONT)
+
+    def restart(self) -> Self:
+        """Stop, and start on the same ports and data."""
+        self.stop()
+        return self.start()
+
+    def remove(self) -> None:
+        """Stop it and remove its folder: nothing of it is left."""
+        try:
+            self.stop()
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def running(self) -> bool:
+        if self._process:
+            self._process.poll()        # a child that nobody waits for stays a zombie
+        return self.pid != 0 and started_at(self.pid) == self.started
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    # What a part must say of itself.
+    def _choose_ports(self) -> None:
+        raise NotImplementedError
+
+    def _command(self) -> tuple[list[str], dict[str, str]]:
+        """Arguments, and what is added to the environment."""
+        raise NotImplementedError
+
+    def _answers(self) -> bool:
+        raise NotImplementedError
+
+    def _shared_memory(self) -> str:
+        """How the names of its shared memory begin."""
+        return f'stream-none-{os.getpid()}'
+
+    def _launch(self) -> None:
+        command, environment = self._command()
+        with self.log.open('ab') as log:
+            begin = log.tell()
+            self._process = process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=self.folder,
+                env=os.environ | environment, start_new_session=True)
+        self.pid, self.started = process.pid, started_at(process.pid) or 0
+        self.pid_file.write_text(f'{self.pid} {self.started}\n')
+        if self._tied:
+            self._guard = subprocess.Popen(
+                ['sh', '-c', _GUARD, 'guard', str(self.pid), str(self.folder), self._shared_memory()],
+                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            if not _until(lambda: process.poll() is not None or self._answers(), START_SECONDS_MAX):
+                self._failed(f'does not answer within {START_SECONDS_MAX:.0f} s', begin)
+            if process.poll() is not None:
+                self._failed(f'ended with {process.returncode}', begin)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _failed(self, what: str, begin: int) -> None:
+        with self.log.open('rb') as log:
+            log.seek(begin)
+            tail = _tail(log.read().decode(errors='replace'))
+        raise PartError(f'{self.name} {what}. The end of {self.log}:\n{tail}\n', f'mend what the log names{OR_DOCKER}')
+
+    def _reaping(self, wait: Callable[[], object]) -> None:
+        wait()
+        if self._process:
+            self._process.wait(10)
+
+    def _ended(self) -> None:
+        if self._guard and self._guard.stdin:
+            with contextlib.suppress(BrokenPipeError):
+                self._guard.stdin.write(b'done\n')
+                self._guard.stdin.flush()
+            self._guard.stdin.close()
+            self._guard.wait(10)
+        for path in Path('/dev/shm').glob(f'{self._shared_memory()}*'):
+            path.unlink(missing_ok=True)
+        self.pid_file.unlink(missing_ok=True)
+        self._guard = self._process = None
+        self.pid = self.started = 0
+
+
+class Kafka(Part):
+    """One broker and controller in one process (KRaft), replication factor 1, nothing deleted by age by default.
+
+    properties   of server.properties, over what is chosen here
+    """
+
+    name = 'kafka'
+
+    def __init__(self, folder: Path, tied: bool = True, properties: Mapping[str, str] | None = None) -> None:
+        super().__init__(folder, tied)
+        self._properties = dict(properties or {})
+        self._libs = install_kafka()
+        self._choose_ports()
+
+    @property
+    def brokers(self) -> str:
+        """host:port"""
+        return f'{HOST}:{self.port}'
+
+    def _choose_ports(self) -> None:
+        self.port, self._controller_port = free_port(), free_port()
+
+    def _command(self) -> tuple[list[str], dict[str, str]]:
+        config, data = self.folder / 'server.properties', self.folder / 'data'
+        settings = {
+            'process.roles': 'broker,controller', 'node.id': '1',
+            'controller.quorum.voters': f'1@{HOST}:{self._controller_port}',
+            'listeners': f'PLAINTEXT://{HOST}:{self.port},CONTROLLER://{HOST}:{self._controller_port}',
+            'advertised.listeners': f'PLAINTEXT://{HOST}:{self.port}',
+            'controller.listener.names': 'CONTROLLER',
+            'listener.security.protocol.map': 'PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT',
+            'log.dirs': str(data),
+            # A killed broker's registration lasts so long: it comes back no sooner.
+            'broker.session.timeout.ms': '3000', 'broker.heartbeat.interval.ms': '500',
+            'num.network.threads': '2', 'num.io.threads': '4', 'log.cleaner.dedupe.buffer.size': str(16 << 20),
+            'auto.create.topics.enable': 'false',       # a typing error in a topic's name is an error
+            'log.retention.ms': '-1',                   # recorded events are old, and by age they would go at once
+            'offsets.topic.replication.factor': '1', 'offsets.topic.num.partitions': '8',
+            'transaction.state.log.replication.factor': '1', 'transaction.state.log.min.isr': '1',
+            'transaction.state.log.num.partitions': '8',
+            'group.initial.rebalance.delay.ms': '0', 'group.min.session.timeout.ms': '1000',
+        } | self._properties
+        config.write_text(''.join(f'{key}={value}\n' for key, value in settings.items()))
+        java = ['java', '-Xmx512m', '-Xms128m', '-XX:+ExitOnOutOfMemoryError',
+                '-Dorg.slf4j.simpleLogger.showDateTime=true',
+                '-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd HH:mm:ss.SSS', '-cp', f'{self._libs}/*']
+        if not (data / 'meta.properties').exists():
+            _run([*java, 'kafka.tools.StorageTool', 'format', '-t', 'c3RyZWFtLWxvY2FsLWthZg', '-c', str(config)],
+                 "Kafka's data folder cannot be formatted", f'check that {self.folder} can be written{OR_DOCKER}')
+        return [*java, 'kafka.Kafka', str(config)], {}
+
+    def _answers(self) -> bool:
+        """Whether it names itself as a living broker in answer to a Metadata request, version 1.
+
+        Source   Kafka's protocol guide; a request header is API key, version, correlation id, client id.
+        """
+        request = struct.pack('>hhih5si', 3, 1, 7, 5, b'parts', 0)
+        try:
+            with socket.create_connection((HOST, self.port), timeout=2) as connection:
+                connection.sendall(struct.pack('>i', len(request)) + request)
+                answer = connection.recv(12, socket.MSG_WAITALL)
+        except OSError:
+            return False
+        return len(answer) == 12 and struct.unpack('>iii', answer)[2] > 0
+
+
+class Triton(Part):
+    """Triton with the Python backend, serving one exported version on the CPU.
+
+    version_dir         folder of an exported version
+    queue_requests_max  beyond so many waiting requests it answers UNAVAILABLE
+    """
+
+    name = 'triton'
+
+    def __init__(self, folder: Path, version_dir: Path = SHIPPED, tied: bool = True,
+                 queue_requests_max: int = QUEUE_REQUESTS_MAX) -> None:
+        super().__init__(folder, tied)
+        self.version_dir = version_dir
+        self.queue_requests_max = queue_requests_max
+        self._installed = install_triton()
+        self._choose_ports()
+
+    @property
+    def address(self) -> str:
+        """host:port of the gRPC service"""
+        return f'{HOST}:{self.port}'
+
+    def _choose_ports(self) -> None:
+        self.port, self.http_port, self.metrics_port = free_port(), free_port(), free_port()
+
+    def _command(self) -> tuple[list[str], dict[str, str]]:
+        models = self.folder / 'models'
+        render(self.version_dir, models, 'python', HERE / 'model.py', self.queue_requests_max)
+        server = self._installed / 'server'
+        arguments = {
+            'model-repository': models, 'backend-directory': self._installed / 'backends',
+            'grpc-address': HOST, 'grpc-port': self.port, 'http-address': HOST, 'http-port': self.http_port,
+            'metrics-address': HOST, 'metrics-port': self.metrics_port, 'allow-gpu-metrics': 'false',
+            'disable-auto-complete-config': None, 'exit-timeout-secs': 10, 'log-info': 'false',
+            'backend-config': f'python,shm-region-prefix-name={self._shared_memory()}',
+        }
+        libraries = f'{_libpython()}:{server / "nvidia_pytriton.libs"}'
+        return ([str(server / 'pytriton' / 'tritonserver' / 'bin' / 'tritonserver'),
+                 *(f'--{key}' if value is None else f'--{key}={value}' for key, value in arguments.items())],
+                {'LD_LIBRARY_PATH': libraries})
+
+    def _answers(self) -> bool:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(f'http://{HOST}:{self.http_port}/v2/health/ready', timeout=2) as answer:
+                return answer.status == 200
+        except (OSError, urllib.error.URLError):
+            return False
+
+    def _shared_memory(self) -> str:
+        return f'stream-triton-{self.port}-'
+
+
+def _libpython() -> Path:
+    """The folder of this Python's shared library, which the Python backend needs."""
+    name = f'libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0'
+    for folder in (sysconfig.get_config_var('LIBDIR'), f'/usr/lib/{sysconfig.get_config_var("MULTIARCH")}',
+                   f'{sys.base_prefix}/lib'):
+        if folder and (Path(folder) / name).exists():
+            return Path(folder)
+    package = name.removesuffix('.so.1.0')
+    raise PartError(f"Triton's Python backend needs {name}.",
+                    f'install it (Debian: apt-get install {package}){OR_DOCKER}')

@@ -1,0 +1,155 @@
+"""Triton's configuration of an exported model, and model repositories in three variants.
+
+    onnxruntime   ONNX Runtime backend on CPU or GPU: the repository as it is exported
+    tensorrt      the same, its graph compiled by TensorRT: for GPUs, first start of minutes
+    python        Python backend and the onnxruntime package: for a Triton without ONNX Runtime backend
+
+All three serve the same model.onnx. Its SHA-256 stands in the configuration as the parameter `sha256`, which a client
+can ask for before it trusts the scores.
+"""
+import shutil
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import msgspec
+
+from stream.core.features import LENGTHS
+from stream.errors import ModelError, UsageError
+from stream.scoring.artefact import MANIFEST, WEIGHTS, load_artefact
+
+Variant = Literal['onnxruntime', 'tensorrt', 'python']
+VARIANTS: tuple[str, ...] = get_args(Variant)
+CONFIG_FILE = 'config.pbtxt'
+LABELS_FILE = 'tiers.txt'
+ROWS_MAX = 256                      # rows of one request, and of one batch
+QUEUE_REQUESTS_MAX = 1024           # beyond it Triton answers UNAVAILABLE at once
+ENGINE_CACHE = '/var/cache/stream-tensorrt'     # on the GPU's machine: TensorRT's engines outlive a restart there
+_TRITON_TYPES = {'int32': 'TYPE_INT32', 'int64': 'TYPE_INT64', 'float32': 'TYPE_FP32'}
+
+
+class Tensor(msgspec.Struct, frozen=True):
+    """Type and shape of one row; -1 is the number of slots."""
+
+    type: str
+    row_shape: tuple[int, ...]
+
+
+class Served(msgspec.Struct, frozen=True):
+    """What a manifest says that Triton has to know."""
+
+    name: str
+    version: str
+    files: dict[str, str]
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+
+def triton_config(served: Served, variant: str = 'onnxruntime', queue_requests_max: int = QUEUE_REQUESTS_MAX) -> str:
+    """The text of config.pbtxt.
+
+    Source   ModelConfig in Triton's model_config.proto; accelerator parameters in its ONNX Runtime backend's README.
+    """
+    engine = 'backend: "python"' if variant == 'python' else 'platform: "onnxruntime_onnx"'
+    inputs = ',\n'.join(_tensor(*item) for item in served.inputs.items())
+    outputs = ',\n'.join(_tensor(*item) for item in served.outputs.items())
+    return f'''name: "{served.name}"
+{engine}
+max_batch_size: {ROWS_MAX}
+input [
+{inputs}
+]
+output [
+{outputs}
+]
+version_policy {{ specific {{ versions: [ {served.version} ] }} }}
+dynamic_batching {{
+  max_queue_delay_microseconds: 1000
+  default_queue_policy {{ max_queue_size: {queue_requests_max} }}
+}}
+parameters {{
+  key: "sha256"
+  value {{ string_value: "{served.files[WEIGHTS]}" }}
+}}
+''' + _OF_VARIANT[variant](served)
+
+
+def render(version_dir: Path, repository: Path, variant: str, python_model: Path | None = None,
+           queue_requests_max: int = QUEUE_REQUESTS_MAX) -> Path:
+    """Write a verified version as the only one of its model into `repository`; returns the model's folder there.
+
+    python_model   the Python backend's model.py; needed by the variant `python` alone
+    Errors         ModelError where the version is not what its manifest says or the manifest names no tensors;
+                   UsageError for an unknown variant, or a repository that holds the version itself.
+    """
+    if variant not in VARIANTS or (variant == 'python') != bool(python_model):
+        raise UsageError(f'{variant!r} is no variant of a model repository.', f'use one of {", ".join(VARIANTS)}.')
+    weights = load_artefact(version_dir).weights
+    try:
+        served = msgspec.json.decode((version_dir / MANIFEST).read_bytes(), type=Served)
+    except msgspec.DecodeError as error:
+        raise ModelError(f'{version_dir / MANIFEST} does not describe the tensors: {error}.',
+                         'export the model again.') from error
+    model_dir = repository / served.name
+    if model_dir.resolve() == version_dir.parent.resolve():
+        raise UsageError(f'{repository} is where the exported model is.', 'name another folder for the variant.')
+    target = model_dir / served.version
+    shutil.rmtree(model_dir, ignore_errors=True)
+    target.mkdir(parents=True)
+    shutil.copyfile(weights, target / WEIGHTS)
+    if python_model:
+        shutil.copyfile(python_model, target / 'model.py')
+    shutil.copyfile(version_dir.parent / LABELS_FILE, model_dir / LABELS_FILE)
+    (model_dir / CONFIG_FILE).write_text(triton_config(served, variant, queue_requests_max))
+    return model_dir
+
+
+def _tensor(name: str, tensor: Tensor) -> str:
+    label = f'\n    label_filename: "{LABELS_FILE}"' if name == 'tier_probabilities' else ''
+    return (f'  {{\n    name: "{name}"\n    data_type: {_TRITON_TYPES[tensor.type]}\n'
+            f'    dims: [ {", ".join(map(str, tensor.row_shape))} ]{label}\n  }}')
+
+
+def _python(_served: Served) -> str:
+    return 'instance_group [ { count: 1 kind: KIND_CPU } ]\n'
+
+
+def _tensorrt(served: Served) -> str:
+    """One engine for all batch sizes and lengths, in FP32 since scores are compared with the embedded copy's; built and
+    warmed before the model counts as ready."""
+    def shapes(rows: int, slots: int) -> str:
+        return ','.join(f'{name}:' + 'x'.join(map(str, (rows, *_shape(tensor, slots))))
+                        for name, tensor in served.inputs.items())
+
+    parameters: dict[str, Any] = {
+        'precision_mode': 'FP32', 'max_workspace_size_bytes': 1 << 30,
+        'trt_engine_cache_enable': 1, 'trt_engine_cache_path': ENGINE_CACHE,
+        'trt_profile_min_shapes': shapes(1, LENGTHS[0]), 'trt_profile_opt_shapes': shapes(ROWS_MAX, LENGTHS[1]),
+        'trt_profile_max_shapes': shapes(ROWS_MAX, LENGTHS[-1])}
+    accelerator = '\n'.join(f'      parameters {{ key: "{key}" value: "{value}" }}'
+                            for key, value in parameters.items())
+    warmups = ''.join(_warmup(served, slots) for slots in LENGTHS)
+    return f'''instance_group [ {{ count: 1 kind: KIND_GPU }} ]
+optimization {{
+  execution_accelerators {{
+    gpu_execution_accelerator {{
+      name: "tensorrt"
+{accelerator}
+    }}
+  }}
+}}
+{warmups}'''
+
+
+def _warmup(served: Served, slots: int) -> str:
+    inputs = ''.join(
+        f'  inputs {{\n    key: "{name}"\n    value {{ data_type: {_TRITON_TYPES[tensor.type]} '
+        f'dims: [ {", ".join(map(str, _shape(tensor, slots)))} ] zero_data: true }}\n  }}\n'
+        for name, tensor in served.inputs.items())
+    return f'model_warmup {{\n  name: "{slots} slots"\n  batch_size: {ROWS_MAX}\n{inputs}}}\n'
+
+
+def _shape(tensor: Tensor, slots: int) -> tuple[int, ...]:
+    return tuple(slots if size < 0 else size for size in tensor.row_shape)
+
+
+_OF_VARIANT = {'onnxruntime': lambda _served: '', 'tensorrt': _tensorrt, 'python': _python}
