@@ -27,6 +27,7 @@ from stream.cli_shared import (
     FormatName,
     Overrides,
     effective_settings,
+    format_of,
     parsed,
     progress_bar,
     say,
@@ -129,9 +130,10 @@ def train(
     if simulated:
         options = learning.simulated(simulated, days, seed)
     else:
+        names = [path.name for path in files or ()]
         options = learning.TrainOptions(
-            _recorded(files or [], format_name), seed=seed, source=', '.join(path.name for path in files or ()),
-            command=f'stream train --format {format_name} {" ".join(path.name for path in files or ())} --seed {seed}')
+            _recorded(files or [], format_name, settings), seed=seed, source=', '.join(names),
+            command=f'stream train --format {format_name} {" ".join(names)} --seed {seed}')
     options = replace(options, rules=settings.event_rules(), limits=settings.window_limits())
     learning.train(options, out, Console(stderr=True))
     say(f'checkpoint: {out}. Next: stream export {out} --into triton_models')
@@ -213,7 +215,7 @@ def _replay(
             raise UsageError(f'{path} is a folder, or one of the files to replay.', 'name another file with --out.')
     with ExitStack() as stack:
         progress = stack.enter_context(progress_bar())
-        recording = Recording(files, format_name)
+        recording = Recording(files, format_of(format_name, settings))
         task = progress.add_task('reading times', total=None)
         recording.scan(lambda rows: progress.update(task, completed=rows))
         scorer = _scorer(settings)
@@ -247,14 +249,15 @@ def _learning(module: str) -> Any:
                          "install it: pip install -e '.[train]' (or `make train`).") from error
 
 
-def _recorded(files: list[Path], format_name: str) -> Iterator[bytes]:
+def _recorded(files: list[Path], format_name: str, settings: Settings) -> Iterator[bytes]:
     from stream.replay.recording import Recording
-    recording = Recording(files, format_name)
+    from stream.replay.topic_records import event_bytes
+    recording = Recording(files, format_of(format_name, settings))
     recording.scan()
     for block in recording.blocks(10_000, 1 << 62):
         for index, value in enumerate(block.values):
             if index not in block.bad:
-                yield value
+                yield value if recording.records is None else event_bytes(value)
 
 
 def _scorer(settings: Settings) -> Any:

@@ -21,7 +21,8 @@ from rich.text import Text
 
 from stream.config import Settings, load_settings, unknown_variables
 from stream.errors import UsageError
-from stream.replay.formats import FORMATS
+from stream.replay.formats import FORMATS, Format, kafka_format
+from stream.replay.topic_records import Inputs
 
 ConfigFile = Annotated[Path | None, typer.Option(
     '--config', metavar='FILE', help='Settings file in TOML (default: stream.toml, if there is one).')]
@@ -44,6 +45,13 @@ def effective_settings(config: Path | None, **flags: Any) -> Settings:
     for name in unknown_variables():
         say(f'warning: {name} in the environment is no setting; see `stream config` for the names.')
     return load_settings(config, **flags)
+
+
+def format_of(name: str, settings: Settings) -> Format | str:
+    """The format of that name; records of topics are told apart by the settings."""
+    if name != 'kafka':
+        return name
+    return kafka_format(Inputs((settings.clicks_topic, settings.carts_topic), settings.partitioner))
 
 
 def parsed(overrides: list[str] | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ costs one row and not the rest of the file.
                      CustomerID                                                with C
     cdnow            customer, yyyymmdd, CDs, dollars; blanks between them     purchase
     tmall            user_id brand_id type visit_datetime                      click, purchase, favorite, add_to_cart
+    kafka            records of the input topics (see topic_records)           as the worker would read them
 
 Text files may be compressed (.gz, .zst). Times without a zone are UTC; no format names a currency.
 
@@ -41,6 +42,7 @@ from xxhash import xxh3_64_hexdigest
 
 from stream.core.events import EventRecord
 from stream.errors import InputError
+from stream.replay.topic_records import Inputs
 
 _READ_BUFFER_BYTES = 1 << 20
 _PARQUET_BATCH_ROWS = 8192
@@ -86,11 +88,16 @@ Rows = Generator[bytes | BadRow, None, None]
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of recorded file: its name, a line of help, and how it is read."""
+    """One kind of recorded file: its name, a line of help, and how it is read.
+
+    records   None: a row is an event's JSON. Else a row is a line with a record of one of these topics, and stands in
+              the stream where `RecordTimes` puts it.
+    """
 
     name: str
     help: str
     read: Callable[[Path, Occurrences], Rows]
+    records: Inputs | None = None
 
     def rows(self, path: Path, occurrences: Occurrences | None = None) -> Rows:
         """The file's rows in file order, as event JSON or `BadRow`; a header is not a row.
@@ -464,6 +471,18 @@ def _tmall_event(user_id: str, brand_id: str, kind: str, visit_datetime: str) ->
                   item_id=brand_id)
 
 
+# ---- records of topics ----------------------------------------------------------------------------------------------
+
+def _record_rows(inputs: Inputs, path: Path, _occurrences: Occurrences) -> Rows:
+    yield from filter(inputs.holds, _lines(path))
+
+
+def kafka_format(inputs: Inputs) -> Format:
+    """What `stream record` writes, of these input topics."""
+    return Format('kafka', 'What stream record writes: records of the input topics.', partial(_record_rows, inputs),
+                  inputs)
+
+
 # ---- the formats ----------------------------------------------------------------------------------------------------
 
 _COLUMNS = {
@@ -487,4 +506,5 @@ FORMATS: dict[str, Format] = {given.name: given for given in (
     _csv_format('online-retail', 'UCI Online Retail as CSV: invoice lines.', _online_retail_event),
     Format('cdnow', 'CDNOW_master.txt: customer, day, CDs, dollars.', _cdnow_rows),
     _csv_format('tmall', 'Tmall (Alibaba 2014): user, brand, type, month and day.', _tmall_event),
+    kafka_format(Inputs()),
 )}

@@ -26,9 +26,11 @@ from typing import BinaryIO, TypeGuard
 import msgspec
 import numpy as np
 
-from stream.core.events import peek_ts_ms
+from stream.core.events import Decoder, Event, EventRules, Refusal, peek_ts_ms
 from stream.errors import InputError, UsageError
+from stream.replay import topic_records
 from stream.replay.formats import FORMATS, BadRow, Format, Occurrences
+from stream.replay.topic_records import Inputs, RecordTimes
 
 _READ_ROWS = 8192
 _SPILL_CHUNK_ROWS = 512     # each run has one chunk in memory while the runs are merged
@@ -60,27 +62,29 @@ class Block:
 class Recording:
     """Files of one format, as one stream. Call `scan` first.
 
+    records           what `Format.records` says: None, or that rows are records of topics, with their own offsets
     rows              number of rows, bad ones included
     first_ms, last_ms earliest and latest event time, Unix ms; 0 where no row has a time
     in_order          whether the rows stand in event-time order already, over all files
     """
 
     def __init__(
-        self, paths: Sequence[Path], format: str,  # noqa: A002 (the word that the operator types)
+        self, paths: Sequence[Path], format: str | Format,  # noqa: A002 (the word that the operator types)
         rows_in_memory_max: int = 500_000, spill_dir: Path | None = None,
     ) -> None:
         """Nothing is read yet.
 
-        format              a name in FORMATS
+        format              a name in FORMATS, or a format that the settings have made
         rows_in_memory_max  files that are not in order and have more rows than this are sorted on disk
         spill_dir           where; None: the system's folder for temporary files, which may be small or in memory
         """
-        if format not in FORMATS:
+        if isinstance(format, str) and format not in FORMATS:
             raise UsageError(f'There is no format {format!r}.', f'use one of {", ".join(FORMATS)}.')
         if not paths:
             raise UsageError('No file to replay was named.', 'name at least one file.')
         self._paths = list(paths)
-        self._format: Format = FORMATS[format]
+        self._format: Format = FORMATS[format] if isinstance(format, str) else format
+        self.records: Inputs | None = self._format.records
         self._rows_in_memory_max = rows_in_memory_max
         self._spill_dir = spill_dir
         self._times_ms: np.ndarray | None = None
@@ -103,11 +107,12 @@ class Recording:
         first_numbers = []
         known_from: int | None = None       # the first row with a readable time
         occurrences = Occurrences()
+        peek = peek_ts_ms if self.records is None else RecordTimes()
         for path in self._paths:
             first_numbers.append(len(times))
             with closing(self._format.rows(path, occurrences)) as rows:
                 while chunk := list(islice(rows, _READ_ROWS)):
-                    found = _peek_times(chunk)
+                    found = _peek_times(chunk, peek)
                     if known_from is None:
                         known_from = next((len(times) + i for i, ts_ms in enumerate(found) if ts_ms is not None), None)
                     _append_times(times, found)
@@ -143,6 +148,10 @@ class Recording:
             raise IndexError(f'row {number} of {self.rows}')
         file = bisect_right(self._first_numbers, number) - 1
         return self._paths[file], number - self._first_numbers[file] + 1
+
+    def decoder(self, rules: EventRules) -> Callable[[bytes], Event | Refusal]:
+        """What turns a row that is not bad into an event; events of records come with their source and offset."""
+        return Decoder(rules) if self.records is None else topic_records.decoder(rules, self.records)
 
     def _blocks(
         self, times_ms: np.ndarray, order: np.ndarray | None, events_max: int, span_ms_max: int,
@@ -208,10 +217,10 @@ class Recording:
         return ends
 
 
-def _peek_times(rows: list[Row]) -> list[int | None]:
+def _peek_times(rows: list[Row], peek: Callable[[bytes], int | None]) -> list[int | None]:
     if _no_bad_row(rows):
-        return list(map(peek_ts_ms, rows))
-    return [None if isinstance(row, BadRow) else peek_ts_ms(row) for row in rows]
+        return list(map(peek, rows))
+    return [None if isinstance(row, BadRow) else peek(row) for row in rows]
 
 
 def _no_bad_row(rows: list[Row]) -> TypeGuard[list[bytes]]:

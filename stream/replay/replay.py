@@ -1,23 +1,24 @@
 """Recorded events through the core, in event-time order, as one stream.
 
 The same steps as a lane of the worker: decode, fire what is due, fold, score, decide, write, publish. Record numbers of
-the file take the place of offsets: each topic's events are counted from 0.
+the file take the place of offsets: each topic's events are counted from 0. Records of topics keep their own offsets.
 """
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
-from typing import IO
+from typing import IO, Any
 
 import msgspec
 import orjson
 
 from stream.core.decide import Policy
-from stream.core.events import SOURCE_OF_TYPE, Decoder, Event, EventRules
+from stream.core.events import SOURCE_OF_TYPE, Event, EventRules
 from stream.core.lane import Touched, fire, fold_step, overdue
 from stream.core.window import DAY_MS, Fold, User, WindowLimits
 from stream.errors import StateError
 from stream.replay.recording import Block, Recording
 from stream.replay.state import State
 from stream.replay.statistics import Statistics
+from stream.replay.topic_records import decode_record
 from stream.scoring.scorer import Scorer
 from stream.scoring.step import Publish, score_step
 
@@ -65,7 +66,7 @@ class Replay:
         self._rules = rules
         self._outputs = outputs
         self._dead_letters = dead_letters
-        self._decoder = Decoder(rules.events)
+        self._decoder = recording.decoder(rules.events)
         self._next_offset = [0, 0]
         self._steps = 0
 
@@ -105,12 +106,14 @@ class Replay:
 
     def _decode(self, block: Block) -> list[Event]:
         decode_event, next_offset, events = self._decoder, self._next_offset, []
+        counts_offsets = self._recording.records is None
         for index, value in enumerate(block.values):
             outcome = block.bad.get(index) or decode_event(value)
             if isinstance(outcome, Event):
-                outcome.source = source = SOURCE_OF_TYPE[outcome.type]
-                outcome.offset = next_offset[source]
-                next_offset[source] += 1
+                if counts_offsets:
+                    outcome.source = source = SOURCE_OF_TYPE[outcome.type]
+                    outcome.offset = next_offset[source]
+                    next_offset[source] += 1
                 events.append(outcome)
             else:
                 self._dead_letter(block.numbers[index], value, outcome.reason, outcome.detail)
@@ -119,11 +122,15 @@ class Replay:
 
     def _dead_letter(self, number: int, value: bytes, reason: str, detail: str) -> None:
         path, row = self._recording.locate(number)
-        letter = {'file': _text(path.name), 'row': row, 'reason': reason, 'detail': _text(detail)}
+        letter: dict[str, Any] = {'file': _text(path.name), 'row': row, 'reason': reason, 'detail': _text(detail)}
+        record = None if self._recording.records is None else decode_record(value)
+        if record is not None:
+            letter |= {'topic': record.topic, 'partition': record.partition, 'offset': record.offset}
+        content = value if record is None else record.value
         try:
-            letter['value'] = value.decode()
+            letter['value'] = None if content is None else content.decode()
         except UnicodeDecodeError:
-            letter['value_base64'] = b64encode(value).decode()
+            letter['value_base64'] = b64encode(content or b'').decode()
         self._dead_letters.write(orjson.dumps(letter) + b'\n')
         self.counts.dead += 1
         self.statistics.dead[reason] += 1
