@@ -33,6 +33,7 @@ from stream.cli_shared import (
     say,
     written,
 )
+from stream.cli_worker import app as worker_commands
 from stream.config import SHIPPED_MODEL, Settings, render
 from stream.errors import StreamError, UsageError
 
@@ -164,6 +165,7 @@ def show_config(
         sys.stdout.write(render(effective_settings(config, **parsed(overrides))))
 
 
+app.add_typer(worker_commands)
 app.add_typer(kafka_commands)
 
 

@@ -220,7 +220,7 @@ class Lane:
         self._stream_ms = list(meta.lane.stream_ms)
         if self._rules.journal:
             entry = RecoveredEntry(self.number, meta.newest if meta.unsent else self._step + 1, tuple(meta.unsent))
-            await self._send(self._rules.journal, [(b'%d' % self.number, encode_entry(entry), ())])
+            await self._send(self._rules.journal, [(b'%d' % self.number, encode_entry(entry), [])])
         if meta.unsent:
             users = await asyncio.to_thread(self.store.load, meta.unsent)
             again = [(user_id.encode(), unpack_outbox(user.outbox)) for user_id, user in users.items() if user.outbox]
@@ -416,7 +416,7 @@ class Lane:
         stage, clock = self._tools.metrics.stage, time.perf_counter
         times = [clock()]
         if step.journal is not None:
-            await self._send(self._rules.journal, [(b'%d' % self.number, step.journal, ())])
+            await self._send(self._rules.journal, [(b'%d' % self.number, step.journal, [])])
         changelog = await self._send_changelog(step)
         times.append(clock())
         await self._send_outputs(step)
@@ -434,8 +434,8 @@ class Lane:
         """Send the users' records, and the lane's own last; return the changelog offset after it."""
         if not step.changes:
             return self.store.meta.changelog
-        records: list[Record] = [(change.user_id, change.record, ()) for change in step.changes]
-        records.append((LANE_KEY, msgspec.json.encode(step.lane), ()))
+        records: list[Record] = [(change.user_id, change.record, []) for change in step.changes]
+        records.append((LANE_KEY, msgspec.json.encode(step.lane), []))
         return await self._send(self._rules.changelog, records)
 
     async def _send_outputs(self, step: Step) -> None:

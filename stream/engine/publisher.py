@@ -1,6 +1,6 @@
 """Records go out in as few producer batches as the broker's limit allows, and every one of them is awaited."""
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from aiokafka.errors import KafkaError as DriverError
 from aiokafka.errors import MessageSizeTooLargeError
@@ -10,7 +10,7 @@ from stream.engine.transport import Producer
 from stream.errors import KafkaError
 
 Header = tuple[str, bytes]
-Record = tuple[bytes, bytes | None, Sequence[Header]]       # key, value, headers
+Record = tuple[bytes, bytes | None, list[Header]]       # key, value, headers
 
 
 class Publisher:

@@ -122,7 +122,6 @@ class TableManager(FaustTableManager):
         await app._fetcher.maybe_start()
         self.on_actives_ready()
         self.on_standbys_ready()
-        app.on_rebalance_end()
 
     async def wait_until_recovery_completed(self) -> bool:
         return False

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import aiokafka
 import msgspec
 from aiokafka.errors import CommitFailedError, ConsumerStoppedError, IllegalStateError, KafkaError
-from faust.transport import base
 from faust.transport.consumer import Consumer as FaustConsumer
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, AppT
@@ -93,6 +92,7 @@ class RebalanceListener(aiokafka.abc.ConsumerRebalanceListener):
         consumer.app.consumer_generation_id = generation
         await consumer.seek_to_committed()
         await consumer.on_partitions_assigned(tps, generation)
+        consumer.app.on_rebalance_end()
 
 
 class Consumer(FaustConsumer):
@@ -348,13 +348,11 @@ class Producer(driver.Producer):
         """Topics are made and checked before the app starts."""
 
 
-class Transport(base.Transport):
+class Transport(driver.Transport):
     """Registered as `blocks` among Faust's transports."""
 
     Consumer = Consumer
     Producer = Producer
-    driver_version = f'aiokafka={aiokafka.__version__}'
-    default_port = 9092
 
 
 def _driver_tp(tp: TP) -> Any:
