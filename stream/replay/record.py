@@ -1,0 +1,158 @@
+"""Topics are read into a file that `replay --format kafka` reads: one record a line, see `topic_records`.
+
+Only committed records are read. Until now: up to the ends that the topics had at the start, so that the file is a cut
+through all of them, and somebody who goes on writing cannot keep it open. Follow: until it is stopped.
+"""
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import msgspec
+import pyarrow
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.structs import ConsumerRecord
+
+from stream.config import Settings
+from stream.core.events import parse_rfc3339_ms
+from stream.engine.kafka import open_admin, open_consumer
+from stream.engine.topics import Topics, read_topics
+from stream.errors import KafkaError, UsageError
+from stream.replay.topic_records import TopicRecord, encode_record
+
+POLL_MS = 250
+POLL_RECORDS_MAX = 5_000
+FETCH_BYTES_MAX = 4 << 20     # of one partition at once
+STALLED_S = 60.0        # without a record, and not at the end: the brokers are gone
+_COMPRESSIONS = {'.gz': 'gzip', '.zst': 'zstd'}
+
+
+class Recorded(msgspec.Struct):
+    """What was written. `records` by topic; `missing`: of the range asked for, offsets that hold no committed record
+    (transaction markers, aborted or compacted records, or those that retention has taken)."""
+
+    records: dict[str, int]
+    missing: int = 0
+    seconds: float = 0.0
+
+
+@contextmanager
+def compressed(file: IO[bytes], path: Path) -> Iterator[Any]:
+    """A stream into `file`, compressed as the name of `path` says."""
+    kind = _COMPRESSIONS.get(path.suffix.lower())
+    if kind is None:
+        yield file
+    else:
+        with pyarrow.CompressedOutputStream(file, kind) as stream:
+            yield stream
+
+
+def check_target(path: Path) -> None:
+    """UsageError where a recording cannot be written to `path`, or would overwrite something."""
+    name = path.name.lower()
+    for suffix in _COMPRESSIONS:
+        name = name.removesuffix(suffix)
+    if not name.endswith('.jsonl') or not path.parent.is_dir():
+        raise UsageError(f'A recording cannot be written to {path}.',
+                         'name a .jsonl, .jsonl.gz or .jsonl.zst file in an existing folder.')
+    if path.exists():
+        raise UsageError(f'{path} is there already.', 'name another file: a recording is not overwritten.')
+
+
+def parse_start(text: str) -> tuple[Literal['offset', 'time'], int]:
+    """Where to begin: `beginning`, an offset (of every partition), or an RFC 3339 time (of the records' timestamps).
+
+    Errors   UsageError where it is none of these.
+    """
+    if text == 'beginning':
+        return 'offset', 0
+    if text.isdigit():
+        return 'offset', int(text)
+    ts_ms = parse_rfc3339_ms(text)
+    if ts_ms is None:
+        raise UsageError(f'Nothing begins at {text!r}.',
+                         'write beginning, an offset, or a time such as 2026-01-31T12:00:00Z.')
+    return 'time', ts_ms
+
+
+async def record(
+    settings: Settings, names: list[str], write: Callable[[bytes], Any], start: str = 'beginning',
+    stop: asyncio.Event | None = None, progress: Callable[[int, int | None], None] | None = None,
+) -> Recorded:
+    """Read the topics `names` and hand each record's line to `write`.
+
+    start      see `parse_start`
+    stop       None: end at the ends that the topics have now; else go on until it is set
+    progress   is told how many records were written, and of how many offsets (None: no end is known)
+    Errors     KafkaError where a topic is missing, or the brokers are gone; UsageError for `start`.
+    """
+    kind, begin_at = parse_start(start)
+    async with open_admin(settings) as admin:
+        topics = Topics(await read_topics(admin, names), [], [], [])
+    names = list(dict.fromkeys(names))
+    places = [TopicPartition(name, number) for name in names for number in range(topics.partitions(name))]
+    account = Recorded(dict.fromkeys(names, 0))
+    started = time.monotonic()
+    async with open_consumer(settings, 'record', auto_offset_reset='earliest',
+                             max_partition_fetch_bytes=FETCH_BYTES_MAX) as consumer:
+        consumer.assign(places)
+        ends = await consumer.end_offsets(places)
+        begins = await _begins(consumer, places, ends, kind, begin_at)
+        for place in places:
+            consumer.seek(place, begins[place])
+        total = None if stop else sum(ends[place] - begins[place] for place in places)
+        written = 0
+        async for place, records in _records(consumer, begins, ends, stop):
+            for entry in records:
+                write(encode_record(TopicRecord(
+                    entry.topic, entry.partition, entry.offset, entry.timestamp, entry.key, entry.value, entry.headers,
+                    topics.found[entry.topic].partitions)) + b'\n')
+            account.records[place.topic] += len(records)
+            written += len(records)
+            if progress is not None:
+                progress(written, total)
+        if total is not None:
+            account.missing = total - written
+    account.seconds = time.monotonic() - started
+    return account
+
+
+async def _begins(
+    consumer: AIOKafkaConsumer, places: list[TopicPartition], ends: Mapping[TopicPartition, int],
+    kind: Literal['offset', 'time'], begin_at: int,
+) -> dict[TopicPartition, int]:
+    """The first offset to read of each partition, never beyond its end."""
+    first = await consumer.beginning_offsets(places)
+    if kind == 'offset':
+        return {place: min(max(first[place], begin_at), ends[place]) for place in places}
+    found = await consumer.offsets_for_times(dict.fromkeys(places, begin_at))
+    return {place: ends[place] if found[place] is None else min(found[place].offset, ends[place]) for place in places}
+
+
+async def _records(
+    consumer: AIOKafkaConsumer, begins: Mapping[TopicPartition, int], ends: Mapping[TopicPartition, int],
+    stop: asyncio.Event | None,
+) -> AsyncIterator[tuple[TopicPartition, list[ConsumerRecord]]]:
+    """Records by partition, below `ends`, or until `stop` is set."""
+    reading = {place for place in begins if stop or begins[place] < ends[place]}
+    consumer.pause(*[place for place in begins if place not in reading])
+    positions, moved_at = dict(begins), time.monotonic()
+    while reading and not (stop and stop.is_set()):
+        found = await consumer.getmany(*reading, timeout_ms=POLL_MS, max_records=POLL_RECORDS_MAX)
+        for place, records in found.items():
+            wanted = records if stop else [entry for entry in records if entry.offset < ends[place]]
+            if wanted:
+                yield place, wanted
+        for place in list(reading):
+            # A position moves past transaction markers and aborted records too, which no record shows.
+            position = await consumer.position(place)
+            if position != positions[place]:
+                positions[place], moved_at = position, time.monotonic()
+            if not stop and position >= ends[place]:
+                reading.remove(place)
+                consumer.pause(place)
+        if not stop and time.monotonic() - moved_at > STALLED_S:
+            raise KafkaError(f'No record came for {STALLED_S:.0f} s; {len(reading)} partitions are not at their end.',
+                             'see whether the brokers are well, then record again.')
