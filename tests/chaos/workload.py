@@ -1,0 +1,112 @@
+"""The events of a run: simulated shoppers whose time goes on from chunk to chunk, with noise and poison between them.
+
+Memory is that of one chunk. The same options give the same records in the same order.
+"""
+import random
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import orjson
+
+from stream.replay.simulator import SimulatorOptions, simulate
+from tests.chaos.log import Topic
+from tests.chaos.reference import DAY_MS
+
+START_MS = 1_735_689_600_000        # 2025-01-01
+_CART_TYPES = (b'"type":"add_to_cart"', b'"type":"remove_from_cart"', b'"type":"purchase"', b'"type":"refund"')
+# Users whose ids are hard on somebody: two Unicode forms of one name, many bytes, what looks like a path or a lane.
+_NAMES = {'u000003': 'é', 'u000004': 'e\N{COMBINING ACUTE ACCENT}', 'u000005': '買い物' * 40, 'u000006': '../../etc',
+          'u000007': '\N{REPLACEMENT CHARACTER}lane', 'u000008': ' '}
+
+
+class Input(NamedTuple):
+    """One record to be sent. `partition` None: where murmur2 puts the key; `timestamp_ms` 0: the time of sending."""
+
+    topic: Topic
+    key: bytes | None
+    value: bytes | None
+    partition: int | None = None
+    timestamp_ms: int = 0
+    headers: tuple[tuple[str, bytes], ...] = ()
+
+
+def records(seed: int, events: int, shoppers: int, days: int = 30, noise: float = 0.02,
+            poison: float = 0.002) -> Iterator[Input]:
+    """At least `events` records, from whole chunks cut off at that number.
+
+    shoppers   of each chunk; they are the same users in every chunk, so that windows fill
+    days       of simulated time in a chunk
+    noise      share of rows that are repeated, delayed or broken
+    poison     share of additional records that no sane producer sends
+    """
+    rng = random.Random(seed)
+    sent = chunk = 0
+    while True:
+        simulation = simulate(SimulatorOptions(shoppers, days, seed * 1_000 + chunk, START_MS + chunk * days * DAY_MS,
+                                               noise=noise))
+        prefix = b'"event_id":"c%d-e' % chunk
+        for line in simulation.lines():
+            if sent >= events:
+                return
+            sent += 1
+            yield _input(line.replace(b'"event_id":"e', prefix, 1))
+            if rng.random() < poison and sent < events:
+                sent += 1
+                yield _poison(rng, line)
+        chunk += 1
+
+
+def _input(line: bytes) -> Input:
+    topic: Topic = 'carts' if any(kind in line for kind in _CART_TYPES) else 'clicks'
+    at = line.find(b'"user_id":"')
+    end = line.find(b'"', at + 11)
+    if at < 0 or end < 0:
+        return Input(topic, b'nobody', line)
+    user_id = line[at + 11:end].decode()
+    name = _NAMES.get(user_id)
+    if name is not None:
+        line = line.replace(user_id.encode(), name.encode(), 1)
+    return Input(topic, (name or user_id).encode(), line)
+
+
+def _poison(rng: random.Random, line: bytes) -> Input:
+    given = _input(line)
+    good = {'event_id': f'p{rng.getrandbits(48):x}', 'user_id': 'poison', 'ts': START_MS, 'type': 'view'}
+    text = orjson.dumps(good)
+    key: bytes | None = b'poison'
+    headers: tuple[tuple[str, bytes], ...] = (('Faust-Ag-ReplyTo', b'alerts'), ('trace', b'\x00\xff'))
+    value: bytes | None
+    match rng.randrange(16):
+        case 0:
+            value = None
+        case 1:
+            value = b''
+        case 2:
+            value = text[:-1] + b',"text":"\xff\xfe"}'
+        case 3:
+            value = b'[' * 100_000
+        case 4:
+            value = text[:-1] + b',"price":1e999}'
+        case 5:
+            value = text[:-1] + b',"query":"\\ud800"}'
+        case 6:
+            value = text[:-1] + b',"quantity":' + b'9' * 5_000 + b'}'
+        case 7:
+            value, key = text, None
+        case 8:
+            value, key = text, b'somebody else'
+        case 9:
+            value = orjson.dumps(good | {'ts': 4_000_000_000_000})
+        case 10:
+            value = orjson.dumps(good | {'ts': -1})
+        case 11:
+            value = text + b'{}'
+        case 12:
+            value = orjson.dumps([good])
+        case 13:
+            value = orjson.dumps(good | {'rating': '5'})
+        case 14:        # of a key given twice the last one counts: this one is valid
+            value = b'{"user_id":"nobody",' + text[1:]
+        case _:         # where another partitioner would have put it, mostly
+            return given._replace(partition=0, headers=headers)
+    return Input(given.topic, key, value, None if key is not None else 0, headers=headers)
