@@ -28,6 +28,7 @@ from stream.cli_shared import (
     Overrides,
     effective_settings,
     format_of,
+    inputs_of,
     parsed,
     progress_bar,
     say,
@@ -86,6 +87,9 @@ def simulate(
 def replay(
     files: Annotated[list[Path], typer.Argument(metavar='FILE...', help='Recorded files, also .gz and .zst.')],
     format_name: FormatName = 'events',
+    journal: Annotated[Path | None, typer.Option(
+        metavar='FILE', help="The recorded journal topic: make the worker's own steps again (with --format kafka).",
+    )] = None,
     out: Annotated[Path, typer.Option(
         metavar='FILE', help='Messages, one a line. Beside it: dead letters (.dead.jsonl) and the report (.html).',
     )] = Path('alerts.jsonl'),
@@ -103,11 +107,29 @@ def replay(
     """Send recorded events through the worker's own core, in event-time order; the same files give the same bytes."""
     flags = {'publish': publish, 'scorer': scorer, 'model': model, 'state': 'rocksdb' if state_dir else state}
     settings = effective_settings(config, **parsed(overrides) | {k: v for k, v in flags.items() if v is not None})
-    outcome = _replay(files, format_name, out, settings, report, state_dir)
+    outcome = _replay(files, format_name, out, settings, report, state_dir, journal)
     if as_json:
         sys.stdout.write(orjson.dumps(msgspec.to_builtins(outcome.counts)).decode() + '\n')
     else:
         _print_summary(outcome)
+
+
+@app.command(name='journal')
+def show_journal(
+    file: Annotated[Path, typer.Argument(metavar='JOURNAL', help='The recorded journal topic.')],
+    lane: Annotated[int | None, typer.Option(min=0, help='Only this lane (partition number).')] = None,
+    users: Annotated[bool, typer.Option('--users', help='Name all users of an entry.')] = False,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Print what the worker's lanes did: blocks, sweeps and changes of owner, and how much of it came to be."""
+    from stream.replay.journal import described, read_journal
+    settings = effective_settings(config, **parsed(overrides))
+    journal = read_journal(file)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `stream journal FILE | head` is no error
+    for line in described(journal if lane is None else {lane: journal.get(lane, [])},
+                          (settings.clicks_topic, settings.carts_topic), users):
+        sys.stdout.write(line + '\n')
 
 
 @app.command()
@@ -204,7 +226,9 @@ class Outcome(msgspec.Struct):
 
 def _replay(
     files: list[Path], format_name: str, out: Path, settings: Settings, with_report: bool, state_dir: Path | None,
+    journal: Path | None = None,
 ) -> Outcome:
+    from stream.replay.journal import JournalReplay, RecordedTopics, read_journal
     from stream.replay.recording import Recording
     from stream.replay.replay import Replay
 
@@ -212,29 +236,49 @@ def _replay(
     # A block's thousands of new objects are no garbage: looking for cycles at every 700 of them cost 6 % of the rate.
     gc.set_threshold(100_000, 10, 10)
     dead_letters, report = out.with_suffix('.dead.jsonl'), out.with_suffix('.html')
+    if journal and format_name != 'kafka':
+        raise UsageError('A journal leads through records of topics.', 'add --format kafka, and name their recording.')
     for path in (out, dead_letters, report):
-        if path.is_dir() or path.resolve() in {file.resolve() for file in files}:
+        if path.is_dir() or path.resolve() in {file.resolve() for file in (*files, *filter(None, [journal]))}:
             raise UsageError(f'{path} is a folder, or one of the files to replay.', 'name another file with --out.')
     with ExitStack() as stack:
         progress = stack.enter_context(progress_bar())
-        recording = Recording(files, format_of(format_name, settings))
+        if journal:
+            recording = RecordedTopics(files, inputs_of(settings))
+            stack.callback(recording.close)
+        else:
+            recording = Recording(files, format_of(format_name, settings))
         task = progress.add_task('reading times', total=None)
         recording.scan(lambda rows: progress.update(task, completed=rows))
         scorer = _scorer(settings)
-        state = _state(settings, state_dir, stack)
         outputs = stack.enter_context(written(out))
         letters = stack.enter_context(written(dead_letters))
-        run = Replay(recording, state, scorer, settings.replay_rules(), outputs, letters)
+        rules = settings.replay_rules()
+        if isinstance(recording, Recording):
+            run = Replay(recording, _state(settings, state_dir, stack), scorer, rules, outputs, letters)
+            seen = recording
+        else:
+            assert journal
+            seen = run = JournalReplay(
+                recording, read_journal(journal),
+                lambda lane: _state(settings, state_dir / f'users-{lane}' if state_dir else None, stack),
+                scorer, rules, outputs, letters)
         progress.reset(task, description='replaying', total=recording.rows)
         started = time.monotonic()
         counts = asyncio.run(run.run(lambda rows: progress.advance(task, rows)))
         seconds = time.monotonic() - started
+        if isinstance(run, JournalReplay):
+            for gap in run.missing():
+                say(f'warning: the journal goes further than the recording: {gap}.')
+            if run.unfinished:
+                say(f'{run.unfinished:,} events of steps that were cut short were not taken again before the journal '
+                    'ends.')
         if with_report:
             from stream.replay.report import ReportAbout, write_report
             progress.update(task, description='writing report')
             about = ReportAbout(
                 sources=[path.name for path in files], format=format_name, currency=settings.currency,
-                first_ms=recording.first_ms, last_ms=recording.last_ms, publish=settings.publish,
+                first_ms=seen.first_ms, last_ms=seen.last_ms, publish=settings.publish,
                 trained_on=scorer.trained_on,
                 tier_names=scorer.tier_names, intent_raise=settings.intent_raise, churn_raise=settings.churn_raise,
                 churn_clear=settings.churn_clear)

@@ -51,7 +51,12 @@ def format_of(name: str, settings: Settings) -> Format | str:
     """The format of that name; records of topics are told apart by the settings."""
     if name != 'kafka':
         return name
-    return kafka_format(Inputs((settings.clicks_topic, settings.carts_topic), settings.partitioner))
+    return kafka_format(inputs_of(settings))
+
+
+def inputs_of(settings: Settings) -> Inputs:
+    """The input topics, and who chose the partitions of their records."""
+    return Inputs((settings.clicks_topic, settings.carts_topic), settings.partitioner)
 
 
 def parsed(overrides: list[str] | None) -> dict[str, Any]:

@@ -110,10 +110,10 @@ def steps_of(entries: Sequence[Entry]) -> Iterable[tuple[EventsEntry | TimersEnt
     for entry in reversed(entries):
         if isinstance(entry, RecoveredEntry):
             found = Kept(entry.step, frozenset(entry.users)) if entry.users else Kept(entry.step - 1, None)
-            if kept is None or found.step < kept.step:
-                kept = found
-            elif found.step == kept.step:       # in parts, or found again by an owner who came to nothing
-                kept = Kept(kept.step, None if found.users is None or kept.users is None else kept.users | found.users)
+            if kept and found.users and kept.users and found.step == kept.step:     # one in parts, or found again
+                found = Kept(found.step, found.users | kept.users)
+            if kept is None or found.step <= kept.step:
+                kept = found        # of two that found the same, the earlier one knows what was cut short
         elif kept is None or entry.step <= kept.step:
             counted.append((entry, kept))
     return reversed(counted)

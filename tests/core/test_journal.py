@@ -90,6 +90,12 @@ def test_a_clean_restart_cuts_what_was_only_announced():
     assert list(steps_of(entries)) == [(events(1), Kept(2, None)), (timers(2, 'a'), Kept(2, None)), (events(3), None)]
 
 
+def test_an_owner_who_came_to_nothing_forgets_nothing_of_what_was_cut():
+    for second in (recovered(2, 'a'), recovered(3)):
+        assert list(steps_of([timers(2, 'a', 'b'), recovered(2, 'a'), second, events(3)])) == [
+            (timers(2, 'a', 'b'), Kept(2, frozenset('a'))), (events(3), None)]
+
+
 def test_a_step_that_was_not_found_stays_undone_when_its_number_comes_again():
     # The first step 6 came to nothing; of the second one, by the next owner, `a` was found.
     entries = [timers(5, 'b'), timers(6, 'a', 'b'), recovered(6), timers(6, 'a', 'c'), recovered(6, 'a'), events(7)]
