@@ -11,6 +11,7 @@ import orjson
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from stream.cli_shared import (
     AsJson,
@@ -24,8 +25,11 @@ from stream.cli_shared import (
     say,
     written,
 )
+from stream.config import load_settings
+from stream.errors import UsageError
 
 if TYPE_CHECKING:
+    from stream.engine.check import Line
     from stream.replay.record import Recorded
 
 
@@ -66,6 +70,44 @@ def topics(
         say(f'warning: {finding.problem} Do: {finding.do}')
     if found.problems:
         raise as_error(found)
+
+
+@app.command()
+def check(
+    as_json: Annotated[bool, typer.Option('--json', help='Print the lines as JSON, one a line.')] = False,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Say what is wrong with settings, brokers, topics, partitioner, model, Triton and this machine, and what to do.
+
+    Ends with the exit code of the first problem. Changes nothing.
+    """
+    from stream.engine import check as checks
+
+    async def run() -> int:
+        exit_code = 0
+        try:
+            settings = load_settings(config, **parsed(overrides))
+        except UsageError as error:
+            show(checks.problem('settings', error))
+            return error.exit_code
+        async for line in checks.check(settings):
+            show(line)
+            exit_code = exit_code or line.exit_code
+        return exit_code
+
+    def show(line: 'Line') -> None:
+        if as_json:
+            _print_json(line)
+        else:
+            text = Text.assemble((f'{line.outcome:8}', _COLOURS[line.outcome]), f'{line.check:12}', line.text)
+            console.print(text.append(f' Do: {line.do}') if line.do else text)
+
+    console = Console(highlight=False, soft_wrap=True)
+    sys.exit(asyncio.run(run()))
+
+
+_COLOURS = {'ok': 'green', 'warning': 'yellow', 'problem': 'bold red'}
 
 
 @app.command()
