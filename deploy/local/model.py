@@ -1,7 +1,7 @@
 """The shipped graph in Triton's Python backend, for a Triton that has no ONNX Runtime backend.
 
 Triton calls this file; it lies beside model.onnx in the rendered version folder. A request is a batch already, so each
-is run alone: joining the requests of one call gained nothing (measured with `bench.py` beside this file).
+is run alone: joining the requests of one call gained nothing for 1 to 256 rows a request, 4 to 16 requests at once.
 """
 import hashlib
 import json

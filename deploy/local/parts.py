@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Self
 
 from stream.errors import StreamError
-from stream.scoring.repository import QUEUE_REQUESTS_MAX, render
+from stream.scoring.repository import render
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -418,13 +418,13 @@ class Triton(Part):
     """Triton with the Python backend, serving one exported version on the CPU.
 
     version_dir         folder of an exported version
-    queue_requests_max  beyond so many waiting requests it answers UNAVAILABLE
+    queue_requests_max  beyond so many waiting requests it answers UNAVAILABLE; 0: no bound
     """
 
     name = 'triton'
 
     def __init__(self, folder: Path, version_dir: Path = SHIPPED, tied: bool = True,
-                 queue_requests_max: int = QUEUE_REQUESTS_MAX) -> None:
+                 queue_requests_max: int = 0) -> None:
         super().__init__(folder, tied)
         self.version_dir = version_dir
         self.queue_requests_max = queue_requests_max

@@ -37,6 +37,7 @@ def test_triton_reads_it(variant: str, tmp_path: Path):
     assert [entry.name for entry in config.output] == list(OUTPUT_NAMES)
     assert list(config.version_policy.specific.versions) == [1]
     assert config.max_batch_size == ROWS_MAX
+    assert config.HasField('dynamic_batching')
     assert config.dynamic_batching.default_queue_policy.max_queue_size == 7
     assert config.parameters['sha256'].string_value == load_artefact(SHIPPED).info.sha256
     labels = next(entry.label_filename for entry in config.output if entry.name == 'tier_probabilities')
@@ -44,6 +45,11 @@ def test_triton_reads_it(variant: str, tmp_path: Path):
     files = {'model.onnx', 'model.py'} if variant == 'python' else {'model.onnx'}
     assert {path.name for path in (model_dir / '1').iterdir()} == files
     assert (model_dir / '1' / 'model.onnx').read_bytes() == (SHIPPED / 'model.onnx').read_bytes()
+
+
+def test_the_queue_has_a_bound_only_where_one_is_asked_for(tmp_path: Path):
+    config = parsed(rendered('onnxruntime', tmp_path))
+    assert config.HasField('dynamic_batching') and not config.dynamic_batching.HasField('default_queue_policy')
 
 
 def test_the_committed_configuration_is_the_onnxruntime_one(tmp_path: Path):
