@@ -35,7 +35,7 @@ from stream.cli_shared import (
     written,
 )
 from stream.cli_worker import app as worker_commands
-from stream.config import SHIPPED_MODEL, Settings, render
+from stream.config import Settings, render
 from stream.errors import StreamError, UsageError
 
 app = typer.Typer(
@@ -273,6 +273,8 @@ def _replay(
             if run.unfinished:
                 say(f'{run.unfinished:,} events of steps that were cut short were not taken again before the journal '
                     'ends.')
+            if run.passed_over:
+                say(f'warning: the worker has skipped {run.passed_over:,} events; `stream journal` shows where.')
         if with_report:
             from stream.replay.report import ReportAbout, write_report
             progress.update(task, description='writing report')
@@ -307,22 +309,8 @@ def _recorded(files: list[Path], format_name: str, settings: Settings) -> Iterat
 
 
 def _scorer(settings: Settings) -> Any:
-    if settings.scorer == 'constant':
-        from stream.scoring.scorer import ConstantScorer
-        return ConstantScorer(rows_max=settings.batch_rows_max)
-    from stream.scoring.embedded import EmbeddedScorer
-    model = settings.model
-    if model == SHIPPED_MODEL and not model.exists():      # called from elsewhere: the one of this checkout
-        model = Path(__file__).parents[1] / SHIPPED_MODEL
-    scorer = EmbeddedScorer(model, settings.scorer_threads, settings.batch_rows_max, off_loop=False)
-    trained, here = scorer.manifest.window, settings.window_limits()
-    if (trained.events_max, trained.span_ms) != (here.events_max, here.span_ms):
-        say(f'warning: the model was trained on windows of {trained.events_max} events, these hold {here.events_max} '
-            '(or another span): do not trust its scores.')
-    if scorer.manifest.currency != settings.currency:
-        say(f'warning: the model was trained on amounts in {scorer.manifest.currency}, these are in '
-            f'{settings.currency}: do not trust its scores.')
-    return scorer
+    from stream.scoring.make import make_scorer
+    return make_scorer(settings, lambda line: say(f'warning: {line}'), off_loop=False)
 
 
 def _state(settings: Settings, state_dir: Path | None, stack: ExitStack) -> Any:

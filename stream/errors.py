@@ -45,7 +45,7 @@ class KafkaError(StreamError):
     exit_code = 6
 
 
-class ScorerUnavailable(ModelError):
+class ScorerUnavailable(ModelError):     # noqa: N818 (a state rather than a mistake)
     """The scorer cannot answer for the moment; nothing of the question was lost, and nothing of it was answered.
 
     Hold what was to be scored and ask again after `retry_after_ms`: no answer comes earlier.
@@ -56,5 +56,5 @@ class ScorerUnavailable(ModelError):
         self.retry_after_ms = retry_after_ms
 
 
-class ResponseRefused(ModelError):
+class ResponseRefused(ModelError):     # noqa: N818 (what was done about it)
     """An answer that does not fit its question: other rows, names, types or shapes. None of it may be used."""

@@ -3,7 +3,7 @@
                      failures_max failures in a row
           closed ───────────────────────────────────► open ◄─┐
              ▲                                         │     │ failed: twice the pause, up to pause_ms_max
-             │ succeeded               pause is over   ▼     │
+             │ probed well             pause is over   ▼     │
              └────────────────────────────────────  half_open┘
 
 Source: M. Nygard, Release It! (circuit breaker); RFC 5681 (additive increase, multiplicative decrease).
@@ -40,46 +40,47 @@ class Breaker:
         self._due_s = clock()
 
     def may_probe(self) -> bool:
-        """True for the one caller that shall try the server; it then tells `succeeded`, `failed` or `abandoned`."""
+        """True for the one caller that shall try the server, and then says what came of it: `probed`."""
         if self.state != 'open' or self._clock() < self._due_s:
             return False
         self.state = 'half_open'
         return True
+
+    def probed(self, well: bool | None) -> None:
+        """What came of the probe; None: nothing, it was cut off, and the next caller may try at once."""
+        if well:
+            self.state = 'closed'
+            self._failures = 0
+            self._pause_ms = self._pause_ms_first
+        elif well is None:
+            self.state = 'open'
+            self._due_s = self._clock()
+        else:
+            self._open()
 
     def retry_after_ms(self) -> int:
         """Milliseconds until asking may be of use; at least 1."""
         left_ms = (self._due_s - self._clock()) * 1000 if self.state == 'open' else self._pause_ms_first
         return max(1, round(left_ms))
 
-    def succeeded(self) -> None:
-        """An answer came. One to a question from before it opened proves nothing: then only a probe counts."""
-        if self.state == 'open':
-            return
-        self.state = 'closed'
-        self._failures = 0
-        self._pause_ms = self._pause_ms_first
+    # Requests of before it opened may end later: what they say is old, and only the probe counts then.
+    def answered(self) -> None:
+        """A request was answered."""
+        if self.state == 'closed':
+            self._failures = 0
 
     def failed(self) -> None:
-        """No answer came. Late failures of an open breaker do not prolong its pause."""
-        if self.state == 'half_open':
-            self._open(min(2 * self._pause_ms, self._pause_ms_max))
-        elif self.state == 'closed':
+        """A request was not."""
+        if self.state == 'closed':
             self._failures += 1
             if self._failures >= self._failures_max:
                 self.opened += 1
-                self._open(self._pause_ms_first)
+                self._open()
 
-    def abandoned(self) -> None:
-        """The probe ended without saying anything about the server: the next caller may try at once."""
-        if self.state == 'half_open':
-            self.state = 'open'
-            self._due_s = self._clock()
-
-    def _open(self, pause_ms: int) -> None:
+    def _open(self) -> None:
         self.state = 'open'
-        self._failures = 0
-        self._pause_ms = pause_ms
-        self._due_s = self._clock() + pause_ms / 1000
+        self._due_s = self._clock() + self._pause_ms / 1000
+        self._pause_ms = min(2 * self._pause_ms, self._pause_ms_max)
 
 
 class Slots:

@@ -1,10 +1,14 @@
 """A scorer for while another is away: a second copy of the same model."""
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from stream.core.features import Batch
 from stream.core.scores import Outputs
 from stream.errors import ModelError, ScorerUnavailable
 from stream.scoring.scorer import Scorer
+
+if TYPE_CHECKING:
+    from stream.scoring.triton import Statistics
 
 
 class FallbackScorer:
@@ -36,6 +40,11 @@ class FallbackScorer:
             outputs = await self.secondary.score(batches)
             self.fallback_windows += sum(map(len, batches))
             return outputs
+
+    @property
+    def statistics(self) -> 'Statistics | None':
+        """The primary's, if it keeps any."""
+        return getattr(self.primary, 'statistics', None)
 
     async def close(self) -> None:
         """Close both."""

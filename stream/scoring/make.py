@@ -23,7 +23,7 @@ def make_scorer(settings: Settings, warn: Callable[[str], None], off_loop: bool 
         model = ROOT / SHIPPED_MODEL
     scorer = _triton(settings, model) if settings.scorer == 'triton' else _embedded(settings, model, off_loop)
     for line in mismatches(scorer.manifest, settings):
-        warn(f'warning: {line}: do not trust its scores.')
+        warn(f'{line}: do not trust its scores.')
     if settings.scorer == 'triton' and settings.fallback == 'embedded':
         from stream.scoring.fallback import FallbackScorer
         return FallbackScorer(scorer, _embedded(settings, model, off_loop))

@@ -170,22 +170,22 @@ class TritonScorer:
                 return
             if not self._breaker.may_probe():
                 raise self._unavailable()
+            well = None
             try:
                 # The old client is closed when its last call lets go of it: closing it now would cancel that call.
                 line.client = self._client()
                 await self._verify(line.client)
+                well = True
             except ScorerUnavailable as error:
-                self._breaker.failed()
+                well = False
                 self._why_away = (error.problem, error.do)
-                raise self._unavailable() from error
             except InferenceServerException as error:
-                self._breaker.failed()
+                well = False
                 self._is_away(_status(error), error)
-                raise self._unavailable() from error
-            except BaseException:
-                self._breaker.abandoned()
-                raise
-            self._breaker.succeeded()
+            finally:
+                self._breaker.probed(well)
+            if not well:
+                raise self._unavailable()
 
     def _client(self) -> InferenceServerClient:
         return InferenceServerClient(self.address, channel_args=_CHANNEL)
@@ -242,7 +242,7 @@ class TritonScorer:
                 except InferenceServerException as error:
                     self._judge(error, batch, line.slots, limit)
                 else:
-                    self._breaker.succeeded()
+                    self._breaker.answered()
                     line.slots.grow()
                     return outputs
                 pause_s = random.uniform(0, min(PAUSE_S_MAX, PAUSE_S_FIRST * 2 ** min(attempt, 10)))    # full jitter

@@ -10,19 +10,35 @@ from stream.core.features import COUNTERS, LENGTHS, SLOT_NUMBERS, TYPE_VOCABULAR
 from stream.core.scores import Outputs, collect
 from stream.errors import ModelError
 from stream.scoring.embedded import EmbeddedScorer
+from stream.scoring.fallback import FallbackScorer
 from stream.scoring.scorer import ConstantScorer, Scorer
+from stream.scoring.triton import TritonScorer
+from tests.scoring.stub_triton import StubTriton
 
 SHIPPED = Path(__file__).parents[2] / 'triton_models' / 'shopper' / '1'
-SCORERS: dict[str, Callable[[], Scorer]] = {
-    'constant': ConstantScorer,
-    'embedded': lambda: EmbeddedScorer(SHIPPED),
-    'embedded on the loop': lambda: EmbeddedScorer(SHIPPED, off_loop=False),
+NOWHERE = '127.0.0.1:1'
+SCORERS: dict[str, Callable[[pytest.FixtureRequest], Scorer]] = {
+    'constant': lambda request: ConstantScorer(),
+    'embedded': lambda request: EmbeddedScorer(SHIPPED),
+    'embedded on the loop': lambda request: EmbeddedScorer(SHIPPED, off_loop=False),
+    'triton': lambda request: TritonScorer(request.getfixturevalue('triton').address, SHIPPED),
+    'stub of triton': lambda request: TritonScorer(request.getfixturevalue('stub').address, SHIPPED),
+    'fallback': lambda request: FallbackScorer(TritonScorer(NOWHERE, SHIPPED), EmbeddedScorer(SHIPPED)),
 }
+
+
+@pytest.fixture(scope='session')
+def stub() -> Iterator[StubTriton]:
+    """The stub that the Triton scorer's tests lie with, here answering as the real server does."""
+    embedded = EmbeddedScorer(SHIPPED)
+    made = StubTriton(lambda batch: embedded.score_now([batch])[0])
+    yield made
+    made.stop()
 
 
 @pytest.fixture(params=SCORERS)
 def scorer(request: pytest.FixtureRequest) -> Iterator[Scorer]:
-    made = SCORERS[request.param]()
+    made = SCORERS[request.param](request)
     yield made
     asyncio.run(made.close())
 
@@ -101,8 +117,22 @@ def test_the_largest_batch_is_answered(scorer: Scorer):
     assert len(score(scorer, batch)[0].churn) == scorer.rows_max
 
 
-def test_a_misshapen_batch_is_an_error_that_says_so():
+def test_steps_at_once_each_get_their_own_rows(scorer: Scorer):
+    steps = [[made_up_batch(5, length, seed=seed) for length in LENGTHS] for seed in range(6)]
+
+    async def at_once() -> list[list[Outputs]]:
+        return await asyncio.gather(*map(scorer.score, steps))
+
+    for step, answers in zip(steps, asyncio.run(at_once()), strict=True):
+        for alone, together in zip(score(scorer, *step), answers, strict=True):
+            assert together.churn == pytest.approx(alone.churn, abs=1e-5)
+
+
+def test_a_misshapen_batch_is_an_error_that_says_so(scorer: Scorer):
+    if scorer.model.name == 'constant':
+        return      # looks at no window
     batch = made_up_batch(2, 8)
     batch.counters = batch.counters[:, :-1]
     with pytest.raises(ModelError, match='cannot run'):
-        score(EmbeddedScorer(SHIPPED), batch)
+        score(scorer, batch)
+    assert len(score(scorer, made_up_batch(2, 8))[0].churn) == 2

@@ -23,7 +23,7 @@ def breaker(clock: Clock) -> Breaker:
     """Closed, opens after 3 failures, pauses of 100, 200, 400, 400 ms."""
     made = Breaker(clock, failures_max=3, pause_ms_first=100, pause_ms_max=400)
     assert made.may_probe()
-    made.succeeded()
+    made.probed(True)
     return made
 
 
@@ -49,7 +49,7 @@ def test_failures_in_a_row_open_it(breaker: Breaker):
 def test_an_answer_between_failures_keeps_it_closed(breaker: Breaker):
     for _ in range(5):
         fail(breaker, 2)
-        breaker.succeeded()
+        breaker.answered()
     assert breaker.state == 'closed'
 
 
@@ -64,16 +64,16 @@ def test_one_caller_probes_after_the_pause(breaker: Breaker, clock: Clock):
     assert not breaker.may_probe()
 
 
-def test_a_probe_that_succeeds_closes_it_and_the_next_pause_is_short_again(breaker: Breaker, clock: Clock):
+def test_a_probe_that_goes_well_closes_it_and_the_next_pause_is_short_again(breaker: Breaker, clock: Clock):
     fail(breaker)
-    clock.now_s += 1
-    assert breaker.may_probe()
-    breaker.failed()
-    clock.now_s += 1
-    assert breaker.may_probe()
-    breaker.succeeded()
+    for well in (False, True):
+        clock.now_s += 1
+        assert breaker.may_probe()
+        breaker.probed(well)
     assert breaker.state == 'closed'
-    fail(breaker)
+    fail(breaker, 2)
+    assert breaker.state == 'closed'
+    fail(breaker, 1)
     assert breaker.retry_after_ms() == 100
     assert breaker.opened == 2
 
@@ -85,27 +85,33 @@ def test_pauses_double_up_to_the_longest(breaker: Breaker, clock: Clock):
         pauses.append(breaker.retry_after_ms())
         clock.now_s += 1
         assert breaker.may_probe()
-        breaker.failed()
+        breaker.probed(False)
     assert pauses == [100, 200, 400, 400]
     assert breaker.opened == 1      # it was open all the time
 
 
-def test_late_answers_to_an_open_breaker_change_nothing(breaker: Breaker, clock: Clock):
+@pytest.mark.parametrize('probing', [False, True])
+def test_what_requests_of_before_say_later_changes_nothing(breaker: Breaker, clock: Clock, probing: bool):
     fail(breaker)
-    clock.now_s += 0.05
-    breaker.failed()
-    breaker.succeeded()
-    assert breaker.state == 'open'
-    assert breaker.retry_after_ms() == 50
+    clock.now_s += 0.1 if probing else 0.05
+    assert breaker.may_probe() == probing
+    state, wait_ms = breaker.state, breaker.retry_after_ms()
+    for _ in range(9):
+        breaker.answered()
+        fail(breaker)
+    assert (breaker.state, breaker.retry_after_ms()) == (state, wait_ms)
+    assert breaker.opened == 1
 
 
-def test_a_probe_that_was_cancelled_leaves_the_next_to_another(breaker: Breaker, clock: Clock):
+def test_a_probe_that_was_cut_off_leaves_the_next_to_another(breaker: Breaker, clock: Clock):
     fail(breaker)
     clock.now_s += 1
     assert breaker.may_probe()
-    breaker.abandoned()
+    breaker.probed(None)
     assert breaker.state == 'open'
     assert breaker.may_probe()
+    breaker.probed(False)
+    assert breaker.retry_after_ms() == 200      # as if the first had not been
 
 
 def test_the_time_to_wait_is_never_nothing(breaker: Breaker, clock: Clock):

@@ -1,7 +1,9 @@
 """The Triton scorer and a stub that lies, stalls and dies on command: no bad score comes through, no wait is long."""
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -347,9 +349,13 @@ def test_a_connection_that_falls_silent_is_left_for_a_new_one(stub: StubTriton):
             batches = made_up_batches(3)
             assert_answered(batches, await scorer.score(batches))
             silence()
+            assert scorer._line
+            old = weakref.ref(scorer._line.client)
             with pytest.raises(ScorerUnavailable, match='DEADLINE_EXCEEDED'):
                 await scorer.score(batches)
             assert_answered(batches, await held_until_answered(scorer, batches))
+            gc.collect()
+            assert old() is None        # with it its connection
     run(test)
 
 
