@@ -12,6 +12,7 @@ user's next later event is folded:
 also fires by the stream's time between these steps, and so has a loop of its own.)
 """
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 
 import msgspec
 
@@ -38,6 +39,17 @@ class Folded(msgspec.Struct):
     touched: list[Touched]
     counts: list[int]
     rest: list[Event]
+
+
+def time_order(clicks_ms: Sequence[int], carts_ms: Sequence[int]) -> list[int]:
+    """The order in which records of both topics are folded: by the records' times, clicks first of equal ones.
+
+    Shapes   indices into the records of clicks followed by those of carts, each once.
+    Promise  a topic's own order is kept, whatever its records' times: a record counts as no earlier than those before
+             it.
+    """
+    times = [*accumulate(clicks_ms, max), *accumulate(carts_ms, max)]
+    return sorted(range(len(times)), key=times.__getitem__)
 
 
 def overdue(users: Mapping[str, User], events: Sequence[Event]) -> list[User]:

@@ -17,7 +17,6 @@ class Block(msgspec.Struct, gc=False):
     """The records at fetch positions [start, stop) of a topic partition; there may be none.
 
     epoch       of the assignment under which it was fetched: older ones are worthless
-    first_ms    the first record's own timestamp in Unix ms; 0 where there is no record
     """
 
     topic: str
@@ -30,6 +29,15 @@ class Block(msgspec.Struct, gc=False):
     @property
     def first_ms(self) -> int:
         return self.records[0].timestamp if self.records else 0
+
+    def upto(self, horizon_ms: int) -> tuple['Block', 'Block | None']:
+        """The block's part before its first record after `horizon_ms`, and the rest, if there is one."""
+        for at, record in enumerate(self.records):
+            if record.timestamp > horizon_ms:
+                here = Block(self.topic, self.partition, self.epoch, self.start, record.offset, self.records[:at])
+                rest = Block(self.topic, self.partition, self.epoch, record.offset, self.stop, self.records[at:])
+                return here, rest
+        return self, None
 
 
 def cut(block: Block, events_max: int) -> Iterator[Block]:

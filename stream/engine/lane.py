@@ -2,8 +2,7 @@
 
 One block's way, in order; the names are those of the methods:
 
-    admit           the contiguity guard: a block that does not start where the last one ended is not taken
-    _next           blocks of both topics by their first record's time
+    _next           what the intake has: blocks of both topics, as far as both reach in time
     _decode         bytes become events, or dead letters
     _load, _take    the touched users' records; `block_steps` cuts the block into steps
     _score          features, scores, decisions, reasons, messages into the outboxes
@@ -12,7 +11,7 @@ One block's way, in order; the names are those of the methods:
     _write          one RocksDB batch: records, timers, the changelog offset just acknowledged
     _done           the block may be committed
 
-The first five of step k+1 run while the last four of step k are under way. The changelog of step k+1 is sent only after
+The first four of step k+1 run while the last four of step k are under way. The changelog of step k+1 is sent only after
 the outputs of step k are acknowledged, so that only the newest step can be unpublished: whoever takes the partition
 over sends the outboxes of that step again before anything else. An error after the first send ends the worker: what it
 has not written it reads back when it starts again.
@@ -20,7 +19,7 @@ has not written it reads back when it starts again.
 import asyncio
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,6 +35,7 @@ from stream.core.messages import cloudevents_headers
 from stream.core.partitioners import PartitionerName, misrouted
 from stream.core.window import Fold, User, WindowLimits, encode, unpack_outbox
 from stream.engine.blocks import Block
+from stream.engine.intake import Intake, in_time_order
 from stream.engine.publisher import Publisher, Record
 from stream.engine.store import LANE_KEY, Change, LaneRecord, Meta, PartitionStore
 from stream.engine.transport import Consumer
@@ -47,6 +47,7 @@ from stream.scoring.step import Publish, Scored, score_step
 log = logging.getLogger(__name__)
 HOLD_RETRY_S = 1.0
 CLOCK_LOOK_S = 1.0          # how often an idle lane looks at the time of day
+MERGE_LOOK_S = 0.05         # how often a waiting one looks whether the other topic has more
 FETCH_FRESH_MS = 10_000     # an end that was heard of longer ago is no end
 
 
@@ -90,7 +91,7 @@ class Tools:
 class Step(msgspec.Struct):
     """What one step has led to.
 
-    done    the source whose position moves to `stop` when the step is durable; None for a step within a block
+    done    where the sources' positions move when the step is durable; None for a step within a run
     """
 
     number: int
@@ -98,10 +99,9 @@ class Step(msgspec.Struct):
     messages: list[tuple[bytes, list[bytes]]]       # user id, messages
     letters: list[Record]
     lane: LaneRecord
-    journal: bytes | None
+    journal: list[bytes]
     oldest_ms: int
-    done: Source | None
-    stop: int
+    done: dict[Source, int] | None
 
 
 class Stopped(Exception):  # noqa: N818 - no error: the lane was told to stop
@@ -121,58 +121,39 @@ class Lane:
         self.done = [tools.consumer.positions[tp] for tp in tps]
         self.moved_at = time.monotonic()
         self.steps = 0
-        self._expected = list(self.done)
         self._generation = generation
         self._tools = tools
         self._rules = tools.rules
-        self._queues: tuple[deque[Block], deque[Block]] = (deque(), deque())
         self._wake = asyncio.Event()
+        self.intake = Intake(tps, tools.consumer, tools.rules.blocks_ahead_max, tools.rules.merge_wait_ms,
+                             self._wake.set, tools.metrics)
         self._stopping = False
         self._step = 0
         self._stream_ms = [0, 0]
         self._record_ms = 0             # newest timestamp of a record
-        self._gave_up_waiting = False
         self._overlay: dict[str, User] = {}         # users of steps that are not yet written
         self._publishing: asyncio.Task | None = None
         self._task: asyncio.Task | None = None
 
-    # ---- what comes in ---------------------------------------------------------------------------------------------
+    # ---- what others ask -------------------------------------------------------------------------------------------
 
     def admit(self, block: Block) -> None:
-        """Take a block, or, where one is missing before it, have the partition read again from there."""
-        source = Source.CLICKS if block.topic == self.tps[Source.CLICKS].topic else Source.CARTS
-        tp, consumer = self.tps[source], self._tools.consumer
-        if block.epoch != consumer.epochs.get(tp) or self._stopping:
-            return
-        if block.start != self._expected[source]:
-            log.warning('%s-%d: a block from position %d came where %d was due: reading again from there.',
-                        tp.topic, tp.partition, block.start, self._expected[source])
-            self._tools.metrics.reseeks.inc()
-            consumer.seek_now(tp, self._expected[source])
-            return
-        self._expected[source] = block.stop
-        self._queues[source].append(block)
-        self._gave_up_waiting = False
-        self._tools.metrics.in_flight_blocks.inc()
-        self._wake.set()
+        """Take a block that was fetched."""
+        if not self._stopping:
+            self.intake.admit(block)
 
-    def wants(self, source: Source) -> bool:
-        """Whether there is room for another block."""
-        return len(self._queues[source]) < self._rules.blocks_ahead_max
+    @property
+    def _model(self) -> str:
+        return self._tools.scorer.model.sha256
 
     @property
     def waiting(self) -> bool:
         """Whether there are events that the lane has not finished."""
-        return self.done != self._expected
-
-    def blocks(self) -> int:
-        """Blocks in memory."""
-        return sum(map(len, self._queues))
+        return self.done != self.intake.expected
 
     def lag(self, source: Source) -> int:
         """Positions between what is done and the end of the topic partition, as far as it is known."""
-        end = self._tools.consumer.end_offset(self.tps[source])
-        return max((end or 0) - self.done[source], 0)
+        return max((self._tools.consumer.end_offset(self.tps[source]) or 0) - self.done[source], 0)
 
     # ---- life ------------------------------------------------------------------------------------------------------
 
@@ -193,16 +174,15 @@ class Lane:
                         timeout_s)
             self._task.cancel()
             await asyncio.wait([self._task])
-        self._tools.metrics.in_flight_blocks.dec(self.blocks())
 
     async def _run(self) -> None:
         try:
             await self._take_over()
             self.running = True
             while not self._stopping:
-                block = await self._next()
-                if block is not None:
-                    await self._block(block)
+                blocks = await self._next()
+                if blocks:
+                    await self._fold(blocks)
                 await self._sweep()
             await self._published()
         except Stopped:
@@ -229,32 +209,20 @@ class Lane:
             await self._send_messages(again)
             await asyncio.to_thread(self.store.write, [], Meta(meta.changelog, meta.lane, meta.newest, []))
 
-    # ---- which block is next ---------------------------------------------------------------------------------------
+    # ---- one run of events -----------------------------------------------------------------------------------------
 
-    async def _next(self) -> Block | None:
-        """The block that comes first in time; None where the timers have to be looked at, or the lane stops."""
-        wait_until = time.monotonic() + self._rules.merge_wait_ms / 1000
+    async def _next(self) -> tuple[Block, ...]:
+        """What is folded next; nothing where timers are due, or the lane stops."""
+        waited_since = time.monotonic()
         while not self._stopping:
             self._wake.clear()
             if self._publishing is not None and self._publishing.done():
                 await self._published()
-            clicks, carts = self._queues
-            if clicks and carts:
-                return (clicks if clicks[0].first_ms <= carts[0].first_ms else carts).popleft()
-            if clicks or carts:
-                ready, other = (clicks, Source.CARTS) if clicks else (carts, Source.CLICKS)
-                left_s = wait_until - time.monotonic()
-                if self._gave_up_waiting or not ready[0].records or not self._unread(other):
-                    return ready.popleft()
-                if left_s <= 0:
-                    self._gave_up_waiting = True
-                    return ready.popleft()
-                await self._woken(min(left_s, .05))
-            elif not self.store.none_due(self.clock_ms()):
-                return None
-            else:
-                await self._woken(CLOCK_LOOK_S)
-        return None
+            blocks = self.intake.take(time.monotonic() - waited_since)
+            if blocks or (not self.intake.blocks and not self.store.none_due(self.clock_ms())):
+                return blocks
+            await self._woken(MERGE_LOOK_S if self.intake.blocks else CLOCK_LOOK_S)
+        return ()
 
     async def _woken(self, timeout_s: float) -> None:
         try:
@@ -263,47 +231,42 @@ class Lane:
         except TimeoutError:
             return
 
-    def _unread(self, source: Source) -> bool:
-        """Whether the topic partition has, as far as is known, records that have not come in yet."""
-        end = self._tools.consumer.end_offset(self.tps[source])
-        return end is None or end > self._expected[source]
-
-    # ---- one block -------------------------------------------------------------------------------------------------
-
-    async def _block(self, block: Block) -> None:
+    async def _fold(self, blocks: tuple[Block, ...]) -> None:
+        """Fold the blocks' events, as one run in the order of time, step by step."""
         started = time.perf_counter()
-        source = Source.CLICKS if block.topic == self.tps[Source.CLICKS].topic else Source.CARTS
-        events, letters = self._decode(block, source)
+        records = in_time_order(blocks)
+        events, letters = self._decode(records)
         metrics = self._tools.metrics
-        metrics.blocks.inc()
-        metrics.in_flight_blocks.dec()
-        metrics.events_read.inc(len(block.records))
+        metrics.blocks.inc(len(blocks))
+        metrics.events_read.inc(len(records))
         metrics.stage('decode', time.perf_counter() - started)
         users = await self._load(dict.fromkeys([event.user_id for event in events]))
-        journal = None
+        journal = []
         if self._rules.journal:
-            journal = encode_entry(EventsEntry(self.number, self._step + 1, source, block.start, block.stop,
-                                               self._tools.scorer.model.sha256, self._rules.digest))
+            journal = [encode_entry(EventsEntry(
+                self.number, self._step + 1, self.intake.source(block.topic), block.start, block.stop,
+                self._model, self._rules.digest)) for block in blocks]
         steps = block_steps(users, events, self._rules.limits) if events else iter([Folded([], [0] * len(Fold), [])])
         for folded in steps:
-            last = not folded.rest
+            done = None
             metrics.folded(folded.counts)
-            if last:
+            if not folded.rest:
+                done = {self.intake.source(block.topic): block.stop for block in blocks}
                 for event in events:
-                    if event.ts_ms > self._stream_ms[source]:
-                        self._stream_ms[source] = event.ts_ms
-            await self._take(folded.touched, journal, letters if last else [], block.first_ms,
-                             source if last else None, block.stop)
-            journal = None
-        self._record_ms = max(self._record_ms, block.first_ms)
+                    if event.ts_ms > self._stream_ms[event.source]:
+                        self._stream_ms[event.source] = event.ts_ms
+            await self._take(folded.touched, journal, letters if done else [],
+                             records[0].timestamp if records else 0, done)
+            journal = []
+        self._record_ms = max(self._record_ms, *(block.first_ms for block in blocks))
 
-    def _decode(self, block: Block, source: Source) -> tuple[list[Event], list[Record]]:
-        """The block's events in order, and its dead letters."""
-        decode_event, events, letters = self._tools.decoder, [], []
-        for record in block.records:
+    def _decode(self, records: Sequence[ConsumerRecord]) -> tuple[list[Event], list[Record]]:
+        """The events in order, and the dead letters."""
+        decode_event, clicks, events, letters = self._tools.decoder, self.tps[Source.CLICKS].topic, [], []
+        for record in records:
             outcome = decode_event(record.value, record.key, record.timestamp)
             if isinstance(outcome, Event):
-                outcome.source = source
+                outcome.source = Source.CLICKS if record.topic == clicks else Source.CARTS
                 outcome.offset = record.offset
                 events.append(outcome)
             else:
@@ -315,9 +278,10 @@ class Lane:
             if refusal is not None:
                 strays[user_id] = refusal
         if strays:
-            by_offset = {record.offset: record for record in block.records}
-            letters += [self._letter(by_offset[event.offset], strays[event.user_id]) for event in events
-                        if event.user_id in strays]
+            place = self.intake.source
+            by_place = {(place(record.topic), record.offset): record for record in records}
+            letters += [self._letter(by_place[Source(event.source), event.offset], strays[event.user_id])
+                        for event in events if event.user_id in strays]
             events = [event for event in events if event.user_id not in strays]
         return events, letters
 
@@ -344,8 +308,8 @@ class Lane:
 
     # ---- one step --------------------------------------------------------------------------------------------------
 
-    async def _take(self, touched: Sequence[Touched], journal: bytes | None, letters: list[Record], oldest_ms: int,
-                    done: Source | None, stop: int) -> None:
+    async def _take(self, touched: Sequence[Touched], journal: list[bytes], letters: list[Record], oldest_ms: int,
+                    done: dict[Source, int] | None) -> None:
         """Score a step and hand it over to be published, after the one before it."""
         self._step += 1
         number, overlay, changes = self._step, self._overlay, []
@@ -366,10 +330,10 @@ class Lane:
         self._tools.metrics.refused_rows.inc(scored.refused)
         await self._published()
         positions = list(self.done)
-        if done is not None:
-            positions[done] = stop
+        for source, stop in (done or {}).items():
+            positions[source] = stop
         lane = LaneRecord(number, self._generation, positions, list(self._stream_ms))
-        step = Step(number, changes, messages, letters, lane, journal, oldest_ms, done, stop)
+        step = Step(number, changes, messages, letters, lane, journal, oldest_ms, done)
         self._publishing = asyncio.create_task(self._publish(step), name=f'lane {self.number} step {number}')
         self._publishing.add_done_callback(lambda _: self._wake.set())
 
@@ -415,8 +379,8 @@ class Lane:
     async def _publish(self, step: Step) -> None:
         stage, clock = self._tools.metrics.stage, time.perf_counter
         times = [clock()]
-        if step.journal is not None:
-            await self._send(self._rules.journal, [(b'%d' % self.number, step.journal, [])])
+        if step.journal:
+            await self._send(self._rules.journal, [(b'%d' % self.number, entry, []) for entry in step.journal])
         changelog = await self._send_changelog(step)
         times.append(clock())
         await self._send_outputs(step)
@@ -484,8 +448,8 @@ class Lane:
             user = overlay.get(user_id)
             if user is not None and user.step == step.number:
                 del overlay[user_id]
-        if step.done is not None:
-            self.done[step.done] = step.stop
+        for source, stop in (step.done or {}).items():
+            self.done[source] = stop
         self.moved_at = time.monotonic()
         self.steps += 1
         self._tools.metrics.steps.inc()
@@ -502,12 +466,12 @@ class Lane:
         if not due:
             return
         users = await self._load(dict.fromkeys(due))
-        journal = None
+        journal = []
         if self._rules.journal:
-            journal = encode_entry(TimersEntry(self.number, self._step + 1, tuple(due), self._tools.scorer.model.sha256,
-                                               self._rules.digest))
+            journal = [encode_entry(TimersEntry(self.number, self._step + 1, tuple(due), self._model,
+                                               self._rules.digest))]
         self._tools.metrics.timers_fired.inc(len(due))
-        await self._take(fire(users.values(), self._rules.limits), journal, [], 0, None, 0)
+        await self._take(fire(users.values(), self._rules.limits), journal, [], 0, None)
 
     def clock_ms(self) -> int:
         """How far time has come for this lane, in ms of event time.
@@ -515,7 +479,8 @@ class Lane:
         The smaller of its topics' stream times; a topic with nothing unread does not hold the clock back. The time of
         day counts only while the end of both is known to be reached, and events are recent.
         """
-        behind = [self._stream_ms[source] for source in Source if self._queues[source] or self._unread(source)]
+        intake = self.intake
+        behind = [self._stream_ms[source] for source in Source if intake.queued(source) or intake.unread(source)]
         if behind:
             return min(behind)
         newest_ms = max(self._stream_ms)

@@ -56,7 +56,7 @@ class Lanes:
 
     def wants(self, tp: TP) -> bool:
         lane = self._lanes.get(tp.partition)
-        return lane is None or lane.wants(self._source(tp))
+        return lane is None or lane.intake.wants(lane.intake.source(tp.topic))
 
     def committable(self) -> dict[TP, int]:
         return {tp: lane.done[source] for lane in self._lanes.values() for source, tp in enumerate(lane.tps)}
@@ -73,9 +73,6 @@ class Lanes:
         """End all steps in flight and begin no other, within the configured time."""
         await self._reader.unfollow()
         await asyncio.gather(*(lane.stop(self._drain_s) for lane in self._lanes.values()))
-
-    def _source(self, tp: TP) -> Source:
-        return Source.CLICKS if tp.topic == self._topics[Source.CLICKS] else Source.CARTS
 
     # ---- rebalances ------------------------------------------------------------------------------------------------
 
@@ -161,6 +158,7 @@ class Lanes:
             metrics.users.labels(str(lane.number)).set(lane.store.users_estimate())
             metrics.lane_clock_seconds.labels(str(lane.number)).set(lane.clock_ms() / 1000)
         metrics.recovering_partitions.set(len(self._reader.recovering))
+        metrics.in_flight_blocks.set(sum(lane.intake.blocks for lane in self._lanes.values()))
         metrics.scorer_holding.set(any(lane.holding for lane in self._lanes.values()))
 
     def live(self) -> list[str]:
@@ -190,7 +188,7 @@ class Lanes:
         partitions = [LaneStatus(
             number, self._state(lane), lane.store.meta.lane.step,
             {tp.topic: lane.lag(Source(source)) for source, tp in enumerate(lane.tps)}, lane.clock_ms(),
-            lane.store.users_estimate(), lane.blocks()) for number, lane in sorted(self._lanes.items())]
+            lane.store.users_estimate(), lane.intake.blocks) for number, lane in sorted(self._lanes.items())]
         partitions += [LaneStatus(number, 'standby') for number in sorted(self._standbys)]
         return Status(version=importlib.metadata.version('stream-scoring'), group=self._group,
                       model=f'{model.name}/{model.version}', model_sha256=model.sha256, lanes=partitions)

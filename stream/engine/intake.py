@@ -1,0 +1,138 @@
+"""What comes into a lane: the contiguity guard, and the order of both topics.
+
+A block is taken only if it begins where the last one of its topic ended; if not, the partition is read again from
+there, and whatever was fetched before is of an old epoch. Both topics are folded in the order of their records' times,
+as far as both reach: a lagging cart topic would else send coupons to people who have just bought.
+"""
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from aiokafka import ConsumerRecord
+from faust.types import TP
+
+from stream.core.events import Source
+from stream.core.lane import time_order
+from stream.engine.blocks import Block
+from stream.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+
+class Fetches(Protocol):
+    """What the intake needs of the group's consumer."""
+
+    positions: dict[TP, int]
+    epochs: dict[TP, int]
+
+    def seek_now(self, tp: TP, position: int) -> None: ...
+
+    def end_offset(self, tp: TP) -> int | None: ...
+
+
+class Intake:
+    """The blocks of both topics of one partition number that wait to be folded.
+
+    ahead_max       blocks of a topic that wait here
+    merge_wait_ms   how long events of one topic wait for those of the other that are known to exist
+    arrived         called when a block was taken
+    """
+
+    def __init__(self, tps: tuple[TP, TP], fetches: Fetches, ahead_max: int, merge_wait_ms: int,
+                 arrived: Callable[[], None], metrics: Metrics) -> None:
+        self.expected = [fetches.positions[tp] for tp in tps]
+        self._tps = tps
+        self._fetches = fetches
+        self._ahead_max = ahead_max
+        self._merge_wait_s = merge_wait_ms / 1000
+        self._arrived = arrived
+        self._metrics = metrics
+        self._queues: tuple[deque[Block], deque[Block]] = (deque(), deque())
+        self._waited_in_vain = False
+
+    def source(self, topic: str) -> Source:
+        """Which input a topic is."""
+        return Source.CLICKS if topic == self._tps[Source.CLICKS].topic else Source.CARTS
+
+    def admit(self, block: Block) -> None:
+        """Take a block, or, where one is missing before it, have the partition read again from there."""
+        source = self.source(block.topic)
+        tp, expected = self._tps[source], self.expected[source]
+        if block.epoch != self._fetches.epochs.get(tp):
+            return
+        if block.start != expected:
+            log.warning('%s-%d: a block from position %d came where %d was due: reading again from there.',
+                        tp.topic, tp.partition, block.start, expected)
+            self._metrics.reseeks.inc()
+            self._fetches.seek_now(tp, expected)
+            return
+        self.expected[source] = block.stop
+        self._queues[source].append(block)
+        self._waited_in_vain = False
+        self._arrived()
+
+    def wants(self, source: Source) -> bool:
+        """Whether there is room for another block."""
+        return len(self._queues[source]) < self._ahead_max
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that wait here."""
+        return sum(map(len, self._queues))
+
+    def queued(self, source: Source) -> bool:
+        """Whether a block of this topic waits here."""
+        return bool(self._queues[source])
+
+    def unread(self, source: Source) -> bool:
+        """Whether the topic partition has, as far as is known, records that have not come in yet."""
+        end = self._fetches.end_offset(self._tps[source])
+        return end is None or end > self.expected[source]
+
+    def take(self, waited_s: float) -> tuple[Block, ...]:
+        """What is folded next: one block, or one of each topic; nothing where there is none, or it has to wait.
+
+        waited_s   how long it has waited; after `merge_wait_ms` in vain nothing waits again until the other topic
+                   has brought something
+        """
+        clicks, carts = self._queues
+        if clicks and carts:
+            return self._both()
+        if not clicks and not carts:
+            return ()
+        ready, other = (clicks, Source.CARTS) if clicks else (carts, Source.CLICKS)
+        if ready[0].records and self.unread(other) and not self._waited_in_vain:
+            if waited_s < self._merge_wait_s:
+                return ()
+            self._waited_in_vain = True
+        return (ready.popleft(),)
+
+    def _both(self) -> tuple[Block, ...]:
+        """The first blocks of both topics as far as both reach in time; what is beyond stays."""
+        heads = [queue.popleft() for queue in self._queues]
+        if not all(head.records for head in heads):
+            empty = next(source for source in Source if not heads[source].records)
+            self._queues[1 - empty].appendleft(heads[1 - empty])
+            return (heads[empty],)
+        # The one that ends first goes whole, whatever the order of its records' times.
+        horizon_ms = min(max([record.timestamp for record in head.records]) for head in heads)
+        run = []
+        for queue, head in zip(self._queues, heads, strict=True):
+            here, rest = head.upto(horizon_ms)
+            if rest is not None:
+                queue.appendleft(rest)
+            if here.stop > here.start:
+                run.append(here)
+        return tuple(run)
+
+
+def in_time_order(blocks: tuple[Block, ...]) -> Sequence[ConsumerRecord]:
+    """The records of one block, or of one of clicks and one of carts, in the order in which they are folded."""
+    if len(blocks) == 1:
+        return blocks[0].records
+    clicks, carts = blocks
+    both = [*clicks.records, *carts.records]
+    order = time_order([record.timestamp for record in clicks.records],
+                       [record.timestamp for record in carts.records])
+    return [both[index] for index in order]
