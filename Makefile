@@ -4,11 +4,12 @@ BIN := .venv/bin
 CONSTRAINTS := deploy/constraints.txt
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint $(CONSTRAINTS)
 
-.PHONY: help demo test check train clean
+.PHONY: help demo up down test check train clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo    simulated shoppers to alerts with reasons and a report, on embedded parts'
+	@echo 'make up      a real Kafka and Triton, a worker, and simulated shoppers publishing; make down stops them'
 	@echo 'make test    all tests (installs torch for the training tests)'
 	@echo 'make check   lint and types'
 	@echo 'make train   train the shipped model anew and export it into triton_models/'
@@ -16,6 +17,12 @@ help:
 
 demo: .venv/base
 	@$(BIN)/stream demo
+
+up: .venv/base
+	@$(BIN)/python deploy/local/stack.py up
+
+down: .venv/base
+	@$(BIN)/python deploy/local/stack.py down
 
 test: .venv/test
 	@$(BIN)/python -m pytest

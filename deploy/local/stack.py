@@ -1,0 +1,291 @@
+"""The whole of stream on this machine without Docker: Kafka, Triton, a worker, and simulated shoppers as its events.
+
+Everything that runs has a folder in build/local with its log and pid file; `down` ends what they name and removes all.
+"""
+import argparse
+import asyncio
+import contextlib
+import fcntl
+import json
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer
+from aiokafka.errors import KafkaError
+from parts import (
+    HERE,
+    HOST,
+    PARTS,
+    ROOT,
+    Kafka,
+    Part,
+    PartError,
+    Triton,
+    free_port,
+    install_kafka,
+    install_triton,
+    recorded,
+    stop_process,
+)
+
+from stream.errors import StreamError
+from stream.scoring.repository import VARIANTS, render
+
+LOCAL = ROOT / 'build' / 'local'
+SHIPPED = ROOT / 'triton_models' / 'shopper' / '1'
+STREAM = Path(sys.executable).with_name('stream')
+ORDER = ('kafka', 'triton', 'worker', 'publisher')     # of starting; stopped the other way round
+SHOPPERS, DAYS, EVENTS_PER_SECOND = 600, 180, 300
+WORKER_STOP_SECONDS_MAX = 35.0      # it finishes the steps in flight
+FIRST_ALERT_SECONDS_MAX = 120.0
+
+
+class Program(Part):
+    """A command of stream in the background."""
+
+    def __init__(self, name: str, command: Sequence[str | Path], answers: Callable[[], bool]) -> None:
+        self.name = name
+        super().__init__(LOCAL / name, tied=False)
+        self._arguments, self._ready = [str(STREAM), *map(str, command)], answers
+
+    def _choose_ports(self) -> None:
+        """They are in its settings."""
+
+    def _command(self) -> tuple[list[str], dict[str, str]]:
+        return self._arguments, {}
+
+    def _answers(self) -> bool:
+        return self._ready()
+
+
+def up(only_parts: bool) -> None:
+    """Start everything and wait for the first alert; where something fails, what was started is stopped again."""
+    with _locked():
+        if running := _running():
+            if missing := [name for name in _state().get('parts', ORDER) if name not in running]:
+                raise PartError(f'Up already, but {", ".join(missing)} ended; see its log in {_near(LOCAL)}.',
+                                'make down, then make up.')
+            print('Up already.')
+            _print_where()
+            return
+        shutil.rmtree(LOCAL, ignore_errors=True)
+        LOCAL.mkdir(parents=True)
+        try:
+            _start(only_parts)
+        except BaseException:
+            logs = {path.name: path.read_text(errors='replace')[-2_000:] for path in LOCAL.glob('*/*.log')}
+            _stop()
+            for name in ('worker.log', 'publisher.log'):
+                if logs.get(name):
+                    print(f'--- the end of {name} ---\n{logs[name]}', file=sys.stderr)
+            raise
+    _print_where()
+
+
+def _start(only_parts: bool) -> None:
+    install_kafka()
+    install_triton()
+    kafka = Kafka(LOCAL / 'kafka', tied=False).start()
+    triton = Triton(LOCAL / 'triton', tied=False)
+    state = {'brokers': kafka.brokers, 'triton': triton.address, 'triton_port': triton.port, 'parts': ORDER[:2]}
+    _write_state(state)
+    triton.start()
+    if only_parts:
+        return
+    admin_port, config, events = free_port(), LOCAL / 'stream.toml', LOCAL / 'events.jsonl'
+    settings = {
+        'brokers': kafka.brokers, 'scorer': 'triton', 'triton': triton.address, 'model': str(SHIPPED),
+        'state_dir': str(LOCAL / 'worker' / 'state'), 'admin_host': HOST, 'admin_port': admin_port, 'clock': 'wall'}
+    config.write_text(''.join(f'{name} = {json.dumps(value)}\n' for name, value in settings.items()))
+    _write_state(state | {'admin': f'{HOST}:{admin_port}', 'parts': ORDER})
+    _stream('topics', '--config', config)
+    _stream('simulate', events, '--shoppers', str(SHOPPERS), '--days', str(DAYS), '--noise', '0.002')
+    worker = Program('worker', ['worker', '--config', config], lambda: _get(f'{HOST}:{admin_port}', '/ready'))
+    worker.start()
+    publisher = Program('publisher', ['publish', events, '--rate', str(EVENTS_PER_SECOND), '--shift-to-now',
+                                      '--json', '--config', config], lambda: True)
+    publisher.start()
+    if not asyncio.run(_first_alert(kafka.brokers, lambda: worker.running and (publisher.running or _published()))):
+        raise PartError(f'No alert came within {FIRST_ALERT_SECONDS_MAX:.0f} s.', 'see the logs above.')
+
+
+def _stream(*arguments: str | Path) -> None:
+    done = subprocess.run([STREAM, *arguments], capture_output=True, text=True, check=False, timeout=120)
+    if done.returncode:
+        raise PartError(f'stream {arguments[0]} failed:\n{done.stderr}', 'see above.')
+
+
+def down() -> None:
+    """Stop what runs, in the order that loses nothing, and remove what it left."""
+    with _locked():
+        stopped = _stop()
+    print(f'Stopped: {", ".join(stopped)}.' if stopped else 'Nothing is up.')
+
+
+def _stop() -> list[str]:
+    names, state = [], _state()
+    for name in reversed(ORDER):
+        if process := recorded(LOCAL / name / f'{name}.pid'):
+            stop_process(*process, seconds_max=WORKER_STOP_SECONDS_MAX)
+            names.append(name)
+    for path in Path('/dev/shm').glob(f'stream-triton-{state.get("triton_port", "none")}-*'):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(LOCAL, ignore_errors=True)
+    return names
+
+
+def status() -> None:
+    """Say what runs."""
+    running = _running()
+    if not running:
+        print('Nothing is up.')
+        return
+    for name in _state().get('parts', ORDER):
+        done = 'done: all events are published' if name == 'publisher' and _published() else 'ended: see its log'
+        print(f'{name:10} {f"pid {running[name]}" if name in running else done}')
+    _print_where()
+
+
+def alerts(count: int) -> None:
+    """Print the alerts, the oldest first, as they come; the first `count` of them, or until Ctrl-C."""
+    async def show() -> None:
+        left = count
+        async for value in _alerts(_address('brokers'), lambda: True):
+            scores = value['scores']
+            tier = '' if value['tier'] is None else f'tier {value["tier"]}'
+            print(f'{value["user_id"]:10} {value["type"]:24} {value.get("state", ""):8} intent '
+                  f'{scores["purchase_intent"]:.2f} churn {scores["churn"]:.2f} {tier:7} {value["action"] or ""}',
+                  flush=True)
+            left -= 1
+            if left == 0:
+                return
+
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(show())
+
+
+def models(variant: str, into: Path) -> None:
+    """Write a model repository for another Triton."""
+    python_model = HERE / 'model.py' if variant == 'python' else None
+    print(f'{variant}: {render(SHIPPED, into, variant, python_model)}')
+
+
+def install() -> None:
+    """Fetch Kafka and Triton ahead of time."""
+    print(f'Kafka: {_near(install_kafka())}\nTriton: {_near(install_triton())}')
+
+
+async def _first_alert(brokers: str, healthy: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + FIRST_ALERT_SECONDS_MAX
+    async for _ in _alerts(brokers, lambda: healthy() and time.monotonic() < deadline):
+        return True
+    return False
+
+
+async def _alerts(brokers: str, wanted: Callable[[], bool]) -> AsyncIterator[dict[str, Any]]:
+    """Values of the alerts topic from its beginning, for as long as `wanted`."""
+    try:
+        async with AIOKafkaConsumer('alerts', bootstrap_servers=brokers, auto_offset_reset='earliest') as consumer:
+            while wanted():
+                for records in (await consumer.getmany(timeout_ms=500)).values():
+                    for record in records:
+                        if record.value:
+                            yield json.loads(record.value)
+    except KafkaError as error:
+        raise PartError(f'The alerts cannot be read: {error}.', 'see whether Kafka is up: stack.py status.') from error
+
+
+def _running() -> dict[str, int]:
+    return {name: process[0] for name in ORDER if (process := recorded(LOCAL / name / f'{name}.pid'))}
+
+
+def _published() -> bool:
+    """Whether the publisher came to its end by itself."""
+    log = LOCAL / 'publisher' / 'publisher.log'
+    return log.exists() and any(line.startswith('{') for line in log.read_text(errors='replace').splitlines())
+
+
+def _get(address: str, path: str) -> bool:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f'http://{address}{path}', timeout=2) as answer:
+            return answer.status == 200
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def _state() -> dict[str, Any]:
+    try:
+        return json.loads((LOCAL / 'state.json').read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def _write_state(state: dict[str, Any]) -> None:
+    (LOCAL / 'state.json').write_text(json.dumps(state) + '\n')
+
+
+def _address(name: str) -> str:
+    if name not in (state := _state()):
+        raise PartError('Nothing is up.', 'make up.')
+    return state[name]
+
+
+@contextlib.contextmanager
+def _locked() -> Iterator[None]:
+    PARTS.mkdir(parents=True, exist_ok=True)
+    with (PARTS / 'stack.lock').open('w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _print_where() -> None:
+    state = _state()
+    print(f'  Kafka      {state["brokers"]}\n  Triton     {state["triton"]} (gRPC)')
+    if 'admin' in state:
+        python = _near(Path(sys.executable))
+        print('  topics     clicks, carts in; alerts, dead-letters out\n'
+              f'  worker     http://{state["admin"]}/ready, /status, /metrics\n'
+              f'  settings   {_near(LOCAL / "stream.toml")}, for any stream command: --config\n'
+              f'  logs       {_near(LOCAL)}/*/*.log\n'
+              f'  alerts     {python} deploy/local/stack.py alerts\n'
+              '  stop       make down')
+
+
+def _near(path: Path) -> Path:
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest='command', required=True)
+    for name, function in (('up', up), ('down', down), ('status', status), ('alerts', alerts), ('models', models),
+                           ('install', install)):
+        command = commands.add_parser(name, help=(function.__doc__ or '').strip())
+        command.set_defaults(function=function)
+        if name == 'up':
+            command.add_argument('--only-parts', action='store_true', help='Kafka and Triton alone')
+        elif name == 'alerts':
+            command.add_argument('--count', type=int, default=0)
+        elif name == 'models':
+            command.add_argument('variant', choices=VARIANTS)
+            command.add_argument('into', type=Path)
+    arguments = vars(parser.parse_args())
+    del arguments['command']
+    try:
+        arguments.pop('function')(**arguments)
+    except StreamError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == '__main__':
+    main()
