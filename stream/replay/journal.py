@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 import orjson
 
-from stream.core.events import Event
+from stream.core.events import Event, Source
 from stream.core.journal import (
     Entry,
     EventsEntry,
@@ -212,15 +212,15 @@ def _shown(users: Sequence[str], all_of_them: bool) -> str:
 class _Lane(msgspec.Struct):
     """One lane while it is replayed.
 
-    step      the newest step that was done
     read_to   per source, where reading has come to: what is below was read before, and comes again
+    step      the newest step that was done
     valid     distinct valid events that were read
     """
 
     number: int
     state: State
+    read_to: list[int]
     step: int = 0
-    read_to: list[int] = msgspec.field(default_factory=lambda: [0, 0])
     valid: int = 0
 
 
@@ -233,6 +233,7 @@ class JournalReplay:
 
     first_ms, last_ms  earliest and latest event time that was read, Unix ms; 0 where there was no event
     unfinished         events of steps that came to nothing and were not taken again before the journal ends
+    passed_over        events between two blocks of a lane that no block has: the worker has skipped them
     """
 
     def __init__(
@@ -244,7 +245,7 @@ class JournalReplay:
         self.statistics = Statistics()
         self.refused_scores = 0
         self.first_ms = self.last_ms = 0
-        self.unfinished = 0
+        self.unfinished = self.passed_over = 0
         self._recorded = recorded
         self._journal = journal
         self._new_state = new_state
@@ -262,7 +263,8 @@ class JournalReplay:
                  come out even, which is a defect.
         """
         for number, entries in self._journal.items():
-            lane = _Lane(number, self._new_state(number))
+            begin = {entry.source: entry.start for entry in reversed(entries) if isinstance(entry, EventsEntry)}
+            lane = _Lane(number, self._new_state(number), [begin.get(source, 0) for source in Source])
             for entry, kept in steps_of(entries):
                 if entry.step != lane.step + 1:
                     raise _misfit(lane, entry)
@@ -291,7 +293,9 @@ class JournalReplay:
 
     async def _events(self, lane: _Lane, entry: EventsEntry, kept: Kept | None) -> int:
         """The steps of a block, as far as they came to be; gives the number of its records."""
-        lines = self._recorded.lines(self._recorded.inputs.topics[entry.source], lane.number, entry.start, entry.stop)
+        topic = self._recorded.inputs.topics[entry.source]
+        self._between(self._recorded.lines(topic, lane.number, lane.read_to[entry.source], entry.start))
+        lines = self._recorded.lines(topic, lane.number, entry.start, entry.stop)
         events = self._decode(lane, entry, lines)
         if not events:
             lane.step += 1
@@ -364,6 +368,15 @@ class JournalReplay:
             self.last_ms = max(self.last_ms, *times)
             lane.valid += len(new)
         return events
+
+    def _between(self, lines: Sequence[bytes]) -> None:
+        """Records of blocks that are in no state because no event was in them: dead letters."""
+        for line in lines:
+            outcome = self._decode_line(line)
+            if isinstance(outcome, Event):
+                self.passed_over += 1
+            else:
+                self._dead_letter(_decode_place(line), line, outcome.reason, outcome.detail)
 
     def _dead_letter(self, place: _Place, line: bytes, reason: str, detail: str) -> None:
         letter: dict[str, Any] = {'topic': place.topic, 'partition': place.partition, 'offset': place.offset,

@@ -318,7 +318,7 @@ def test_a_journaled_replay_is_the_worker_whatever_was_killed(tmp_path: Path, se
         place for lane in lanes for place in lane.letters}
     assert replay.counts.dead == len(replay.letters)
     assert replay.counts.read == sum(map(len, lines.values()))
-    assert (replay.run.unfinished, replay.run.missing()) == (0, [])
+    assert (replay.run.unfinished, replay.run.passed_over, replay.run.missing()) == (0, 0, [])
 
 
 def test_the_stand_in_is_killed_in_every_way_that_counts():
@@ -389,6 +389,22 @@ def test_a_user_whose_first_step_came_to_nothing_was_never_there(tmp_path: Path)
     assert told(replay) == [('a', 1)]
     assert set(replay.records(0)) == {'a'}
     assert (replay.counts.users, replay.counts.read, replay.run.unfinished) == (1, 1, 1)
+
+
+def test_a_block_of_dead_letters_leaves_no_state_and_its_letters(tmp_path: Path):
+    lines = clicks('a', 'b', 'c', 'a')
+    lines[0, 0][1:3] = [encode_record(TopicRecord('clicks', 0, offset, T0_MS, b'k', None)) for offset in (1, 2)]
+    replay = Replayed([recording_of(tmp_path, lines)], {0: [
+        block(0, 1, 0, 1), block(0, 2, 1, 3), RecoveredEntry(0, 1, ['a']), block(0, 2, 3, 4)]}, EVERYTHING)
+    assert [letter['offset'] for letter in replay.letters] == [1, 2]
+    assert (replay.counts.read, replay.counts.dead, replay.run.passed_over) == (4, 2, 0)
+
+
+def test_events_that_no_block_has_are_told(tmp_path: Path):
+    replay = Replayed([recording_of(tmp_path, clicks('a', 'b', 'c', 'd', 'e'))], {
+        0: [block(0, 1, 1, 2), block(0, 2, 4, 5)]}, EVERYTHING)
+    assert told(replay) == [('b', 1), ('e', 1)]
+    assert replay.run.passed_over == 2      # c and d; where the worker began is its own affair
 
 
 def test_timers_of_a_step_cut_short_fire_again(tmp_path: Path):
