@@ -5,11 +5,14 @@
     stop    steps in flight end and are committed; a second signal changes nothing
 """
 import asyncio
+import fcntl
 import gc
 import importlib.metadata
 import logging
 import signal
-from contextlib import AsyncExitStack
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 from stream.config import Settings
@@ -23,7 +26,7 @@ from stream.engine.lanes import Lanes
 from stream.engine.publisher import Publisher
 from stream.engine.tables import changelog_topic
 from stream.engine.topics import ensure_topics
-from stream.errors import StreamError
+from stream.errors import StateError, StreamError
 from stream.metrics import Metrics
 from stream.scoring.make import make_scorer
 from stream.scoring.scorer import Scorer
@@ -44,6 +47,7 @@ async def run(settings: Settings) -> None:
     # A block's thousands of new objects are no garbage: looking for cycles at every 700 of them cost 6 % of the rate.
     gc.set_threshold(100_000, 10, 10)
     async with AsyncExitStack() as stack:
+        stack.enter_context(_owned(settings.state_dir))
         topics = await ensure_topics(settings)
         for finding in topics.warnings:
             log.warning('%s Do: %s', finding.problem, finding.do)
@@ -64,6 +68,19 @@ async def run(settings: Settings) -> None:
         stack.push_async_callback(_stop, app, lanes, settings.drain_timeout_ms / 1000 + STOP_MORE_S)
         await app.start()
         await _until(stop, lanes, app, watchdog)
+
+
+@contextmanager
+def _owned(state_dir: Path) -> Iterator[None]:
+    """The folder is this process's alone, until it ends in whatever way. Errors: StateError where it is another's."""
+    state_dir.mkdir(parents=True, exist_ok=True)
+    with (state_dir / 'lock').open('w') as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StateError(f'{state_dir} belongs to another worker that runs.',
+                             'stop that one, or give each worker a state_dir of its own.') from error
+        yield
 
 
 def _lanes(settings: Settings, partitions: int, app: Any, scorer: Scorer, metrics: Metrics) -> Lanes:
