@@ -221,3 +221,4 @@ class PartitionStore:
         """Flush and give the directory free."""
         self._due.close()
         self._db.close()
+        del self._due_handle, self._due, self._db       # a handle that is left holds the lock
