@@ -184,9 +184,12 @@ async def survey(settings: Settings, create: bool) -> Topics:
         names = [topic.name for topic in wanted_topics(settings)]
         topics = Topics(await read_topics(admin, names), [], [], [])
         topics.missing, topics.findings = compare(settings, topics.found)
-        if create and topics.missing and not topics.problems:
-            topics.created = await _create(admin, settings, topics.missing)
-            topics.found = await _read_when_ready(admin, names)
+        while create and topics.missing and not topics.problems:
+            unseen = await _unseen(admin, settings, topics.missing)
+            if not unseen:
+                topics.created = await _create(admin, settings, topics.missing)
+                unseen = names
+            topics.found = await _read_when_ready(admin, [*topics.found, *unseen], names)
             topics.missing, topics.findings = compare(settings, topics.found)
         return topics
 
@@ -205,13 +208,13 @@ async def ensure_topics(settings: Settings) -> Topics:
 def as_error(topics: Topics) -> KafkaError:
     """All problems in one error."""
     return KafkaError(' '.join(finding.problem for finding in topics.problems),
-                      ' '.join(dict.fromkeys(finding.do for finding in topics.problems)))
+                      '; '.join(dict.fromkeys(finding.do.rstrip('.') for finding in topics.problems)) + '.')
 
 
 async def read_topics(admin: AIOKafkaAdminClient, names: list[str]) -> dict[str, Found]:
     """Those of the topics that exist. Asks for all topics of the cluster: asking for one by name may create it."""
     there = {topic['topic']: topic for topic in await admin.describe_topics()
-             if topic['topic'] in names and not topic['error_code']}
+             if topic['topic'] in names and topic['partitions']}
     configs = await _read_configs(admin, list(there))
     return {name: Found(len(there[name]['partitions']),
                         min(len(entry['replicas']) for entry in there[name]['partitions']), configs[name])
@@ -231,11 +234,21 @@ async def _read_configs(admin: AIOKafkaAdminClient, names: list[str]) -> dict[st
     return configs
 
 
+async def _unseen(admin: AIOKafkaAdminClient, settings: Settings, missing: list[Missing]) -> list[str]:
+    """Those that exist after all: a broker learns of a new topic a little later than the controller, and what is
+    created beside it would take the wrong number of partitions."""
+    response: Any = await admin.create_topics(_new(settings, missing), validate_only=True)
+    return [name for name, error_code, _ in response.topic_errors if for_code(error_code) is TopicAlreadyExistsError]
+
+
+def _new(settings: Settings, missing: list[Missing]) -> list[NewTopic]:
+    return [NewTopic(entry.wanted.name, entry.partitions, settings.replication, topic_configs=entry.wanted.config)
+            for entry in missing]
+
+
 async def _create(admin: AIOKafkaAdminClient, settings: Settings, missing: list[Missing]) -> list[str]:
-    new = [NewTopic(entry.wanted.name, entry.partitions, settings.replication, topic_configs=entry.wanted.config)
-           for entry in missing]
     created = []
-    response: Any = await admin.create_topics(new)
+    response: Any = await admin.create_topics(_new(settings, missing))
     for name, error_code, message in response.topic_errors:
         error = for_code(error_code)
         if error is TopicAlreadyExistsError:
@@ -246,17 +259,17 @@ async def _create(admin: AIOKafkaAdminClient, settings: Settings, missing: list[
     return created
 
 
-async def _read_when_ready(admin: AIOKafkaAdminClient, names: list[str]) -> dict[str, Found]:
-    """The topics once each partition has a leader; creation is acknowledged before the brokers know of it."""
+async def _read_when_ready(admin: AIOKafkaAdminClient, awaited: list[str], names: list[str]) -> dict[str, Found]:
+    """The topics `names`, once each partition of those that are awaited has a leader."""
     try:
         async with asyncio.timeout(_READY_TIMEOUT_S):
             while True:
                 described = {topic['topic']: topic for topic in await admin.describe_topics()}
-                if all(_has_leaders(described.get(name)) for name in names):
+                if all(_has_leaders(described.get(name)) for name in awaited):
                     return await read_topics(admin, names)
                 await asyncio.sleep(0.05)
     except TimeoutError as error:
-        raise KafkaError(f'The topics {", ".join(names)} have no leaders after {_READY_TIMEOUT_S} s.',
+        raise KafkaError(f'The topics {", ".join(awaited)} have no leaders after {_READY_TIMEOUT_S} s.',
                          'see whether all brokers are well.') from error
 
 
@@ -326,5 +339,5 @@ def _number(there: Found, name: str) -> int:
 
 
 def _alter(settings: Settings, topic: str, name: str, wanted: str) -> str:
-    return (f'kafka-configs.sh --bootstrap-server {settings.brokers} --alter --topic {topic} '
-            f'--add-config {name}={wanted}.')
+    return (f'run `kafka-configs.sh --bootstrap-server {settings.brokers} --alter --topic {topic} '
+            f'--add-config {name}={wanted}`.')

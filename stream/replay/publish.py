@@ -266,8 +266,8 @@ def _retention_warnings(
         if 'delete' in topic.config.get('cleanup.policy', '') and 0 <= keep_ms < now_ms - account.first_ms:
             warnings.append(
                 f'the recording begins {(now_ms - account.first_ms) / DAY_MS:.0f} days ago, and {name} keeps records '
-                f'for {keep_ms / DAY_MS:g}: Kafka may delete them before they are read. Do: kafka-configs.sh '
-                f'--bootstrap-server {settings.brokers} --alter --topic {name} --add-config retention.ms=-1.')
+                f'for {keep_ms / DAY_MS:g}: Kafka may delete them before they are read. Do: run `kafka-configs.sh '
+                f'--bootstrap-server {settings.brokers} --alter --topic {name} --add-config retention.ms=-1`.')
     return warnings
 
 

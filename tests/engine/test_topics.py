@@ -92,7 +92,7 @@ def test_a_problem_names_topic_value_found_value_wanted_and_what_to_do():
     assert isinstance(error, KafkaError)
     assert 'The topic alerts: cleanup.policy is compact, wanted delete (' in error.problem
     assert 'The topic shop-users-changelog: cleanup.policy is delete, wanted compact (' in error.problem
-    assert ('kafka-configs.sh --bootstrap-server one:9092 --alter --topic alerts --add-config cleanup.policy=delete.'
+    assert ('`kafka-configs.sh --bootstrap-server one:9092 --alter --topic alerts --add-config cleanup.policy=delete`; '
             in error.do)
 
 
