@@ -68,11 +68,11 @@ class TimersEntry(msgspec.Struct, frozen=True, tag='timers', tag_field='kind'):
 
 
 class RecoveredEntry(msgspec.Struct, frozen=True, tag='recovered', tag_field='kind'):
-    """What a new owner found: the newest step and those of its users that have it (none: see above)."""
+    """What a new owner found: the newest step (0: none) and those of its users that have it (None: all of them)."""
 
     lane: Count
     step: Count
-    users: Sequence[str]
+    users: Sequence[str] | None
 
 
 Entry = EventsEntry | TimersEntry | RecoveredEntry

@@ -199,7 +199,7 @@ class Lane:
         self._step = max(meta.newest, meta.lane.step)
         self._stream_ms = list(meta.lane.stream_ms)
         if self._rules.journal:
-            entry = RecoveredEntry(self.number, meta.newest if meta.unsent else self._step + 1, tuple(meta.unsent))
+            entry = RecoveredEntry(self.number, self._step, tuple(meta.unsent) if meta.unsent else None)
             await self._send(self._rules.journal, [(b'%d' % self.number, encode_entry(entry), [])])
         if meta.unsent:
             users = await asyncio.to_thread(self.store.load, meta.unsent)

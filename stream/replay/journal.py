@@ -10,7 +10,7 @@ journal holds a digest. Where the recording or the journal lacks something, the 
 import os
 from array import array
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 import orjson
 
-from stream.core.events import Event, Source
+from stream.core.events import Event, Refusal, Source
 from stream.core.journal import (
     Entry,
     EventsEntry,
@@ -31,7 +31,7 @@ from stream.core.journal import (
     rules_digest,
     steps_of,
 )
-from stream.core.lane import Touched, block_steps, fire
+from stream.core.lane import Touched, block_steps, fire, time_order
 from stream.core.window import NO_TIMER_MS, User, decode, encode, unpack_outbox
 from stream.errors import InputError, StateError, UsageError
 from stream.replay.formats import FORMATS, kafka_format
@@ -55,6 +55,7 @@ class _Place(msgspec.Struct, gc=False):
     topic: str
     partition: int
     offset: int
+    timestamp_ms: int = 0
 
 
 class RecordedTopics:
@@ -193,7 +194,7 @@ def described(journal: Journal, topics: tuple[str, str], with_users: bool = Fals
                 cause = (f'{len(entry.users)} timers' if isinstance(entry, TimersEntry)
                          else f'{topics[entry.source]} [{entry.start}, {entry.stop})')
             if not isinstance(entry, EventsEntry):
-                users = _shown(entry.users, with_users)
+                users = 'all of the step' if entry.users is None else _shown(entry.users, with_users)
             yield f'{lane:>5} {entry.step:>9}  {cause:<40} {happened:<14} {model:<{_DIGITS_SHOWN}} {users}'.rstrip()
 
 
@@ -265,13 +266,13 @@ class JournalReplay:
         for number, entries in self._journal.items():
             begin = {entry.source: entry.start for entry in reversed(entries) if isinstance(entry, EventsEntry)}
             lane = _Lane(number, self._new_state(number), [begin.get(source, 0) for source in Source])
-            for entry, kept in steps_of(entries):
-                if entry.step != lane.step + 1:
-                    raise _misfit(lane, entry)
-                if isinstance(entry, TimersEntry):
-                    await self._timers(lane, entry, kept)
+            for run, kept in _runs(steps_of(entries)):
+                if run[0].step != lane.step + 1:
+                    raise _misfit(lane, run[0])
+                if isinstance(run[0], TimersEntry):
+                    await self._timers(lane, run[0], kept)
                 else:
-                    records = await self._events(lane, entry, kept)
+                    records = await self._events(lane, run, kept)
                     if progress:
                         progress(records)
             self._add_up(lane, any(isinstance(entry, RecoveredEntry) for entry in entries))
@@ -291,15 +292,19 @@ class JournalReplay:
         return [f'{topic}-{partition} from offset {end} on' for (topic, partition), stop in stops.items()
                 if (end := self._recorded.end(topic, partition)) < stop]
 
-    async def _events(self, lane: _Lane, entry: EventsEntry, kept: Kept | None) -> int:
-        """The steps of a block, as far as they came to be; gives the number of its records."""
-        topic = self._recorded.inputs.topics[entry.source]
-        self._between(self._recorded.lines(topic, lane.number, lane.read_to[entry.source], entry.start))
-        lines = self._recorded.lines(topic, lane.number, entry.start, entry.stop)
-        events = self._decode(lane, entry, lines)
+    async def _events(self, lane: _Lane, run: Sequence[EventsEntry], kept: Kept | None) -> int:
+        """The steps of a block, or of one of each topic, as far as they came to be; gives the number of its records."""
+        records = [self._block(lane, entry) for entry in run]
+        count = sum(map(len, records))
+        if len(run) == 1:
+            in_order = records[0]
+        else:
+            both = [*records[Source.CLICKS], *records[Source.CARTS]]
+            in_order = [both[index] for index in time_order(*[[ts_ms for ts_ms, _ in block] for block in records])]
+        events = [event for _, event in in_order if event is not None]
         if not events:
             lane.step += 1
-            return len(lines)
+            return count
         users = lane.state.load(dict.fromkeys([event.user_id for event in events]))
         steps = block_steps(users, events, self._rules.limits)
         while kept is None or lane.step < kept.step:
@@ -309,7 +314,7 @@ class JournalReplay:
             if folded is None:
                 break
             await self._step(lane, folded.touched, survivors, before)
-        return len(lines)
+        return count
 
     async def _timers(self, lane: _Lane, entry: TimersEntry, kept: Kept | None) -> None:
         users = lane.state.load(entry.users)
@@ -349,16 +354,20 @@ class JournalReplay:
             self._outputs.write(b'\n'.join(messages) + b'\n')
             self.statistics.add_alerts(alerts)
 
-    def _decode(self, lane: _Lane, entry: EventsEntry, lines: Sequence[bytes]) -> list[Event]:
-        """The events of a block; what was not read before is counted."""
-        events, new, read_to = [], [], lane.read_to[entry.source]
-        for line in lines:
-            outcome = self._decode_line(line)
-            if isinstance(outcome, Event):
-                events.append(outcome)
-                if outcome.offset >= read_to:
-                    new.append(outcome)
-            elif (place := _decode_place(line)).offset >= read_to:
+    def _block(self, lane: _Lane, entry: EventsEntry) -> list[tuple[int, Event | None]]:
+        """The records of a block, each with its own time, and its event if it is one; what is new is counted."""
+        topic = self._recorded.inputs.topics[entry.source]
+        self._between(self._recorded.lines(topic, lane.number, lane.read_to[entry.source], entry.start))
+        block, new, read_to = [], [], lane.read_to[entry.source]
+        for line in self._recorded.lines(topic, lane.number, entry.start, entry.stop):
+            outcome, place = self._decode_line(line), _decode_place(line)
+            event = outcome if isinstance(outcome, Event) else None
+            block.append((place.timestamp_ms, event))
+            if place.offset < read_to:
+                continue
+            if event is not None:
+                new.append(event)
+            elif isinstance(outcome, Refusal):
                 self._dead_letter(place, line, outcome.reason, outcome.detail)
         lane.read_to[entry.source] = max(read_to, entry.stop)
         if new:
@@ -367,7 +376,7 @@ class JournalReplay:
             self.first_ms = min(self.first_ms or times[0], *times)
             self.last_ms = max(self.last_ms, *times)
             lane.valid += len(new)
-        return events
+        return block
 
     def _between(self, lines: Sequence[bytes]) -> None:
         """Records of blocks that are in no state because no event was in them: dead letters."""
@@ -406,6 +415,23 @@ class JournalReplay:
                              'report this, with recording and journal.')
         self.unfinished += left
         counts.read = counts.applied + counts.duplicate + counts.late + counts.dead
+
+
+def _runs(
+    entries: Iterable[tuple[EventsEntry | TimersEntry, Kept | None]],
+) -> Iterator[tuple[list[Any], Kept | None]]:
+    """Entries that are one run of a lane together: the blocks of both topics that begin with the same step."""
+    run: list[EventsEntry | TimersEntry] = []
+    run_kept = None
+    for entry, kept in entries:
+        if run and (entry.step != run[0].step or isinstance(entry, TimersEntry) or isinstance(run[0], TimersEntry)
+                    or entry.source == run[0].source):
+            yield run, run_kept
+            run = []
+        run.append(entry)
+        run_kept = kept
+    if run:
+        yield run, run_kept
 
 
 _WHOLE = 'record the whole input topics and the whole journal topic, once the worker has stopped or has nothing to do.'
