@@ -207,7 +207,7 @@ def main() -> None:
 
 
 def _stop(number: int, _frame: object) -> NoReturn:
-    say('stopped: no output of this command was kept')
+    say('stopped: no file was left half written')
     sys.exit(128 + number)      # on the way out, half-written files are removed
 
 
