@@ -15,9 +15,10 @@ It knows nothing of the worker. It takes the input topics as the truth, and ever
     C11 bounds       memory, handles and disk stayed below their caps
 
 The changelog holds every state of every user (as long as compaction has taken none), with the offsets up to which the
-user had been folded. So the order in which a user's events of both topics arrived is known, and counters, late events
-and timers can be compared exactly, state by state, not only at the end. Where a state is missing in between and the
-order matters, that user's windows and the sum of its counters are compared, which do not depend on it.
+user had been folded; one step folds both topics in the order of the records' times. So the order in which a user's
+events were folded is known, and counters, late events and timers can be compared exactly, state by state. Where a state
+is missing in between and the order matters, that user's windows and the sum of its counters are compared, which do not
+depend on it.
 """
 import itertools
 import json
@@ -176,7 +177,8 @@ async def audit(log: Log, rules: Rules, run: Run, stores: Iterable[Store] = ()) 
     counted = {'read': 0, 'applied': 0, 'duplicate': 0, 'late': 0}
     invalid: dict[bytes, Record] = {}
     for partition in range(log.partitions):
-        lane = PartitionAudit(partition, log.partitions, rules, run, report)
+        names = (log.names['clicks'], log.names['carts'])
+        lane = PartitionAudit(partition, log.partitions, names, rules, run, report)
         for source in (CLICKS, CARTS):
             async for record in log.read(SOURCES[source], partition):
                 lane.take_input(source, record)
@@ -212,14 +214,16 @@ async def audit(log: Log, rules: Rules, run: Run, stores: Iterable[Store] = ()) 
 class PartitionAudit:
     """One partition number of all topics. Records are given in the order: inputs, changelog, outputs, databases."""
 
-    def __init__(self, partition: int, partitions: int, rules: Rules, run: Run, report: Report) -> None:
+    def __init__(self, partition: int, partitions: int, names: tuple[str, str], rules: Rules, run: Run,
+                 report: Report) -> None:
         self.invalid: dict[bytes, Record] = {}
         self.counted = {'read': 0, 'applied': 0, 'duplicate': 0, 'late': 0}
-        self._partition, self._partitions = partition, partitions
+        self._partition, self._partitions, self._names = partition, partitions, names
         self._rules, self._run, self._report = rules, run, report
         self._samples = _Samples(run, partition)
         self._users: dict[str, _Shopper] = defaultdict(_Shopper)
         self._stream_ms = [0, 0]
+        self._record_ms = [0, 0]
         self._ends = [0, 0]
         self._next_change = 0
         self._complete = True       # no state is missing in the changelog
@@ -239,8 +243,11 @@ class PartitionAudit:
             if partition_of(event.user_id.encode(), self._partitions) != self._partition:
                 raise InvalidError('misrouted')
         except InvalidError:
-            self.invalid[f'{SOURCES[source]}-{self._partition}-{record.offset}'.encode()] = record
+            self.invalid[f'{self._names[source]}-{self._partition}-{record.offset}'.encode()] = record
             return
+        # A record counts as no earlier than those before it in its topic.
+        self._record_ms[source] = max(self._record_ms[source], record.timestamp_ms)
+        event = event._replace(record_ms=self._record_ms[source])
         shopper = self._users[event.user_id]
         shopper.offsets[source].append(record.offset)
         shopper.events[source].append(event)
@@ -283,10 +290,9 @@ class PartitionAudit:
         except (ValueError, KeyError, TypeError, AssertionError):
             self._report.wrong('C5', f'{where}: no lane record: {record.value!r:.200}')
             return
+        # An owner that begins at the committed offsets goes over known ground again: the positions may fall.
         before = self._lanes[-1][1] if self._lanes else [0, 0]
-        if any(now < then for now, then in zip(positions, before, strict=True)):
-            self._report.wrong('C6', f'{where}: the lane went back from {before} to {positions}')
-            positions = [max(pair) for pair in zip(positions, before, strict=True)]
+        positions = [max(pair) for pair in zip(positions, before, strict=True)]
         self._lanes.append((record.offset, positions))
 
     def _advance(self, shopper: _Shopper, state: State, change: int, where: str) -> int | None:
@@ -317,10 +323,10 @@ class PartitionAudit:
             return None
         timer_ms = None
         clicks, carts = runs
-        if clicks and carts:
+        if clicks and carts and not self._complete:
             self._interleaved(shopper, state, clicks, carts)
         elif clicks or carts:
-            self._fold(shopper.user, clicks or carts, where)
+            self._fold(shopper.user, _in_time_order(clicks, carts), where)
         elif state.silence == shopper.user.silence + 1 and shopper.user.due_ms:
             timer_ms = shopper.user.fire()
             self._timer(timer_ms, where)
@@ -355,9 +361,9 @@ class PartitionAudit:
             user.fold(event)
 
     def _interleaved(self, shopper: _Shopper, state: State, clicks: list[Event], carts: list[Event]) -> None:
-        """States are missing in between. Take the order that explains this one, if one of the two simple ones does."""
+        """States are missing in between. Take the order that explains this one, if one of the simple ones does."""
         assert shopper.user is not None
-        for order in (clicks + carts, carts + clicks):
+        for order in (_in_time_order(clicks, carts), clicks + carts, carts + clicks):
             twin = shopper.user.clone()
             for event in order:
                 twin.fold(event)
@@ -598,6 +604,11 @@ class PartitionAudit:
                                f'{"in the index alone" if key in due else "not in the index"}')
 
 
+def _in_time_order(clicks: list[Event], carts: list[Event]) -> list[Event]:
+    """The order in which one step folds both topics: by the records' times, clicks first of equal ones."""
+    return sorted([*clicks, *carts], key=lambda event: event.record_ms)
+
+
 def _difference(user: User, state: State) -> str:
     ours = [row for _, _, row in user.window]
     theirs = [state.rows[at:at + 24] for at in range(0, len(state.rows), 24)]
@@ -758,7 +769,7 @@ async def _dead_letters(log: Log, run: Run, report: Report, invalid: dict[bytes,
                 continue
             if key in letters:
                 report.saw('C7', 'repeats')
-            elif _committed_early(samples, key, letter.offset, partition):
+            elif _committed_early(samples, log, key, letter.offset, partition):
                 report.wrong('C6', f'{where}: its record was committed before it was acknowledged')
             letters.add(key)
             if letter.value != record.value:
@@ -777,10 +788,10 @@ async def _dead_letters(log: Log, run: Run, report: Report, invalid: dict[bytes,
         report.saw('C7', name, counted[name])
 
 
-def _committed_early(samples: list[_Samples], key: bytes, offset: int, partition: int) -> bool:
+def _committed_early(samples: list[_Samples], log: Log, key: bytes, offset: int, partition: int) -> bool:
     topic, of, at = key.decode().rsplit('-', 2)
     vector = [0, 0]
-    vector[SOURCES.index(topic)] = int(at) + 1  # type: ignore[arg-type]
+    vector[[log.names[source] for source in SOURCES].index(topic)] = int(at) + 1
     return int(of) == partition and samples[partition].end_when_committed(vector, 'dead_letters') <= offset
 
 

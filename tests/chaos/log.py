@@ -1,5 +1,5 @@
 """What the auditor reads: topics by their role, the databases of stopped workers, and what a run has noted down."""
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
@@ -22,9 +22,10 @@ class Record(NamedTuple):
 
 
 class Log(Protocol):
-    """The topics of one group; all have `partitions` partitions."""
+    """The topics of one group; all have `partitions` partitions. `names`: role to the topic's own name."""
 
     partitions: int
+    names: Mapping[Topic, str]
 
     def read(self, topic: Topic, partition: int) -> AsyncIterator[Record]:
         """Every committed record of a topic partition, from its beginning to its end of now."""
@@ -57,9 +58,13 @@ class Sample:
     ends: dict[tuple[Topic, int], int]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Fault:
-    """A fault as it fired. `consumed` and `left`: events behind and before the committed offsets at that moment."""
+    """A fault as it fired.
+
+    consumed   events before the committed offsets at that moment
+    left       events of the whole run behind them
+    """
 
     name: str
     at_s: float
@@ -108,10 +113,10 @@ class KafkaLog:
     def __init__(self, brokers: str, names: dict[Topic, str], partitions: int) -> None:
         self.partitions = partitions
         self._brokers = brokers
-        self._names = names
+        self.names = names
 
     async def read(self, topic: Topic, partition: int) -> AsyncIterator[Record]:
-        name = self._names[topic]
+        name = self.names[topic]
         consumer = AIOKafkaConsumer(
             bootstrap_servers=self._brokers, enable_auto_commit=False, isolation_level='read_committed',
             auto_offset_reset='earliest', max_partition_fetch_bytes=8 << 20, fetch_max_wait_ms=100)

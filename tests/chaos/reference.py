@@ -55,7 +55,7 @@ class Rules:
 
 
 class Event(NamedTuple):
-    """A valid event. `key` is the XXH3 of its id; `row` the 24 bytes that the window keeps of it."""
+    """A valid event. `key`: the XXH3 of its id; `row`: the 24 bytes that are kept; `record_ms`: its record's."""
 
     user_id: str
     key: int
@@ -64,6 +64,7 @@ class Event(NamedTuple):
     basket: int
     amount: float
     row: bytes
+    record_ms: int = 0
 
 
 class InvalidError(Exception):

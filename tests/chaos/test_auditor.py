@@ -1,6 +1,7 @@
 """The auditor finds what is wrong, and nothing where nothing is: clean logs pass, planted bugs are caught."""
 import asyncio
 import copy
+import itertools
 from collections.abc import Callable, Iterable
 
 import orjson
@@ -18,7 +19,7 @@ NOW_MS = 1_800_000_000_000
 
 def run_toy(publish: str, bugs: Iterable[str] = (), crashes: float = 0.02, seed: int = 1) -> Outcome:
     inputs = [entry._replace(timestamp_ms=NOW_MS + place)
-              for place, entry in enumerate(workload.records(1, 2_000, 20, 30, 0.05, 0.03))]
+              for place, entry in enumerate(itertools.islice(workload.records(1, 20, 30, 0.05, 0.03), 2_000))]
     return asyncio.run(Toy(inputs, PARTITIONS, seed, crashes, publish, bugs).work())  # type: ignore[arg-type]
 
 
@@ -260,12 +261,6 @@ def an_old_record_behind_a_new_one_in_the_changelog(outcome: Outcome) -> None:
 def a_damaged_record(outcome: Outcome) -> None:
     place = next(place for place, record in enumerate(outcome.log.topics['changelog', 0]) if record.key != LANE_KEY)
     replace(outcome, 'changelog', place, value=(outcome.log.topics['changelog', 0][place].value or b'')[:-1])
-
-
-@plant('C6')
-def the_lane_goes_back(outcome: Outcome) -> None:
-    first = next(record for record in outcome.log.topics['changelog', 0] if record.key == LANE_KEY)
-    outcome.log.append('changelog', 0, LANE_KEY, first.value)
 
 
 @plant('C6')

@@ -57,6 +57,7 @@ class MemoryLog:
 
     def __init__(self, partitions: int) -> None:
         self.partitions = partitions
+        self.names: dict[Topic, str] = dict(zip(SOURCES, SOURCES, strict=True))
         self.topics: dict[tuple[Topic, int], list[Record]] = defaultdict(list)
 
     def append(self, topic: Topic, partition: int, key: bytes | None, value: bytes | None,

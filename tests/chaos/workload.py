@@ -2,6 +2,7 @@
 
 Memory is that of one chunk. The same options give the same records in the same order.
 """
+import itertools
 import random
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -30,9 +31,8 @@ class Input(NamedTuple):
     headers: tuple[tuple[str, bytes], ...] = ()
 
 
-def records(seed: int, events: int, shoppers: int, days: int = 30, noise: float = 0.02,
-            poison: float = 0.002) -> Iterator[Input]:
-    """At least `events` records, from whole chunks cut off at that number.
+def records(seed: int, shoppers: int, days: int = 30, noise: float = 0.02, poison: float = 0.002) -> Iterator[Input]:
+    """Records without end.
 
     shoppers   of each chunk; they are the same users in every chunk, so that windows fill
     days       of simulated time in a chunk
@@ -40,20 +40,14 @@ def records(seed: int, events: int, shoppers: int, days: int = 30, noise: float 
     poison     share of additional records that no sane producer sends
     """
     rng = random.Random(seed)
-    sent = chunk = 0
-    while True:
+    for chunk in itertools.count():
         simulation = simulate(SimulatorOptions(shoppers, days, seed * 1_000 + chunk, START_MS + chunk * days * DAY_MS,
                                                noise=noise))
         prefix = b'"event_id":"c%d-e' % chunk
         for line in simulation.lines():
-            if sent >= events:
-                return
-            sent += 1
             yield _input(line.replace(b'"event_id":"e', prefix, 1))
-            if rng.random() < poison and sent < events:
-                sent += 1
+            if rng.random() < poison:
                 yield _poison(rng, line)
-        chunk += 1
 
 
 def _input(line: bytes) -> Input:
