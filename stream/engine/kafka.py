@@ -89,13 +89,19 @@ def kafka_errors(doing: str = '') -> Iterator[None]:
 def as_kafka_error(error: Exception, doing: str = '') -> KafkaError:
     """One of aiokafka's errors, with what to do."""
     what = f'{doing}: ' if doing else ''
-    detail = str(error).strip().rstrip('.') or type(error).__name__
+    detail = str(error).strip().rstrip('.')
+    if detail in ('', type(error).__name__):
+        detail = _IN_WORDS.get(type(error), type(error).__name__)
     for kinds, do in _WHAT_TO_DO:
         if isinstance(error, kinds):
             return KafkaError(f'{what}{detail}.', do)
     return KafkaError(f'{what}{detail}.', "see the brokers' log, and whether they are well.")
 
 
+_IN_WORDS: dict[type[Exception], str] = {
+    broker_errors.KafkaTimeoutError: 'no acknowledgement in time',
+    broker_errors.RequestTimedOutError: 'no answer in time',
+}
 _WHAT_TO_DO: list[tuple[tuple[type[Exception], ...], str]] = [
     ((broker_errors.TopicAuthorizationFailedError, broker_errors.GroupAuthorizationFailedError,
       broker_errors.ClusterAuthorizationFailedError),

@@ -180,8 +180,8 @@ async def survey(settings: Settings, create: bool) -> Topics:
 
     Errors   KafkaError where the brokers are away or refuse.
     """
+    names = [topic.name for topic in wanted_topics(settings)]
     async with open_admin(settings) as admin:
-        names = [topic.name for topic in wanted_topics(settings)]
         topics = Topics(await read_topics(admin, names), [], [], [])
         topics.missing, topics.findings = compare(settings, topics.found)
         while create and topics.missing and not topics.problems:

@@ -74,3 +74,4 @@ def test_errors_of_kafka_say_what_to_do(error: Exception, do: str):
     with pytest.raises(KafkaError, match=r'^Reading: ') as caught, kafka_errors('Reading'):
         raise error
     assert do in caught.value.do
+    assert 'KafkaTimeoutError' not in caught.value.problem      # that would be a name for its developers
