@@ -10,7 +10,6 @@ Requests are bounded: a line or a header of 8 KiB, 64 headers, no body is read, 
 request, or its next one, within `idle_seconds_max` is closed.
 """
 import logging
-import time
 from collections.abc import Callable, Mapping
 from typing import Literal, Protocol
 
@@ -69,7 +68,7 @@ class Health(Protocol):
         ...
 
     def ready(self) -> list[str]:
-        """Why it does not do its work; empty while it does (see `Readiness`)."""
+        """Why events do not flow; empty while they do. A worker that is assigned but not reading is not ready."""
         ...
 
     def status(self) -> Status: ...
@@ -81,94 +80,6 @@ class _Progress(msgspec.Struct):
     moved_at: float
     position: int = -1
     lag: int | None = None
-
-
-class Readiness:
-    """Whether events really flow: the facts that the worker reports, and what they amount to.
-
-    A worker that is assigned but not reading looks healthy from everywhere else. So each assigned topic partition
-    must either have nothing left to read, or have moved within `stuck_seconds`; what has not been observed for that
-    long counts as stuck too. Partitions whose state is being read back, and all of them while events are held, are not
-    expected to move, and get the whole time anew afterwards.
-
-    topics_checked   set it once the topics have been found as they must be
-    joined           set it while the group has given this worker its share (which may be no partition at all)
-    """
-
-    def __init__(self, stuck_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self.topics_checked = False
-        self.joined = False
-        self.holding = ''
-        self._stuck_seconds = stuck_seconds
-        self._clock = clock
-        self._recovering: set[int] = set()
-        self._progress: dict[tuple[str, int], _Progress] = {}
-
-    def assigned(self, topic: str, partition: int) -> None:
-        """The topic partition is ours from now on."""
-        self._progress[topic, partition] = _Progress(self._clock())
-
-    def revoked(self, topic: str, partition: int) -> None:
-        """The topic partition is no longer ours."""
-        self._progress.pop((topic, partition), None)
-        self._recovering.discard(partition)
-
-    def recovering(self, partition: int) -> None:
-        """The state of this partition number is being read back from now on."""
-        self._recovering.add(partition)
-
-    def recovered(self, partition: int) -> None:
-        """The state of this partition number is whole."""
-        self._recovering.discard(partition)
-        self._wait_anew(partition)
-
-    def hold(self, reason: str) -> None:
-        """Events are held from now on, e.g. because the scorer does not answer."""
-        self.holding = reason
-
-    def resume(self) -> None:
-        """Events are held no longer."""
-        self.holding = ''
-        self._wait_anew()
-
-    def observed(self, topic: str, partition: int, position: int, end: int) -> None:
-        """How far an assigned topic partition is folded (its next offset), and its end (the offset of the next record
-        to come); to be told every few seconds. What is not assigned (any more) is ignored."""
-        progress = self._progress.get((topic, partition))
-        if progress is None:
-            return
-        if position != progress.position or position >= end:
-            progress.moved_at = self._clock()
-        progress.position, progress.lag = position, max(0, end - position)
-
-    def stuck(self) -> list[str]:
-        """Topic partitions that should have moved and have not; a worker that has one is better restarted."""
-        if self.holding:
-            return []
-        now = self._clock()
-        return [f'{topic}-{partition} has not moved for {now - progress.moved_at:.0f} s, '
-                + (f'{progress.lag} records wait' if progress.lag else 'and nobody has looked at it since')
-                for (topic, partition), progress in sorted(self._progress.items(), key=lambda item: item[0])
-                if partition not in self._recovering and now - progress.moved_at > self._stuck_seconds]
-
-    def reasons(self) -> list[str]:
-        """Why the worker is not ready; empty where it is."""
-        reasons = []
-        if not self.topics_checked:
-            reasons.append('the topics are not checked yet')
-        if not self.joined:
-            reasons.append('the group has not given this worker its partitions yet')
-        if self._recovering:
-            reasons.append('state is being read back: partitions ' + ', '.join(map(str, sorted(self._recovering))))
-        if self.holding:
-            reasons.append(f'events are held: {self.holding}')
-        return reasons + self.stuck()
-
-    def _wait_anew(self, of: int | None = None) -> None:
-        now = self._clock()
-        for (_, partition), progress in self._progress.items():
-            if of is None or partition == of:
-                progress.moved_at = now
 
 
 class AdminServer:

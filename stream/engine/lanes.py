@@ -43,6 +43,7 @@ class Lanes:
         self._standbys: set[int] = set()
         self._polled_at = time.monotonic()
         self._commit_failed = False
+        self._retries = 0
         self._stopping = False
         self._tasks: set[asyncio.Task] = set()
 
@@ -159,6 +160,11 @@ class Lanes:
             metrics.lane_clock_seconds.labels(str(lane.number)).set(lane.clock_ms() / 1000)
         metrics.recovering_partitions.set(len(self._reader.recovering))
         metrics.in_flight_blocks.set(sum(lane.intake.blocks for lane in self._lanes.values()))
+        retries = statistics.retries if (statistics := getattr(self._tools.scorer, 'statistics', None)) else 0
+        metrics.scorer_retries.inc(retries - self._retries)
+        self._retries = retries
+        if statistics is not None:
+            metrics.scorer_breaker.state(statistics.breaker)
         metrics.scorer_holding.set(any(lane.holding for lane in self._lanes.values()))
 
     def live(self) -> list[str]:

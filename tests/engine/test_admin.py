@@ -9,7 +9,7 @@ from functools import wraps
 import aiohttp
 import pytest
 
-from stream.engine.admin import AdminServer, LaneStatus, Readiness, Status
+from stream.engine.admin import AdminServer, LaneStatus, Status
 from stream.errors import UsageError
 from stream.metrics import Metrics
 
@@ -205,96 +205,3 @@ async def test_stopping_frees_the_address_and_ends_open_connections():
     await writer.wait_closed()
     with socket.socket() as probe:
         assert probe.connect_ex(('127.0.0.1', server.port)) != 0
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def readiness(clock: Clock) -> Readiness:
-    """A worker that has started and owns one topic partition of 10 records, none of which is folded."""
-    ready = Readiness(60, clock)
-    ready.topics_checked = ready.joined = True
-    ready.assigned('clicks', 3)
-    ready.observed('clicks', 3, 0, 10)
-    return ready
-
-
-def test_a_worker_becomes_ready_one_reason_after_another():
-    ready = Readiness(60, Clock())
-    ready.recovering(7)
-    ready.recovering(2)
-    assert ready.reasons() == ['the topics are not checked yet',
-                               'the group has not given this worker its partitions yet',
-                               'state is being read back: partitions 2, 7']
-    ready.topics_checked = ready.joined = True
-    ready.recovered(7)
-    assert ready.reasons() == ['state is being read back: partitions 2']
-    ready.recovered(2)
-    assert ready.reasons() == []
-
-
-def test_events_that_wait_must_move(readiness: Readiness, clock: Clock):
-    clock.now += 60
-    assert readiness.reasons() == []
-    clock.now += 1
-    readiness.observed('clicks', 3, 0, 25)
-    assert readiness.reasons() == ['clicks-3 has not moved for 61 s, 25 records wait']
-    readiness.observed('clicks', 3, 1, 25)
-    assert readiness.reasons() == []
-
-
-def test_nothing_left_to_read_is_fine_for_as_long_as_somebody_looks(readiness: Readiness, clock: Clock):
-    for _ in range(10):
-        clock.now += 50
-        readiness.observed('clicks', 3, 10, 10)
-        assert readiness.reasons() == []
-    clock.now += 61
-    assert readiness.reasons() == ['clicks-3 has not moved for 61 s, and nobody has looked at it since']
-
-
-def test_a_topic_partition_of_which_nothing_was_ever_heard_is_stuck(readiness: Readiness, clock: Clock):
-    readiness.assigned('carts', 3)
-    clock.now += 61
-    readiness.observed('clicks', 3, 5, 10)
-    assert readiness.reasons() == ['carts-3 has not moved for 61 s, and nobody has looked at it since']
-
-
-def test_what_was_taken_away_counts_no_more(readiness: Readiness, clock: Clock):
-    readiness.recovering(3)
-    readiness.revoked('clicks', 3)
-    readiness.observed('clicks', 3, 0, 10)
-    clock.now += 1000
-    assert readiness.reasons() == []
-
-
-def test_while_events_are_held_that_is_the_reason_and_afterwards_they_have_their_time(
-        readiness: Readiness, clock: Clock):
-    readiness.hold('Triton does not answer')
-    clock.now += 1000
-    assert readiness.reasons() == ['events are held: Triton does not answer']
-    assert readiness.stuck() == []
-    readiness.resume()
-    assert readiness.reasons() == []
-    clock.now += 61
-    assert len(readiness.stuck()) == 1
-
-
-def test_a_long_recovery_is_not_stuck(readiness: Readiness, clock: Clock):
-    readiness.recovering(3)
-    clock.now += 1000
-    assert readiness.stuck() == []
-    readiness.recovered(3)
-    assert readiness.reasons() == []
-    clock.now += 61
-    assert len(readiness.stuck()) == 1

@@ -1,0 +1,288 @@
+"""A lane on a fake Kafka: the order of its sends, and what is left of a step that dies anywhere."""
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiokafka import ConsumerRecord
+from faust.types import TP
+
+from stream.core.decide import Policy
+from stream.core.events import Decoder, EventRules
+from stream.core.window import DAY_MS, WindowLimits, encode
+from stream.engine.blocks import Block
+from stream.engine.lane import Lane, LaneRules, Tools
+from stream.engine.publisher import Record
+from stream.engine.store import Memory, PartitionStore
+from stream.errors import ScorerUnavailable
+from stream.metrics import Metrics
+from stream.scoring.scorer import ConstantScorer
+
+CLICKS, CARTS = TP('clicks', 0), TP('carts', 0)
+NOW_MS = 1_770_000_000_000
+RULES = LaneRules(
+    limits=WindowLimits(silence_ms=(DAY_MS,)), policy=Policy(), publish='all', reasons_rows_max=0, digest='',
+    partitioner='none', partitions=1, wall_clock=False, clock_grace_ms=0, clock_idle_ms_max=0, merge_wait_ms=0,
+    blocks_ahead_max=100, sweep_users_max=3, changelog='changelog', alerts='alerts', scores='scores',
+    dead_letters='dead', journal='', source='/stream/test')
+
+
+class FakeKafka:
+    """Topics in memory. As consumer: positions. As publisher: acknowledges when `gates` let it."""
+
+    def __init__(self) -> None:
+        self.positions = {CLICKS: 0, CARTS: 0}
+        self.epochs = {CLICKS: 1, CARTS: 1}
+        self.topics: dict[str, list[Record]] = {name: [] for name in ('changelog', 'alerts', 'scores', 'dead')}
+        self.sends: list[str] = []
+        self.gates: dict[str, asyncio.Event] = {}
+
+    def seek_now(self, tp: TP, position: int) -> None:
+        raise AssertionError('nothing gets lost on the way here')
+
+    def end_offset(self, tp: TP) -> int:
+        return 0
+
+    async def send(self, topic: str, partition: int, records: list[Record]) -> int:
+        self.sends.append(topic)
+        self.topics[topic] += records
+        if topic in self.gates:
+            await self.gates[topic].wait()
+        return len(self.topics[topic])
+
+
+def record(offset: int, user: str, ts_ms: int, value: bytes | None = None) -> ConsumerRecord:
+    event = json.dumps({'event_id': f'{user}-{offset}', 'user_id': user, 'ts': ts_ms, 'type': 'view'}).encode()
+    return ConsumerRecord('clicks', 0, offset, ts_ms, 0, user.encode(), value or event, None, -1, -1, ())
+
+
+def blocks() -> list[Block]:
+    """Three blocks; somebody's timer falls due within the second, and one record of it cannot be read."""
+    made, offset = [], 0
+    for number in range(3):
+        records = []
+        for index in range(8):
+            ts_ms = NOW_MS + number * DAY_MS + index * DAY_MS // 6
+            bad = b'{"broken' if number == 1 and index == 3 else None
+            records.append(record(offset, f'u{index % 3}', ts_ms, bad))
+            offset += 1
+        made.append(Block('clicks', 0, 1, records[0].offset, offset, records))
+    return made
+
+
+def lane_on(kafka: Any, store: PartitionStore, scorer: ConstantScorer | None = None) -> Lane:
+    tools = Tools(RULES, Decoder(EventRules()), scorer or ConstantScorer(), kafka, Metrics(), kafka)
+    return Lane(0, 1, store, tools, (CLICKS, CARTS))
+
+
+@asynccontextmanager
+async def running(lane: Lane) -> AsyncIterator[asyncio.Task]:
+    task = lane.start()
+    try:
+        yield task
+    finally:
+        if task.done():
+            task.exception()
+        else:
+            await lane.stop(5)
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(.005)
+
+
+@pytest.fixture(scope='module')
+def memory() -> Memory:
+    return Memory(16, 16)
+
+
+@pytest.fixture
+def store(tmp_path: Path, memory: Memory) -> PartitionStore:
+    return PartitionStore(tmp_path / 'users-0', memory)
+
+
+def on_a_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    import functools
+    return functools.wraps(test)(lambda **given: asyncio.run(test(**given)))      # type: ignore[arg-type]
+
+
+@on_a_loop
+async def test_the_changelog_of_the_next_step_waits_for_the_outputs_of_this_one(store: PartitionStore):
+    kafka = FakeKafka()
+    gate = kafka.gates['scores'] = asyncio.Event()
+    lane = lane_on(kafka, store)
+    async with running(lane):
+        lane.admit(blocks()[0])
+        lane.admit(blocks()[1])
+        await until(lambda: 'scores' in kafka.sends)
+        await asyncio.sleep(.1)         # nothing may happen now: there is no condition to wait for
+        assert kafka.sends.count('changelog') == 1
+        assert lane.done == [0, 0]
+        gate.set()
+        await until(lambda: lane.done == [16, 0])
+        assert kafka.sends.count('changelog') > 2
+
+
+@on_a_loop
+async def test_nothing_is_done_before_it_is_written(store: PartitionStore, monkeypatch: pytest.MonkeyPatch):
+    kafka, lane = FakeKafka(), None
+    written = []
+    plain = store.write
+    monkeypatch.setattr(store, 'write', lambda changes, meta: (written.append(list(lane.done)), plain(changes, meta)))
+    lane = lane_on(kafka, store)
+    async with running(lane):
+        lane.admit(blocks()[0])
+        await until(lambda: lane.done == [8, 0])
+    assert written[0] == [0, 0]
+    assert store.meta.lane.positions == [8, 0]
+    assert store.meta.changelog == len(kafka.topics['changelog'])
+
+
+@on_a_loop
+async def test_a_failed_send_ends_the_lane_and_nothing_is_done(store: PartitionStore):
+    kafka = FakeKafka()
+    kafka.topics.pop('scores')
+    lane = lane_on(kafka, store)
+    async with running(lane) as task:
+        lane.admit(blocks()[0])
+        await until(task.done)
+        assert isinstance(task.exception(), KeyError)
+        assert lane.done == [0, 0]
+
+
+@on_a_loop
+async def test_while_the_scorer_is_away_the_lane_holds_and_then_goes_on(store: PartitionStore):
+    class Away(ConstantScorer):
+        away = True
+
+        async def score(self, batches: Any) -> Any:
+            if self.away:
+                raise ScorerUnavailable('away.', 'wait.', 5)
+            return await super().score(batches)
+
+    kafka, scorer = FakeKafka(), Away()
+    lane = lane_on(kafka, store, scorer)
+    async with running(lane):
+        lane.admit(blocks()[0])
+        await until(lambda: lane.holding == 'away.')
+        assert kafka.sends == []
+        scorer.away = False
+        await until(lambda: lane.done == [8, 0])
+        assert lane.holding == ''
+
+
+@on_a_loop
+async def test_a_lane_that_holds_stops_at_once(store: PartitionStore):
+    class Away(ConstantScorer):
+        async def score(self, batches: Any) -> Any:
+            raise ScorerUnavailable('away.', 'wait.', 60_000)
+
+    kafka = FakeKafka()
+    lane = lane_on(kafka, store, Away())
+    lane.start()
+    lane.admit(blocks()[0])
+    await until(lambda: lane.holding)
+    async with asyncio.timeout(2):
+        await lane.stop(60)
+    assert kafka.sends == []
+
+
+class Died(Exception):  # noqa: N818 - no error of the worker
+    """What stands for a kill in these tests."""
+
+
+STAGES = ['_decode', '_score', '_send_changelog', '_send_outputs', '_write', '_done']
+
+
+async def _run_until_death(lane: Lane, stage: str, after: bool, turn: int) -> list[int]:
+    """Run the blocks; die before or after the stage's turn. Gives what is done, and so may be committed, by then."""
+    plain, turns = getattr(lane, stage), 0
+
+    def dying(*given: Any) -> Any:
+        nonlocal turns
+        turns += 1
+        if turns == turn and not after:
+            raise Died
+        result = plain(*given)
+        if turns != turn:
+            return result
+        if asyncio.iscoroutine(result):
+            async def then_die() -> Any:
+                await result
+                raise Died
+            return then_die()
+        raise Died
+
+    setattr(lane, stage, dying)
+    task = lane.start()
+    for block in blocks():
+        lane.admit(block)
+    await until(lambda: task.done() or lane.done == [24, 0])
+    if not task.done():     # the stage had fewer turns
+        await lane.stop(5)
+    elif (error := task.exception()) is not None and not isinstance(error, Died):
+        raise error
+    return list(lane.done)
+
+
+async def _run_to_the_end(kafka: FakeKafka, store: PartitionStore, start: int) -> None:
+    kafka.positions[CLICKS] = start
+    lane = lane_on(kafka, store)
+    async with running(lane):
+        for block in blocks():
+            if block.stop > start:
+                skip = max(start - block.start, 0)
+                lane.admit(Block('clicks', 0, 1, max(block.start, start), block.stop, block.records[skip:]))
+        await until(lambda: lane.done == [24, 0])
+
+
+def _facts(kafka: FakeKafka, store: PartitionStore) -> dict[str, Any]:
+    """State without what the cut of steps leaves in it, and outputs: ids, each with its bytes."""
+    folded = {key: value for key, value, _ in kafka.topics['changelog']}
+    users = {user.user_id: user for user in store.users()}
+    assert {user.user_id.encode(): encode(user) for user in users.values()} == {
+        key: value for key, value in folded.items() if not key.startswith(b'\xff')}
+    by_id: dict[str, set[bytes]] = {}
+    for topic in ('alerts', 'scores'):
+        for _, value, _ in kafka.topics[topic]:
+            by_id.setdefault(json.loads(value or b'')['id'], set()).add(value or b'')
+    assert all(len(values) == 1 for values in by_id.values())
+    alerts = {json.loads(value or b'')['id'] for _, value, _ in kafka.topics['alerts']}
+    return {
+        'windows': {user_id: (bytes(user.ids), bytes(user.rows), user.applied, user.duplicate, user.late)
+                    for user_id, user in users.items()},
+        'decisions': {user_id: user.decisions for user_id, user in users.items()},
+        'alerts': alerts, 'letters': {key for key, _, _ in kafka.topics['dead']},
+        'timers': {user_id: (user.due_ms, user.silence) for user_id, user in users.items()}}
+
+
+@pytest.mark.parametrize('emptied', [False, True], ids=['same directory', 'emptied'])
+@pytest.mark.parametrize('after', [False, True], ids=['before', 'after'])
+@pytest.mark.parametrize('stage', STAGES)
+def test_wherever_it_dies_nothing_is_lost_and_nothing_is_decided_twice(
+        stage: str, after: bool, emptied: bool, tmp_path: Path, memory: Memory):
+    async def undisturbed() -> dict[str, Any]:
+        kafka, store = FakeKafka(), PartitionStore(tmp_path / 'undisturbed', memory)
+        await _run_to_the_end(kafka, store, 0)
+        return _facts(kafka, store)
+
+    async def dead_once(turn: int) -> dict[str, Any]:
+        kafka, store = FakeKafka(), PartitionStore(tmp_path / f'{turn}', memory)
+        done = await _run_until_death(lane_on(kafka, store), stage, after, turn)
+        if emptied:
+            store = PartitionStore(tmp_path / f'{turn}-emptied', memory)
+        rest = kafka.topics['changelog'][store.meta.changelog:]
+        store.apply([(key, value) for key, value, _ in rest], len(kafka.topics['changelog']))
+        await _run_to_the_end(kafka, store, done[0] if turn % 2 else 0)      # committed, or not yet
+        return _facts(kafka, store)
+
+    wanted = asyncio.run(undisturbed())
+    assert wanted['letters'] == {b'clicks-0-11'}
+    for turn in range(1, 7):
+        found = asyncio.run(dead_once(turn))
+        assert {name for name in wanted if found[name] != wanted[name]} == set(), f'turn {turn}'
