@@ -90,6 +90,7 @@ def up(only_parts: bool) -> None:
 
 
 def _start(only_parts: bool) -> None:
+    _say('fetching Kafka and Triton (once, about a minute) and starting them')
     install_kafka()
     install_triton()
     kafka = Kafka(LOCAL / 'kafka', tied=False).start()
@@ -105,6 +106,7 @@ def _start(only_parts: bool) -> None:
         'state_dir': str(LOCAL / 'worker' / 'state'), 'admin_host': HOST, 'admin_port': admin_port, 'clock': 'wall'}
     config.write_text(''.join(f'{name} = {json.dumps(value)}\n' for name, value in settings.items()))
     _write_state(state | {'admin': f'{HOST}:{admin_port}', 'parts': ORDER})
+    _say('creating the topics, simulating shoppers, starting the worker')
     _stream('topics', '--config', config)
     _stream('simulate', events, '--shoppers', str(SHOPPERS), '--days', str(DAYS), '--noise', '0.002')
     worker = Program('worker', ['worker', '--config', config], lambda: _get(f'{HOST}:{admin_port}', '/ready'))
@@ -112,6 +114,7 @@ def _start(only_parts: bool) -> None:
     publisher = Program('publisher', ['publish', events, '--rate', str(EVENTS_PER_SECOND), '--shift-to-now',
                                       '--json', '--config', config], lambda: True)
     publisher.start()
+    _say('waiting for the first alert')
     if not asyncio.run(_first_alert(kafka.brokers, lambda: worker.running and (publisher.running or _published()))):
         raise PartError(f'No alert came within {FIRST_ALERT_SECONDS_MAX:.0f} s.', 'see the logs above.')
 
@@ -259,6 +262,10 @@ def _print_where() -> None:
               '  stop       make down')
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def _near(path: Path) -> Path:
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
@@ -285,6 +292,8 @@ def main() -> None:
     except StreamError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == '__main__':
