@@ -218,7 +218,7 @@ def test_a_call_that_hangs_leaves_time_to_ask_again(stub: StubTriton):
 
 def test_a_server_that_does_not_answer_costs_no_more_than_the_deadline(stub: StubTriton):
     async def test() -> None:
-        async with scorer_of(stub, timeout_ms=1_000) as scorer:
+        async with scorer_of(stub, timeout_ms=1_000, failures_max=1_000) as scorer:
             await scorer.open()
             stub.gate.clear()
             started_s = time.monotonic()
@@ -349,13 +349,17 @@ def test_a_connection_that_falls_silent_is_left_for_a_new_one(stub: StubTriton):
             batches = made_up_batches(3)
             assert_answered(batches, await scorer.score(batches))
             silence()
-            assert scorer._line
-            old = weakref.ref(scorer._line.client)
+            client = scorer._line.client        # type: ignore[union-attr]
+            old = weakref.ref(client)
+            hanging = asyncio.create_task(client.is_server_live(client_timeout=60))     # keeps the connection busy
+            del client
             with pytest.raises(ScorerUnavailable, match='DEADLINE_EXCEEDED'):
                 await scorer.score(batches)
             assert_answered(batches, await held_until_answered(scorer, batches))
-            gc.collect()
-            assert old() is None        # with it its connection
+            hanging.cancel()
+            await asyncio.gather(hanging, return_exceptions=True)
+            del hanging
+            await until(lambda: gc.collect() >= 0 and old() is None, 'the old client and its connection are gone')
     run(test)
 
 
