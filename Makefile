@@ -4,13 +4,14 @@ BIN := .venv/bin
 CONSTRAINTS := deploy/constraints.txt
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint $(CONSTRAINTS)
 
-.PHONY: help demo up down test check train clean
+.PHONY: help demo up down test chaos check train clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo    simulated shoppers to alerts with reasons and a report, on embedded parts'
 	@echo 'make up      a real Kafka and Triton, a worker, and simulated shoppers publishing; make down stops them'
 	@echo 'make test    all tests (installs torch for the training tests)'
+	@echo 'make chaos   kill workers and a broker over a million events, twice, and audit (SEED=n repeats a run)'
 	@echo 'make check   lint and types'
 	@echo 'make train   train the shipped model anew and export it into triton_models/'
 	@echo 'make clean   remove the environment and what the demo wrote'
@@ -26,6 +27,9 @@ down: .venv/base
 
 test: .venv/test
 	@$(BIN)/python -m pytest
+
+chaos: .venv/test
+	@$(BIN)/python -m tests.chaos.run --publish both --scorer mix $(if $(SEED),--seed $(SEED)) $(CHAOS)
 
 check: .venv/test
 	@$(BIN)/ruff check stream tests

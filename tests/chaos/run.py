@@ -100,6 +100,7 @@ class Worker:
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task | None = None
         self._leaving = False
+        self._log_from = 0
 
     @property
     def running(self) -> bool:
@@ -118,6 +119,7 @@ class Worker:
             with self.log.open('ab') as log:
                 log.write(f'---- start {self.starts} ----\n'.encode())
                 log.flush()
+                self._log_from = log.tell()
                 self._process = process = await asyncio.create_subprocess_exec(
                     sys.executable, '-m', 'tests.chaos.worker', str(self.orders), 'worker', '--config',
                     str(self._config), '--set', f'state_dir={self.state}', *self._identity(),
@@ -132,6 +134,12 @@ class Worker:
     def _identity(self) -> list[str]:
         # The first worker is a static member, which is back soon after a kill; the second one joins and leaves.
         return ['--set', f'instance_id=chaos-{self.name}'] if self.name == 'a' else []
+
+    def _up(self) -> bool:
+        """Whether it has come so far that it can stop in order."""
+        with self.log.open('rb') as log:
+            log.seek(self._log_from)
+            return b'health and metrics' in log.read(1 << 16)
 
     def tail(self, lines: int = 3) -> str:
         """The end of its log."""
@@ -151,7 +159,7 @@ class Worker:
         if process is None or process.returncode is not None:
             return
         self.expected = True
-        began = time.monotonic()
+        began, up = time.monotonic(), self._up()
         process.terminate()
         try:
             async with asyncio.timeout(STOP_S_MAX):
@@ -164,7 +172,7 @@ class Worker:
             process.kill()
             await process.wait()
             return
-        if process.returncode != 0:
+        if process.returncode != 0 and (up or process.returncode != -signal.SIGTERM):
             self._note('C8', f'{self.name} ended with {process.returncode} after SIGTERM: {self.tail()}')
         console.print(f'    {self.name} stopped within {time.monotonic() - began:.1f} s')
 
@@ -417,6 +425,8 @@ class Chaos:
             ends = await consumer.end_offsets(known)
             committed = {(sources[place.topic], place.partition): meta.offset for place, meta in offsets.items()
                          if place.topic in sources and meta.offset >= 0}
+            if not committed and self.consumed:
+                raise TimeoutError      # the group's coordinator has just started and knows of nothing yet
             return Sample(time.monotonic() - self._began, committed,
                           {places[place]: end for place, end in ends.items()})
 
@@ -432,7 +442,7 @@ class Chaos:
 
     async def _last_sample(self) -> None:
         async with self._observer() as sample:
-            self.run.samples.append(await sample())
+            self.run.samples.append(await asyncio.wait_for(sample(), 30))
 
     def _clock(self) -> str:
         return f'[{time.monotonic() - self._began:6.1f} s]'
