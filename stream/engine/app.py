@@ -35,6 +35,9 @@ class App(faust.App):
     def _create_directories(self) -> None:
         """The store makes its own."""
 
+    async def _on_agent_error(self, agent: Any, exc: BaseException) -> None:
+        self.runtime.owner.fail(exc)        # Faust would start the agent anew, for ever
+
 
 def create_app(settings: Settings, partitions: int) -> App:
     """The app for these settings; `app.runtime.owner` has to be set before it starts.

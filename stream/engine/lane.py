@@ -148,8 +148,8 @@ class Lane:
 
     @property
     def waiting(self) -> bool:
-        """Whether there are events that the lane has not finished."""
-        return self.done != self.intake.expected
+        """Whether there are events that the lane has not finished, here or, as far as is known, in Kafka."""
+        return self.done != self.intake.expected or any(self.lag(source) for source in Source)
 
     def lag(self, source: Source) -> int:
         """Positions between what is done and the end of the topic partition, as far as it is known."""

@@ -54,6 +54,10 @@ class Owner(Protocol):
         """Told whenever the group's consumer has been polled."""
         ...
 
+    def fail(self, error: BaseException) -> None:
+        """Told of what the worker cannot go on after."""
+        ...
+
 
 class Runtime(msgspec.Struct):
     """What an app carries for its parts: `app.runtime`."""
