@@ -26,13 +26,14 @@ down: .venv/base
 	@$(BIN)/python deploy/local/stack.py down
 
 test: .venv/test
+	@$(BIN)/python deploy/local/stack.py install
 	@$(BIN)/python -m pytest
 
 chaos: .venv/test
 	@$(BIN)/python -m tests.chaos.run --publish both --scorer mix $(if $(SEED),--seed $(SEED)) $(CHAOS)
 
 check: .venv/test
-	@$(BIN)/ruff check stream tests
+	@$(BIN)/ruff check stream tests deploy
 	@$(BIN)/pyright
 
 train: .venv/test

@@ -385,6 +385,7 @@ class Kafka(Part):
             'num.network.threads': '2', 'num.io.threads': '4', 'log.cleaner.dedupe.buffer.size': str(16 << 20),
             'auto.create.topics.enable': 'false',       # a typing error in a topic's name is an error
             'log.retention.ms': '-1',                   # recorded events are old, and by age they would go at once
+            'log.roll.ms': str(1 << 40),                # and each week of theirs would open a new segment
             'offsets.topic.replication.factor': '1', 'offsets.topic.num.partitions': '8',
             'transaction.state.log.replication.factor': '1', 'transaction.state.log.min.isr': '1',
             'transaction.state.log.num.partitions': '8',
