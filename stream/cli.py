@@ -274,7 +274,8 @@ def _replay(
                 say(f'{run.unfinished:,} events of steps that were cut short were not taken again before the journal '
                     'ends.')
             if run.passed_over:
-                say(f'warning: the worker has skipped {run.passed_over:,} events; `stream journal` shows where.')
+                say(f'warning: {run.passed_over:,} events are in no block: the worker began after them or has skipped '
+                    'them, or the journal lacks entries; `stream journal` shows the blocks.')
         if with_report:
             from stream.replay.report import ReportAbout, write_report
             progress.update(task, description='writing report')

@@ -3,13 +3,13 @@
 Windows do not depend on how blocks are cut, but scores do: a user is scored at the end of a step. The journal says
 where the steps were cut. A lane's entries stand in the order of its steps, in one partition of the journal topic:
 
-    events      the lane took the records of one input at fetch positions [start, stop); cut by
-                `stream.core.lane.block_steps`, its steps are numbered from `step` upwards; a block without a valid
+    events      the lane took the records of one input at fetch positions [start, stop). Where it folded blocks of both
+                inputs as one run, in the order of time, there are two entries with the same `step`. Cut by
+                `stream.core.lane.block_steps`, the run's steps are numbered from `step` upwards; a run without a valid
                 event is one step that changes nothing
     timers      the lane fired the silence timers of `users`, in this order, in step `step`
-    recovered   a new owner found step `step` to be the newest in the lane's state, and of that step only `users`;
-                nothing of later ones. The next step is `step` + 1. Without `users`: nothing of `step` was found, and
-                all of the steps before it; the next step is `step`
+    recovered   a new owner found step `step` to be the newest in the lane's state (0: there was none), and of that
+                step only `users` (null: all of them); nothing of later ones. The next step is `step` + 1
 
 An entry is acknowledged before the changelog of its first step is sent, so that nothing can be in the state that the
 journal does not know. The other way round it can: the newest entries of an owner that was killed may have happened in
@@ -22,6 +22,7 @@ As JSON, in the order of the fields below:
     {"kind":"events","lane":3,"step":17,"source":1,"start":4800,"stop":5000,"model":"9c1f...","rules":"5d3f..."}
     {"kind":"timers","lane":3,"step":21,"users":["u1","u7"],"model":"9c1f...","rules":"5d3f..."}
     {"kind":"recovered","lane":3,"step":20,"users":["u4"]}
+    {"kind":"recovered","lane":3,"step":31,"users":null}
 """
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
@@ -42,7 +43,7 @@ Step = Annotated[int, Meta(ge=1)]
 class EventsEntry(msgspec.Struct, frozen=True, tag='events', tag_field='kind'):
     """A block of one input's records.
 
-    step     number of the block's first step
+    step     number of the first step of the run that the block belongs to
     start    first fetch position of the block, stop: the first one after it
     model    SHA-256 (hex) of the weights that score it
     rules    `rules_digest` of the settings that decide what comes out
@@ -68,7 +69,7 @@ class TimersEntry(msgspec.Struct, frozen=True, tag='timers', tag_field='kind'):
 
 
 class RecoveredEntry(msgspec.Struct, frozen=True, tag='recovered', tag_field='kind'):
-    """What a new owner found: the newest step (0: none) and those of its users that have it (None: all of them)."""
+    """What a new owner found: the newest step, and those of its users that have it (None: all of them)."""
 
     lane: Count
     step: Count
@@ -109,9 +110,9 @@ def steps_of(entries: Sequence[Entry]) -> Iterable[tuple[EventsEntry | TimersEnt
     counted: list[tuple[EventsEntry | TimersEntry, Kept | None]] = []
     for entry in reversed(entries):
         if isinstance(entry, RecoveredEntry):
-            found = Kept(entry.step, frozenset(entry.users)) if entry.users else Kept(entry.step - 1, None)
-            if kept and found.users and kept.users and found.step == kept.step:     # one in parts, or found again
-                found = Kept(found.step, found.users | kept.users)
+            found = Kept(entry.step, None if entry.users is None else frozenset(entry.users))
+            if kept and found.step == kept.step and found.users is not None and kept.users is not None:
+                found = Kept(found.step, found.users | kept.users)      # one in parts, or found again
             if kept is None or found.step <= kept.step:
                 kept = found        # of two that found the same, the earlier one knows what was cut short
         elif kept is None or entry.step <= kept.step:

@@ -10,8 +10,9 @@ journal holds a digest. Where the recording or the journal lacks something, the 
 import os
 from array import array
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
@@ -220,7 +221,7 @@ class _Lane(msgspec.Struct):
 
     number: int
     state: State
-    read_to: list[int]
+    read_to: list[int] = msgspec.field(default_factory=lambda: [0] * len(Source))
     step: int = 0
     valid: int = 0
 
@@ -234,7 +235,8 @@ class JournalReplay:
 
     first_ms, last_ms  earliest and latest event time that was read, Unix ms; 0 where there was no event
     unfinished         events of steps that came to nothing and were not taken again before the journal ends
-    passed_over        events between two blocks of a lane that no block has: the worker has skipped them
+    passed_over        events before a lane's blocks, or between them: the worker has skipped them, or began after them,
+                       or the journal lacks an entry
     """
 
     def __init__(
@@ -264,15 +266,15 @@ class JournalReplay:
                  come out even, which is a defect.
         """
         for number, entries in self._journal.items():
-            begin = {entry.source: entry.start for entry in reversed(entries) if isinstance(entry, EventsEntry)}
-            lane = _Lane(number, self._new_state(number), [begin.get(source, 0) for source in Source])
-            for run, kept in _runs(steps_of(entries)):
-                if run[0].step != lane.step + 1:
-                    raise _misfit(lane, run[0])
-                if isinstance(run[0], TimersEntry):
+            lane = _Lane(number, self._new_state(number))
+            for step, counted in groupby(steps_of(entries), key=lambda counted: counted[0].step):
+                if step != lane.step + 1:
+                    raise _misfit(lane, step)
+                run, (kept, *_) = zip(*counted, strict=True)
+                if len(run) == 1 and isinstance(run[0], TimersEntry):
                     await self._timers(lane, run[0], kept)
                 else:
-                    records = await self._events(lane, run, kept)
+                    records = await self._run_of_events(lane, run, kept)
                     if progress:
                         progress(records)
             self._add_up(lane, any(isinstance(entry, RecoveredEntry) for entry in entries))
@@ -292,15 +294,18 @@ class JournalReplay:
         return [f'{topic}-{partition} from offset {end} on' for (topic, partition), stop in stops.items()
                 if (end := self._recorded.end(topic, partition)) < stop]
 
-    async def _events(self, lane: _Lane, run: Sequence[EventsEntry], kept: Kept | None) -> int:
-        """The steps of a block, or of one of each topic, as far as they came to be; gives the number of its records."""
-        records = [self._block(lane, entry) for entry in run]
-        count = sum(map(len, records))
-        if len(run) == 1:
-            in_order = records[0]
-        else:
-            both = [*records[Source.CLICKS], *records[Source.CARTS]]
-            in_order = [both[index] for index in time_order(*[[ts_ms for ts_ms, _ in block] for block in records])]
+    async def _run_of_events(
+        self, lane: _Lane, run: Sequence[EventsEntry | TimersEntry], kept: Kept | None,
+    ) -> int:
+        """The steps of a block, or of one of each input, as far as they came to be; gives the number of its records."""
+        blocks: list[list[tuple[int, Event | None]]] = [[], []]
+        for entry in run:
+            if isinstance(entry, TimersEntry) or blocks[entry.source]:
+                raise InputError(f'Lane {lane.number} has done step {entry.step} twice in its journal.', _WHOLE)
+            blocks[entry.source] = self._block(lane, entry)
+        both = [*blocks[Source.CLICKS], *blocks[Source.CARTS]]
+        count = len(both)
+        in_order = [both[index] for index in time_order(*[[ts_ms for ts_ms, _ in block] for block in blocks])]
         events = [event for _, event in in_order if event is not None]
         if not events:
             lane.step += 1
@@ -379,7 +384,7 @@ class JournalReplay:
         return block
 
     def _between(self, lines: Sequence[bytes]) -> None:
-        """Records of blocks that are in no state because no event was in them: dead letters."""
+        """Records of blocks that are in no state because no event was in them: dead letters, where all is well."""
         for line in lines:
             outcome = self._decode_line(line)
             if isinstance(outcome, Event):
@@ -417,33 +422,16 @@ class JournalReplay:
         counts.read = counts.applied + counts.duplicate + counts.late + counts.dead
 
 
-def _runs(
-    entries: Iterable[tuple[EventsEntry | TimersEntry, Kept | None]],
-) -> Iterator[tuple[list[Any], Kept | None]]:
-    """Entries that are one run of a lane together: the blocks of both topics that begin with the same step."""
-    run: list[EventsEntry | TimersEntry] = []
-    run_kept = None
-    for entry, kept in entries:
-        if run and (entry.step != run[0].step or isinstance(entry, TimersEntry) or isinstance(run[0], TimersEntry)
-                    or entry.source == run[0].source):
-            yield run, run_kept
-            run = []
-        run.append(entry)
-        run_kept = kept
-    if run:
-        yield run, run_kept
-
-
 _WHOLE = 'record the whole input topics and the whole journal topic, once the worker has stopped or has nothing to do.'
 
 
-def _misfit(lane: _Lane, entry: EventsEntry | TimersEntry) -> InputError:
+def _misfit(lane: _Lane, step: int) -> InputError:
     if not lane.step:
         return InputError(
-            f'The journal of lane {lane.number} begins with step {entry.step}: what its state was before is not known.',
+            f'The journal of lane {lane.number} begins with step {step}: what its state was before is not known.',
             "replay a journal from its lanes' first steps on; keep the journal topic for as long as that "
             '(alerts_retention_days, when it is created).')
-    return InputError(f'Lane {lane.number}: the journal goes on with step {entry.step}, the recording has led to step '
+    return InputError(f'Lane {lane.number}: the journal goes on with step {step}, the recording has led to step '
                       f'{lane.step}.', _WHOLE)
 
 

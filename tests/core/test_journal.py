@@ -31,7 +31,8 @@ def timers(step: int, *users: str) -> TimersEntry:
 
 
 def recovered(step: int, *users: str) -> RecoveredEntry:
-    return RecoveredEntry(3, step, list(users))
+    """Of step `step` these users were found, or all of it."""
+    return RecoveredEntry(3, step, list(users) or None)
 
 
 def test_entries_are_json_of_a_known_form():
@@ -41,7 +42,8 @@ def test_entries_are_json_of_a_known_form():
     assert encode_entry(timers(21, 'u1', 'é"')) == (
         b'{"kind":"timers","lane":3,"step":21,"users":["u1","\xc3\xa9\\""],"model":"' + MODEL.encode()
         + b'","rules":"' + RULES.encode() + b'"}')
-    assert encode_entry(recovered(0)) == b'{"kind":"recovered","lane":3,"step":0,"users":[]}'
+    assert encode_entry(recovered(20, 'u4')) == b'{"kind":"recovered","lane":3,"step":20,"users":["u4"]}'
+    assert encode_entry(recovered(0)) == b'{"kind":"recovered","lane":3,"step":0,"users":null}'
 
 
 @pytest.mark.parametrize('entry', [events(1), timers(5, 'a', 'b'), recovered(0), recovered(7, 'a')])
@@ -81,26 +83,38 @@ def test_entries_that_never_happened_are_not_given():
 
 
 def test_an_owner_that_found_nothing_begins_anew():
-    for nothing in (0, 1):
-        assert list(steps_of([recovered(nothing), events(1), recovered(nothing), events(1)])) == [(events(1), None)]
+    assert list(steps_of([recovered(0), events(1), recovered(0), events(1)])) == [(events(1), None)]
 
 
 def test_a_clean_restart_cuts_what_was_only_announced():
-    entries = [events(1), timers(2, 'a'), events(3), recovered(3), events(3)]
+    entries = [events(1), timers(2, 'a'), events(3), recovered(2), events(3)]
     assert list(steps_of(entries)) == [(events(1), Kept(2, None)), (timers(2, 'a'), Kept(2, None)), (events(3), None)]
 
 
 def test_an_owner_who_came_to_nothing_forgets_nothing_of_what_was_cut():
-    for second in (recovered(2, 'a'), recovered(3)):
+    for second in (recovered(2, 'a'), recovered(2)):
         assert list(steps_of([timers(2, 'a', 'b'), recovered(2, 'a'), second, events(3)])) == [
             (timers(2, 'a', 'b'), Kept(2, frozenset('a'))), (events(3), None)]
 
 
 def test_a_step_that_was_not_found_stays_undone_when_its_number_comes_again():
     # The first step 6 came to nothing; of the second one, by the next owner, `a` was found.
-    entries = [timers(5, 'b'), timers(6, 'a', 'b'), recovered(6), timers(6, 'a', 'c'), recovered(6, 'a'), events(7)]
+    entries = [timers(5, 'b'), timers(6, 'a', 'b'), recovered(5), timers(6, 'a', 'c'), recovered(6, 'a'), events(7)]
     assert list(steps_of(entries)) == [
         (timers(5, 'b'), Kept(5, None)), (timers(6, 'a', 'c'), Kept(6, frozenset('a'))), (events(7), None)]
+
+
+def test_of_a_step_of_which_nobody_was_found_nobody_is_kept():
+    nobody = RecoveredEntry(3, 2, [])
+    assert list(steps_of([events(1), timers(2, 'a'), nobody])) == [
+        (events(1), Kept(2, frozenset())), (timers(2, 'a'), Kept(2, frozenset()))]
+
+
+def test_a_run_of_both_inputs_is_given_as_one():
+    clicks, carts = EventsEntry(3, 4, 0, 0, 7, MODEL, RULES), EventsEntry(3, 4, 1, 2, 9, MODEL, RULES)
+    assert list(steps_of([events(1), clicks, carts, recovered(4)])) == [
+        (entry, Kept(4, None)) for entry in (events(1), clicks, carts)]
+    assert list(steps_of([events(1), clicks, carts, recovered(3)])) == [(events(1), Kept(3, None))]
 
 
 def test_state_that_went_back_takes_earlier_owners_with_it():
