@@ -24,7 +24,7 @@ import itertools
 import json
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -50,10 +50,13 @@ from tests.chaos.reference import (
     window_of,
 )
 
+Rescore = Callable[[Sequence[tuple[bytes, dict]]], Awaitable[Iterable[str]]]
+
 CHECKS = {
     'C1': 'loss', 'C2': 'phantom', 'C3': 'duplicates', 'C4': 'order', 'C5': 'state', 'C6': 'offsets',
     'C7': 'conservation', 'C8': 'liveness', 'C9': 'decisions', 'C10': 'validity', 'C11': 'bounds'}
 FINDINGS_KEPT = 20
+RESCORED_EACH, RESCORED_MAX = 4, 1_000      # one message of so many, and at most so many of a partition
 LANE_KEY = b'\xfflane'
 NOT_USERS = b'\xff'         # never in UTF-8: keys from here on are no users
 POWER, INTENT, CHURN, SCORES = 'purchase_power.updated', 'purchase_intent.alert', 'churn.alert', 'scores.updated'
@@ -69,6 +72,7 @@ class Check:
     def __init__(self, code: str) -> None:
         self.code = code
         self.looked_at: dict[str, int] = defaultdict(int)
+        self.remarks: list[str] = []
         self.wrong = 0
         self.findings: list[str] = []
 
@@ -103,14 +107,18 @@ class Report:
         """Note that something was looked at."""
         self.checks[code].looked_at[what] += count
 
+    def remark(self, code: str, what: str) -> None:
+        """Note something measured."""
+        self.checks[code].remarks.append(what)
+
     def table(self, title: str = 'audit') -> Table:
         """For a person: one row a check."""
         table = Table(title=title, title_justify='left')
         for column in ('check', '', 'looked at', 'wrong', 'first finding'):
             table.add_column(column, justify='right' if column == 'wrong' else 'left', overflow='fold')
         for code, check in self.checks.items():
-            looked = ', '.join(f'{count:,} {what}' for what, count in check.looked_at.items()) or 'nothing'
-            table.add_row(f'{code} {CHECKS[code]}', '[green]ok[/]' if check.ok else '[bold red]WRONG[/]', looked,
+            looked = ', '.join([f'{count:,} {what}' for what, count in check.looked_at.items()] + check.remarks)
+            table.add_row(f'{code} {CHECKS[code]}', '[green]ok[/]' if check.ok else '[bold red]WRONG[/]', looked or '-',
                           f'{check.wrong:,}', check.findings[0] if check.findings else '')
         return table
 
@@ -170,8 +178,12 @@ class _Samples:
         return self._samples[first].ends.get((topic, self._partition), _NEVER)
 
 
-async def audit(log: Log, rules: Rules, run: Run, stores: Iterable[Store] = ()) -> Report:
-    """Check everything that can be checked. One partition at a time, so that memory is that of one partition."""
+async def audit(log: Log, rules: Rules, run: Run, stores: Iterable[Store] = (),
+                rescore: Rescore | None = None) -> Report:
+    """Check everything that can be checked. One partition at a time, so that memory is that of one partition.
+
+    rescore   tells what is wrong with the scores of some messages, given the records that they are about
+    """
     report = Report()
     stores = list(stores)
     counted = {'read': 0, 'applied': 0, 'duplicate': 0, 'late': 0}
@@ -193,6 +205,10 @@ async def audit(log: Log, rules: Rules, run: Run, stores: Iterable[Store] = ()) 
         mine = [store for store in stores if store.partition == partition]
         for store in mine:
             lane.take_store(store)
+        if rescore is not None:
+            report.saw('C9', 'scored again', len(lane.announced))
+            for problem in await rescore(lane.announced):
+                report.wrong('C9', problem)
         if stores and sum(store.owner for store in mine) != 1:
             report.wrong('C5', f'partition {partition} has {sum(store.owner for store in mine)} databases of an owner')
         invalid |= lane.invalid
@@ -203,7 +219,7 @@ async def audit(log: Log, rules: Rules, run: Run, stores: Iterable[Store] = ()) 
     _liveness(run, report)
     _faults(run, report)
     for bound in run.bounds:
-        report.saw('C11', f'{bound.name} ({bound.seen:,.0f} of {bound.cap:,.0f} {bound.unit})')
+        report.remark('C11', f'{bound.name} {bound.seen:,.0f} of {bound.cap:,.0f} {bound.unit}'.strip())
         if bound.seen > bound.cap:
             report.wrong('C11', f'{bound.name}: {bound.seen:,.0f} {bound.unit}, at most {bound.cap:,.0f} are allowed')
     for code, what in run.problems:
@@ -217,6 +233,7 @@ class PartitionAudit:
     def __init__(self, partition: int, partitions: int, names: tuple[str, str], rules: Rules, run: Run,
                  report: Report) -> None:
         self.invalid: dict[bytes, Record] = {}
+        self.announced: list[tuple[bytes, dict]] = []       # records, each with a message about it: a sample
         self.counted = {'read': 0, 'applied': 0, 'duplicate': 0, 'late': 0}
         self._partition, self._partitions, self._names = partition, partitions, names
         self._rules, self._run, self._report = rules, run, report
@@ -278,7 +295,7 @@ class PartitionAudit:
         shopper.states += 1
         timer_ms = self._advance(shopper, state, record.offset, where)
         self._compare(shopper, state, where)
-        self._outbox(shopper, user_id, state, timer_ms, record.offset, where)
+        self._outbox(shopper, user_id, state, record.value or b'', timer_ms, record.offset, where)
         shopper.state, shopper.raw = state, record.value or b''
         shopper.digests.add(xxh3_64_intdigest(shopper.raw))
 
@@ -402,8 +419,8 @@ class PartitionAudit:
 
     # -- the messages that a state announces
 
-    def _outbox(self, shopper: _Shopper, user_id: str, state: State, timer_ms: int | None, change: int,
-                where: str) -> None:
+    def _outbox(self, shopper: _Shopper, user_id: str, state: State, raw_state: bytes, timer_ms: int | None,
+                change: int, where: str) -> None:
         before = shopper.state
         messages = []
         for raw in state.outbox:
@@ -428,6 +445,8 @@ class PartitionAudit:
             for problem in _wrong_message(message, user_id, state, shopper, number, timer, self._rules):
                 self._report.wrong('C9', f'{where}: {kind} {identity}: {problem}')
             self._report.saw('C9', 'messages recomputed')
+            if digest % RESCORED_EACH == 0 and len(self.announced) < RESCORED_MAX:
+                self.announced.append((raw_state, message))
         shopper.announced += fresh
         if state.decisions != shopper.announced and self._complete:
             self._report.wrong('C9', f'{where}: {state.decisions} decisions are recorded, the outboxes so far announce '
@@ -832,7 +851,7 @@ def _liveness(run: Run, report: Report) -> None:
     if run.settled_s is None or run.settled_s > run.settle_s_max:
         report.wrong('C8', f'not everything was read within {run.settle_s_max:.0f} s of the last fault')
     else:
-        report.saw('C8', f'settled after {run.settled_s:.0f} s')
+        report.remark('C8', f'settled after {run.settled_s:.0f} s')
     moved: tuple[float, int] | None = None
     longest_s = 0.0
     for sample in run.samples:
@@ -841,7 +860,7 @@ def _liveness(run: Run, report: Report) -> None:
         if moved is None or committed > moved[1] or not waiting:
             moved = sample.at_s, committed
         longest_s = max(longest_s, sample.at_s - moved[0])
-    report.saw('C8', f'still for at most {longest_s:.0f} s')
+    report.remark('C8', f'still for at most {longest_s:.0f} s')
     if longest_s > run.stuck_s_max:
         report.wrong('C8', f'nothing was consumed for {longest_s:.0f} s while events waited')
     if run.samples:

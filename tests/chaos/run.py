@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,12 @@ from aiokafka.errors import KafkaError
 from rich.console import Console
 
 from stream.config import Settings
+from stream.scoring.make import make_scorer
 from tests.chaos.auditor import Report, audit
 from tests.chaos.log import SOURCES, Bound, Fault, KafkaLog, RocksStore, Run, Sample, Topic
 from tests.chaos.plan import EVENTS_BETWEEN_MIN, Plan, Planned, draw
 from tests.chaos.reference import Rules, partition_of
+from tests.chaos.rescore import wrong_scores
 from tests.chaos.workload import Input, records
 
 ROOT = Path(__file__).parents[2]
@@ -296,7 +299,13 @@ class Chaos:
         console.print(f'{self._clock()} everything stopped; {self._sent:,} records were sent; auditing')
         log = KafkaLog(self._kafka.brokers, self._names, self._options.partitions)
         stores = list(self._stores()) if self.run.settled_s is not None else []     # else nobody owns anything for sure
-        return await audit(log, rules_of(self.settings), self.run, stores)
+        # Also what Triton has scored: it serves the same weights.
+        scorer = make_scorer(self.settings.model_copy(update={
+            'scorer': 'embedded' if self.settings.scorer == 'triton' else self.settings.scorer}), console.print)
+        try:
+            return await audit(log, rules_of(self.settings), self.run, stores, partial(wrong_scores, scorer=scorer))
+        finally:
+            await scorer.close()
 
     @staticmethod
     async def _while(tasks: list[asyncio.Task], work: Awaitable[None]) -> None:

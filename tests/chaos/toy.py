@@ -5,7 +5,7 @@ between. `bugs` names promises to break, at the place in the code where a real w
 """
 import random
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -45,8 +45,13 @@ class WildScorer:
     async def close(self) -> None:
         """Nothing is held."""
 
+    def __init__(self, mixed_up: Callable[[], bool] = lambda: False) -> None:
+        self._mixed_up = mixed_up       # asked per batch, whether its rows change places
+
     def _outputs(self, batch: Batch) -> Outputs:
         noise = np.abs(batch.counters.astype(np.float64).sum(axis=1, keepdims=True)) * 1e3
+        if self._mixed_up():
+            noise = noise[::-1]
         draws = [(noise * factor) % 1 for factor in (1, 7, 13)]
         tiers = np.exp(4 * np.cos(noise * np.arange(1, 6)))
         return Outputs(draws[0], tiers / tiers.sum(axis=1, keepdims=True), draws[2] * 900, draws[1], batch.row_id)
@@ -164,7 +169,7 @@ class _Lane:
         self._toy, self._partition, self._log = toy, partition, toy.log
         self._store = toy._stores[partition]
         self._rng = toy._rng
-        self._scorer = WildScorer()
+        self._scorer = WildScorer(lambda: toy.bug('swap_rows', 30))
         lane = {'step': 0, 'positions': [0, 0], 'stream_ms': [0, 0]}
         unsent: dict[bytes, bytes] = {}
         newest = 0
@@ -192,37 +197,40 @@ class _Lane:
     async def work(self) -> None:
         inputs = [self._log.topics[topic, self._partition] for topic in SOURCES]
         while any(self._positions[source] < len(inputs[source]) for source in (0, 1)):
-            waiting = [source for source in (0, 1) if self._positions[source] < len(inputs[source])]
-            source = min(waiting, key=lambda source: inputs[source][self._positions[source]].timestamp_ms)
-            start = self._positions[source]
-            stop = min(start + self._rng.randint(1, 60), len(inputs[source]))
-            if self._toy.bug('skip_block', 20):
-                self._positions[source] = stop
+            starts = list(self._positions)
+            stops = [min(start + self._rng.randint(0, most), len(inputs[source]))
+                     for source, (start, most) in enumerate(zip(starts, (60, 10), strict=True))]
+            if stops == starts:
                 continue
-            await self._block(source, inputs[source][start:stop], stop)
+            if self._toy.bug('skip_block', 20):
+                self._positions = stops
+                continue
+            run = [(record, source) for source in (0, 1) for record in inputs[source][starts[source]:stops[source]]]
+            await self._run(sorted(run, key=lambda entry: entry[0].timestamp_ms), stops)
         if not self._toy.bug('no_sweep'):
             await self._sweeps(max(self._stream_ms))
 
-    async def _block(self, source: int, records: list[Record], stop: int) -> None:
+    async def _run(self, records: list[tuple[Record, int]], stops: list[int]) -> None:
+        """Records of both topics, with their sources, in the order of their times."""
         toy = self._toy
         if toy.bug('commit_first'):
-            self._commit(source, stop)
-        events = self._decode(source, records)
+            self._commit(stops)
+        events = self._decode(records)
         if toy.bug('lane_first', 30):
-            self._lane_record((source, stop))
+            self._lane_record(stops)
         toy.crash()
         if toy.bug('drop_event', 20) and events:
             del events[self._rng.randrange(len(events))]
         users = self._load(event.user_id for event in events)
         if toy.bug('fold_redelivered'):
             for user in users.values():
-                user.next_offset[source] = 0
+                user.next_offset = [0, 0]
         self._send_letters()
         for folded in self._steps(users, events):
             await self._take(folded.touched, None)
-        await self._take([], (source, stop))
+        await self._take([], stops)
         toy.crash()
-        self._commit(source, stop)
+        self._commit(stops)
         toy.crash()
         if not toy.bug('no_sweep'):
             others = [self._stream_ms[other] for other in (0, 1)
@@ -235,9 +243,9 @@ class _Lane:
                 user.due_ms = NO_TIMER_MS
         return block_steps(users, events, self._toy.limits)
 
-    def _decode(self, source: int, records: list[Record]) -> list[Event]:
+    def _decode(self, records: list[tuple[Record, int]]) -> list[Event]:
         events = []
-        for record in records:
+        for record, source in records:
             outcome = self._toy._decoder(record.value, record.key, record.timestamp_ms)
             misrouted = isinstance(outcome, Event) and (
                 partition_of(outcome.user_id.encode(), self._log.partitions) != self._partition)
@@ -277,8 +285,8 @@ class _Lane:
             users = self._load(key[8:].decode() for key in due[:50])
             await self._take(fire(users.values(), self._toy.limits), None)
 
-    async def _take(self, touched: list[Touched], done: tuple[int, int] | None) -> None:
-        """One step. `done`: source and position of a block that ends with it."""
+    async def _take(self, touched: list[Touched], done: list[int] | None) -> None:
+        """One step. `done`: the positions of a run that ends with it."""
         toy, log, partition = self._toy, self._log, self._partition
         self._step += 1
         for entry in touched:
@@ -289,13 +297,13 @@ class _Lane:
             touched[0].user.applied -= 1
         if touched and toy.bug('wrong_window', 90):
             touched[0].user.rows[:8] = bytes(8)
-        if len(touched) > 1 and toy.bug('swap_users', 90):
-            one, other = touched[0].user, touched[1].user
-            one.rows, one.ids, other.rows, other.ids = other.rows, other.ids, one.rows, one.ids
         if toy.bug('decide_twice', 50):
             for entry in touched:
                 entry.user.decisions += 1
         changes = [(entry.user.user_id.encode(), encode(entry.user)) for entry in touched]
+        if len(changes) > 1 and toy.bug('swap_users', 40):
+            (one, first), (other, second), *rest = changes
+            changes = [(one, second), (other, first), *rest]
         for key, record in changes:
             log.append('changelog', partition, key, record)
             if self._rng.random() < 0.2:
@@ -312,10 +320,8 @@ class _Lane:
                 self._put(key, record)
         toy.crash()
 
-    def _lane_record(self, done: tuple[int, int] | None) -> None:
-        if done:
-            self._lane_positions = list(self._lane_positions)
-            self._lane_positions[done[0]] = max(done[1], self._lane_positions[done[0]])
+    def _lane_record(self, done: list[int] | None) -> None:
+        self._lane_positions = done or self._lane_positions
         self._log.append('changelog', self._partition, LANE_KEY, orjson.dumps(
             {'step': self._step, 'generation': 1, 'positions': self._lane_positions, 'stream_ms': self._stream_ms}))
 
@@ -337,7 +343,8 @@ class _Lane:
         if due_ms != NO_TIMER_MS:
             self._store.timers.add(due_ms.to_bytes(8, 'big') + key)
 
-    def _commit(self, source: int, stop: int) -> None:
-        self._positions[source] = stop
-        self._toy._committed[SOURCES[source], self._partition] = stop
+    def _commit(self, stops: list[int]) -> None:
+        self._positions = list(stops)
+        for topic, stop in zip(SOURCES, stops, strict=True):
+            self._toy._committed[topic, self._partition] = stop
         self._toy.sample()

@@ -70,7 +70,7 @@ def _poison(rng: random.Random, line: bytes) -> Input:
     key: bytes | None = b'poison'
     headers: tuple[tuple[str, bytes], ...] = (('Faust-Ag-ReplyTo', b'alerts'), ('trace', b'\x00\xff'))
     value: bytes | None
-    match rng.randrange(16):
+    match rng.randrange(18):
         case 0:
             value = None
         case 1:
@@ -101,6 +101,10 @@ def _poison(rng: random.Random, line: bytes) -> Input:
             value = orjson.dumps(good | {'rating': '5'})
         case 14:        # of a key given twice the last one counts: this one is valid
             value = b'{"user_id":"nobody",' + text[1:]
+        case 15 | 16 if line.endswith(b'}') and b'NaN' not in line:     # older than any window: late
+            event = orjson.loads(given.value or b'')
+            old = {'event_id': good['event_id'], 'ts': max(event['ts'] - 450 * DAY_MS, START_MS - 420 * DAY_MS)}
+            return given._replace(value=orjson.dumps(event | old))
         case _:         # where another partitioner would have put it, mostly
             return given._replace(partition=0, headers=headers)
     return Input(given.topic, key, value, None if key is not None else 0, headers=headers)
