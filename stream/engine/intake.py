@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 class Fetches(Protocol):
     """What the intake needs of the group's consumer."""
 
-    positions: dict[TP, int]
+    starts: dict[TP, int]
     epochs: dict[TP, int]
 
     def seek_now(self, tp: TP, position: int) -> None: ...
@@ -41,7 +41,7 @@ class Intake:
 
     def __init__(self, tps: tuple[TP, TP], fetches: Fetches, ahead_max: int, merge_wait_ms: int,
                  arrived: Callable[[], None], metrics: Metrics) -> None:
-        self.expected = [fetches.positions[tp] for tp in tps]
+        self.expected = [fetches.starts[tp] for tp in tps]
         self._tps = tps
         self._fetches = fetches
         self._ahead_max = ahead_max

@@ -20,8 +20,9 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import msgspec
 from aiokafka import ConsumerRecord
@@ -45,6 +46,7 @@ from stream.scoring.scorer import Scorer
 from stream.scoring.step import Publish, Scored, score_step
 
 log = logging.getLogger(__name__)
+T = TypeVar('T')
 HOLD_RETRY_S = 1.0
 CLOCK_LOOK_S = 1.0          # how often an idle lane looks at the time of day
 MERGE_LOOK_S = 0.05         # how often a waiting one looks whether the other topic has more
@@ -108,6 +110,16 @@ class Stopped(Exception):  # noqa: N818 - no error: the lane was told to stop
     """Raised within a lane that has been told to stop where it would have waited."""
 
 
+async def in_thread(call: Callable[..., T], *given: Any) -> T:
+    """Run a call of the store off the loop. It cannot be cancelled: whoever cancels this waits for it."""
+    task = asyncio.create_task(asyncio.to_thread(call, *given))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
+
+
 class Lane:
     """One partition number's lane. `run` is its task; `admit` takes what the agent brings."""
 
@@ -118,7 +130,6 @@ class Lane:
         self.tps = tps
         self.running = False
         self.holding = ''
-        self.done = [tools.consumer.positions[tp] for tp in tps]
         self.moved_at = time.monotonic()
         self.steps = 0
         self._generation = generation
@@ -127,6 +138,7 @@ class Lane:
         self._wake = asyncio.Event()
         self.intake = Intake(tps, tools.consumer, tools.rules.blocks_ahead_max, tools.rules.merge_wait_ms,
                              self._wake.set, tools.metrics)
+        self.done = list(self.intake.expected)
         self._stopping = False
         self._step = 0
         self._stream_ms = [0, 0]
@@ -202,12 +214,12 @@ class Lane:
             entry = RecoveredEntry(self.number, self._step, tuple(meta.unsent) if meta.unsent else None)
             await self._send(self._rules.journal, [(b'%d' % self.number, encode_entry(entry), [])])
         if meta.unsent:
-            users = await asyncio.to_thread(self.store.load, meta.unsent)
+            users = await in_thread(self.store.load, meta.unsent)
             again = [(user_id.encode(), unpack_outbox(user.outbox)) for user_id, user in users.items() if user.outbox]
             log.info('lane %d: sending the messages of step %d again, of %d users.', self.number, meta.newest,
                      len(again))
             await self._send_messages(again)
-            await asyncio.to_thread(self.store.write, [], Meta(meta.changelog, meta.lane, meta.newest, []))
+            await in_thread(self.store.write, [], Meta(meta.changelog, meta.lane, meta.newest, []))
 
     # ---- one run of events -----------------------------------------------------------------------------------------
 
@@ -303,7 +315,7 @@ class Lane:
         if not missing:
             return {user_id: overlay[user_id] for user_id in user_ids}
         known = {user_id: overlay[user_id] for user_id in user_ids if user_id in overlay}
-        loaded = await asyncio.to_thread(self.store.load, missing)
+        loaded = await in_thread(self.store.load, missing)
         return loaded if not known else {user_id: known.get(user_id) or loaded[user_id] for user_id in user_ids}
 
     # ---- one step --------------------------------------------------------------------------------------------------
@@ -430,16 +442,9 @@ class Lane:
         return await self._tools.publisher.send(topic, self.number, records)
 
     async def _write(self, step: Step, changelog: int) -> None:
-        """Make the step durable here. A thread cannot be cancelled: whoever cancels this waits for it."""
-        if not step.changes:
-            return
-        meta = Meta(changelog, step.lane, step.number, [])
-        write = asyncio.create_task(asyncio.to_thread(self.store.write, step.changes, meta))
-        try:
-            await asyncio.shield(write)
-        except asyncio.CancelledError:
-            await asyncio.wait([write])
-            raise
+        """Make the step durable here."""
+        if step.changes:
+            await in_thread(self.store.write, step.changes, Meta(changelog, step.lane, step.number, []))
 
     def _done(self, step: Step) -> None:
         overlay = self._overlay
@@ -462,7 +467,7 @@ class Lane:
         if self._stopping or self.store.none_due(clock_ms):
             return
         await self._published()         # the index does not know of timers in flight
-        due = await asyncio.to_thread(self.store.due, clock_ms, self._rules.sweep_users_max)
+        due = await in_thread(self.store.due, clock_ms, self._rules.sweep_users_max)
         if not due:
             return
         users = await self._load(dict.fromkeys(due))

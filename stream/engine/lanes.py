@@ -84,10 +84,10 @@ class Lanes:
         """
         owned, copies = set(active), set(standby) - set(active)
         await self.drain()
+        self._lanes, self._standbys = {}, copies        # nobody asks a store while it is closed
         for number in set(self._users.open_partitions()) - owned - copies:
             await asyncio.to_thread(self._users.release, number)
             self._tools.metrics.revoked(self._topics, number)
-        self._lanes, self._standbys = {}, copies
         followers = {}
         for number in sorted(owned | copies):
             store = await asyncio.to_thread(self._users.take, number)
@@ -128,6 +128,7 @@ class Lanes:
         self._stopping = True
         await self.drain()
         await self._reader.close()
+        self._lanes = {}
         for number in self._users.open_partitions():
             await asyncio.to_thread(self._users.release, number)
 

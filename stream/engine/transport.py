@@ -17,9 +17,11 @@ import aiokafka
 import msgspec
 from aiokafka.errors import CommitFailedError, ConsumerStoppedError, IllegalStateError, KafkaError
 from faust.transport.consumer import Consumer as FaustConsumer
+from faust.transport.consumer import Fetcher as FaustFetcher
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, AppT
 from faust.types.tuples import ConsumerMessage
+from mode import Service
 
 from stream.config import Settings
 from stream.engine.blocks import Block, cut
@@ -110,6 +112,7 @@ class Consumer(FaustConsumer):
         carried = runtime(self.app)
         self._settings = carried.settings
         self.positions: dict[TP, int] = {}      # where the next fetch of a topic partition begins
+        self.starts: dict[TP, int] = {}         # where it was last sought to: fetches may have moved on since
         self.epochs: dict[TP, int] = {}         # changes with every seek: what was fetched before is worthless
         self._epoch = 0
         self._last_commit: dict[TP, int] = {}
@@ -229,11 +232,13 @@ class Consumer(FaustConsumer):
         """Fetch from `position` next; blocks that are on their way are of an old epoch."""
         self.driver.seek(_driver_tp(tp), position)
         self._epoch += 1
-        self.positions[tp], self.epochs[tp] = position, self._epoch
+        self.positions[tp] = self.starts[tp] = position
+        self.epochs[tp] = self._epoch
 
     def forget_positions(self) -> None:
         """The assignment is gone."""
         self.positions.clear()
+        self.starts.clear()
         self.epochs.clear()
 
     def end_offset(self, tp: TP) -> int | None:
@@ -322,6 +327,18 @@ class Consumer(FaustConsumer):
         return partition
 
 
+class Fetcher(FaustFetcher):
+    """Runs the drain loop, and ends with it, whether the group rebalances or not."""
+
+    @Service.task
+    async def _fetcher(self) -> None:
+        try:
+            consumer: Any = self.app.consumer
+            await consumer._drain_messages(self)
+        finally:
+            self.set_shutdown()
+
+
 class Producer(driver.Producer):
     """Faust's producer with our settings: idempotent, all replicas acknowledge."""
 
@@ -356,6 +373,7 @@ class Transport(driver.Transport):
     """Registered as `blocks` among Faust's transports."""
 
     Consumer = Consumer
+    Fetcher = Fetcher
     Producer = Producer
 
 

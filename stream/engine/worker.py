@@ -68,6 +68,9 @@ async def run(settings: Settings) -> None:
         stack.push_async_callback(_stop, app, lanes, settings.drain_timeout_ms / 1000 + STOP_MORE_S)
         await app.start()
         await _until(stop, lanes, app, watchdog)
+    for number in (signal.SIGTERM, signal.SIGINT):      # once the loop is gone a second signal must not kill
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

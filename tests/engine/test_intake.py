@@ -18,7 +18,7 @@ class FakeFetches:
     """What the group's consumer tells an intake."""
 
     def __init__(self) -> None:
-        self.positions = {CLICKS: 0, CARTS: 0}
+        self.starts = {CLICKS: 0, CARTS: 0}
         self.epochs = {CLICKS: 1, CARTS: 1}
         self.ends: dict[TP, int | None] = {CLICKS: 0, CARTS: 0}
         self.sought: list[tuple[TP, int]] = []

@@ -31,10 +31,10 @@ RULES = LaneRules(
 
 
 class FakeKafka:
-    """Topics in memory. As consumer: positions. As publisher: acknowledges when `gates` let it."""
+    """Topics in memory. As consumer: where it began. As publisher: acknowledges when `gates` let it."""
 
     def __init__(self) -> None:
-        self.positions = {CLICKS: 0, CARTS: 0}
+        self.starts = {CLICKS: 0, CARTS: 0}
         self.epochs = {CLICKS: 1, CARTS: 1}
         self.topics: dict[str, list[Record]] = {name: [] for name in ('changelog', 'alerts', 'scores', 'dead')}
         self.sends: list[str] = []
@@ -231,7 +231,7 @@ async def _run_until_death(lane: Lane, stage: str, after: bool, turn: int) -> li
 
 
 async def _run_to_the_end(kafka: FakeKafka, store: PartitionStore, start: int) -> None:
-    kafka.positions[CLICKS] = start
+    kafka.starts[CLICKS] = start
     lane = lane_on(kafka, store)
     async with running(lane):
         for block in blocks():
