@@ -627,10 +627,8 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix='stream-chaos-'))
     modes = ('changes', 'all') if options.publish == 'both' else (options.publish,)
     reports: list[tuple[str, Report]] = []
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    signal.signal(signal.SIGINT, signal.default_int_handler)        # a shell's background job ignores it
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     triton = None
     kafka = Kafka(folder / 'kafka')
     try:
@@ -642,25 +640,25 @@ def main() -> int:
             one = Options(**{**vars(options), 'publish': mode, 'scorer': scorer})
             console.print(f'== publish={mode} scorer={scorer} events={one.events:,} kills={one.kills} '
                           f'rebalances={one.rebalances} shoppers={one.shoppers:,}')
-            report = loop.run_until_complete(
+            # Ctrl-C cancels the run, which then stops its workers.
+            report = asyncio.run(
                 play(one, folder / mode, kafka, triton if scorer == 'triton' else None, f'chaos-{mode}'))
             reports.append((f'publish={mode} scorer={scorer} SEED={options.seed}', report))
+    except KeyboardInterrupt:
+        console.print('stopped; nothing was audited that is not shown below')
     finally:
         for part in (triton, kafka):
             if part is not None:
                 part.remove()
-        loop.close()
         if options.keep:
             console.print(f'kept: {folder}')
         else:
             shutil.rmtree(folder, ignore_errors=True)
     for title, report in reports:
         report.print(console, title)
+    if len(reports) < len(modes):
+        return 130
     return 0 if all(report.ok for _, report in reports) else 1
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _options() -> Options:
