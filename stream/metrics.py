@@ -71,8 +71,6 @@ class Metrics:
             buckets=_OUTPUT_BUCKETS_S, registry=at)
         self.in_flight_blocks = Gauge(
             'stream_in_flight_blocks', 'Blocks fetched and not yet done.', registry=at)
-        self.in_flight_bytes = Gauge(
-            'stream_in_flight_bytes', 'Bytes of the records of these blocks.', registry=at)
         self.lane_clock_seconds = Gauge(
             'stream_lane_clock_seconds', 'Unix time, of events, up to which the timers of a lane have fired.',
             ['partition'], registry=at)

@@ -170,9 +170,15 @@ class _Time(msgspec.Struct, gc=False):
     ts: int | str
 
 
+class _Place(msgspec.Struct, gc=False):
+    ts: int | str
+    type: str = ''
+
+
 _RFC3339 = re.compile(r'\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)', re.ASCII)
 _decode_record = msgspec.json.Decoder(EventRecord).decode
 _decode_time = msgspec.json.Decoder(_Time).decode
+_decode_place = msgspec.json.Decoder(_Place).decode
 _MALFORMED = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 
 
@@ -250,6 +256,21 @@ def peek_ts_ms(value: bytes) -> int | None:
         return None
     ts_ms = parse_rfc3339_ms(ts) if isinstance(ts, str) else ts
     return ts_ms if ts_ms is not None and TS_MS_MIN <= ts_ms <= TS_MS_MAX else None
+
+
+def peek_order(value: bytes) -> int | None:
+    """Where a record belongs among those of other times and topics: twice its event time in Unix ms, plus its source.
+
+    Of equal times the clicks come first, as in a lane that reads both topics. None where the time cannot be read.
+    """
+    try:
+        place = _decode_place(value)
+    except _MALFORMED:
+        return None
+    ts_ms = parse_rfc3339_ms(place.ts) if isinstance(place.ts, str) else place.ts
+    if ts_ms is None or not TS_MS_MIN <= ts_ms <= TS_MS_MAX:
+        return None
+    return 2 * ts_ms + SOURCE_OF_TYPE[TYPE_CODES.get(place.type, _OTHER)]
 
 
 def parse_rfc3339_ms(text: str) -> int | None:

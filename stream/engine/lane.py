@@ -276,7 +276,7 @@ class Lane:
         """The events in order, and the dead letters."""
         decode_event, clicks, events, letters = self._tools.decoder, self.tps[Source.CLICKS].topic, [], []
         for record in records:
-            outcome = decode_event(record.value, record.key, record.timestamp)
+            outcome = decode_event(record.value, record.key, record.timestamp if record.timestamp >= 0 else None)
             if isinstance(outcome, Event):
                 outcome.source = Source.CLICKS if record.topic == clicks else Source.CARTS
                 outcome.offset = record.offset

@@ -26,7 +26,7 @@ from typing import BinaryIO, TypeGuard
 import msgspec
 import numpy as np
 
-from stream.core.events import Decoder, Event, EventRules, Refusal, peek_ts_ms
+from stream.core.events import Decoder, Event, EventRules, Refusal, peek_order
 from stream.errors import InputError, UsageError
 from stream.replay import topic_records
 from stream.replay.formats import FORMATS, BadRow, Format, Occurrences
@@ -87,7 +87,7 @@ class Recording:
         self.records: Inputs | None = self._format.records
         self._rows_in_memory_max = rows_in_memory_max
         self._spill_dir = spill_dir
-        self._times_ms: np.ndarray | None = None
+        self._places: np.ndarray | None = None      # of each row: 2 * time in ms + source
         self._first_numbers: list[int] = []     # of each file
         self.rows = 0
         self.first_ms = 0
@@ -103,44 +103,45 @@ class Recording:
         progress  called now and then with the number of rows read so far
         Errors    InputError where a file cannot be read.
         """
-        times = array('q')      # int64 that grows in place
+        places = array('q')     # int64 that grows in place
         first_numbers = []
         known_from: int | None = None       # the first row with a readable time
         occurrences = Occurrences()
-        peek = peek_ts_ms if self.records is None else RecordTimes()
+        peek = peek_order if self.records is None else _record_order(RecordTimes())
         for path in self._paths:
-            first_numbers.append(len(times))
+            first_numbers.append(len(places))
             with closing(self._format.rows(path, occurrences)) as rows:
                 while chunk := list(islice(rows, _READ_ROWS)):
-                    found = _peek_times(chunk, peek)
+                    found = _peek_places(chunk, peek)
                     if known_from is None:
-                        known_from = next((len(times) + i for i, ts_ms in enumerate(found) if ts_ms is not None), None)
-                    _append_times(times, found)
+                        known_from = next((len(places) + i for i, place in enumerate(found) if place is not None), None)
+                    _append_places(places, found)
                     if progress is not None:
-                        progress(len(times))
-        times_ms = np.frombuffer(times, dtype=np.int64) if times else np.empty(0, dtype=np.int64)
+                        progress(len(places))
+        order = np.frombuffer(places, dtype=np.int64) if places else np.empty(0, dtype=np.int64)
         if known_from:
-            times_ms[:known_from] = times_ms[known_from]
-        self._times_ms = times_ms
+            order[:known_from] = order[known_from]
+        self._places = order
         self._first_numbers = first_numbers
-        self.rows = len(times_ms)
-        self.in_order = bool(np.all(times_ms[1:] >= times_ms[:-1]))
+        self.rows = len(order)
+        self.in_order = bool(np.all(order[1:] >= order[:-1]))
+        times_ms = order >> 1
         self.first_ms = int(times_ms.min()) if self.rows else 0
         self.last_ms = int(times_ms.max()) if self.rows else 0
 
     def blocks(self, events_max: int, span_ms_max: int) -> Iterator[Block]:
-        """Second pass: all rows in event-time order, equal times in file order.
+        """Second pass: all rows in event-time order; of equal times clicks before carts, as in a lane, then file order.
 
         events_max   most rows of a block, at least 1
         span_ms_max  most milliseconds of event time between a block's first and last row, at least 0
         Errors       InputError where a file changed since `scan`, or where the temporary file cannot be written.
         """
-        if self._times_ms is None:
+        if self._places is None:
             raise RuntimeError('scan() comes first')
         if events_max < 1 or span_ms_max < 0:
             raise ValueError(f'events_max={events_max} and span_ms_max={span_ms_max} leave no room for a row')
-        order = None if self.in_order else np.argsort(self._times_ms, kind='stable')
-        return self._blocks(self._times_ms, order, events_max, span_ms_max)
+        order = None if self.in_order else np.argsort(self._places, kind='stable')
+        return self._blocks(self._places, order, events_max, span_ms_max)
 
     def locate(self, number: int) -> tuple[Path, int]:
         """The file of a row and the row's number in it, from 1; a header is not counted."""
@@ -154,27 +155,27 @@ class Recording:
         return Decoder(rules) if self.records is None else topic_records.decoder(rules, self.records)
 
     def _blocks(
-        self, times_ms: np.ndarray, order: np.ndarray | None, events_max: int, span_ms_max: int,
+        self, places: np.ndarray, order: np.ndarray | None, events_max: int, span_ms_max: int,
     ) -> Iterator[Block]:
-        with closing(self._stream(times_ms, order)) as stream:
+        with closing(self._stream(places, order)) as stream:
             start = 0
             while start < self.rows:
                 window = slice(start, start + events_max)
-                times = times_ms[window] if order is None else times_ms[order[window]]
+                times = (places[window] if order is None else places[order[window]]) >> 1
                 count = int(np.searchsorted(times, times[0] + span_ms_max, side='right'))
                 numbers = range(start, start + count) if order is None else order[start:start + count].tolist()
                 yield _block(list(islice(stream, count)), numbers, int(times[0]), int(times[count - 1]))
                 start += count
             next(stream, None)      # whether the last file has grown shows where one more row is asked for
 
-    def _stream(self, times_ms: np.ndarray, order: np.ndarray | None) -> Generator[Row, None, None]:
+    def _stream(self, places: np.ndarray, order: np.ndarray | None) -> Generator[Row, None, None]:
         if order is None:
             yield from self._read_again()
         elif self.rows <= self._rows_in_memory_max:
             rows = list(self._read_again())
             yield from map(rows.__getitem__, order.tolist())
         else:
-            yield from self._merged_runs(times_ms, order)
+            yield from self._merged_runs(places, order)
 
     def _read_again(self) -> Generator[Row, None, None]:
         """All rows in file order; InputError where a file has not as many as `scan` saw."""
@@ -189,10 +190,10 @@ class Recording:
                     raise InputError(f'{path} changed while it was replayed (it had {end - first} rows).',
                                      'replay a copy, or wait until nobody writes to it.')
 
-    def _merged_runs(self, times_ms: np.ndarray, order: np.ndarray) -> Generator[Row, None, None]:
+    def _merged_runs(self, places: np.ndarray, order: np.ndarray) -> Generator[Row, None, None]:
         try:
             with TemporaryFile(dir=self._spill_dir) as file:
-                ends = self._write_runs(file, times_ms)
+                ends = self._write_runs(file, places)
                 runs = [_read_run(file, start, end) for start, end in pairwise([0, *ends])]
                 for first in range(0, self.rows, _READ_ROWS):
                     next_runs = order[first:first + _READ_ROWS] // self._rows_in_memory_max
@@ -201,13 +202,13 @@ class Recording:
             raise InputError(f'The rows cannot be sorted on disk: {error}.',
                              'name another folder for temporary files with room for all rows.') from error
 
-    def _write_runs(self, file: BinaryIO, times_ms: np.ndarray) -> list[int]:
+    def _write_runs(self, file: BinaryIO, places: np.ndarray) -> list[int]:
         """Write the rows as sorted runs; give where in the file each run ends."""
         ends = []
         with closing(self._read_again()) as rows:
             for first in range(0, self.rows, self._rows_in_memory_max):
                 run = list(islice(rows, self._rows_in_memory_max))
-                order = np.argsort(times_ms[first:first + len(run)], kind='stable').tolist()
+                order = np.argsort(places[first:first + len(run)], kind='stable').tolist()
                 for start in range(0, len(run), _SPILL_CHUNK_ROWS):
                     chunk = _encode_rows([run[place] for place in order[start:start + _SPILL_CHUNK_ROWS]])
                     file.write(len(chunk).to_bytes(_LENGTH_BYTES, 'little'))
@@ -217,25 +218,33 @@ class Recording:
         return ends
 
 
-def _peek_times(rows: list[Row], peek: Callable[[bytes], int | None]) -> list[int | None]:
+def _peek_places(rows: list[Row], peek: Callable[[bytes], int | None]) -> list[int | None]:
     if _no_bad_row(rows):
         return list(map(peek, rows))
     return [None if isinstance(row, BadRow) else peek(row) for row in rows]
+
+
+def _record_order(time_of: RecordTimes) -> Callable[[bytes], int | None]:
+    """Records of topics stand where their times put them, whichever topic they are of."""
+    def peek(line: bytes) -> int | None:
+        time_ms = time_of(line)
+        return None if time_ms is None else 2 * time_ms
+    return peek
 
 
 def _no_bad_row(rows: list[Row]) -> TypeGuard[list[bytes]]:
     return set(map(type, rows)) <= {bytes}
 
 
-def _append_times(times: array, found: list[int | None]) -> None:
-    """Append the times; for None the time before it (0 at the very start, until a time is known)."""
+def _append_places(places: array, found: list[int | None]) -> None:
+    """Append the places; for None the one before it (0 at the very start, until one is known)."""
     try:
-        times.fromlist(found)       # all or nothing, and there rarely is a None
+        places.fromlist(found)      # all or nothing, and there rarely is a None
     except TypeError:
-        last = times[-1] if times else 0
-        for ts_ms in found:
-            last = last if ts_ms is None else ts_ms
-            times.append(last)
+        last = places[-1] if places else 0
+        for place in found:
+            last = last if place is None else place
+            places.append(last)
 
 
 def _block(rows: list[Row], numbers: Sequence[int], first_ms: int, last_ms: int) -> Block:
