@@ -73,7 +73,10 @@ def install_kafka() -> Path:
 
 
 def install_triton() -> Path:
-    """A folder with the server (`server`) and its Python backend with onnxruntime (`backends`); see `install_kafka`."""
+    """A folder with the server (`server`) and its Python backend with onnxruntime (`backends`); see `install_kafka`.
+
+    The image of Triton is made of it too: deploy/docker/Dockerfile.
+    """
     pins = HERE / 'triton-constraints.txt'
     python = f'{sys.version_info.major}.{sys.version_info.minor}'
     uv = shutil.which('uv', path=f'{ROOT / ".venv" / "bin"}{os.pathsep}{os.environ.get("PATH", "")}')

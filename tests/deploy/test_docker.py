@@ -1,49 +1,100 @@
-"""The compose file and the image, as far as a machine without Docker can judge them."""
+"""The compose files and the images, as far as a machine without Docker can judge them."""
+import asyncio
 import fnmatch
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 import yaml
-from parts import Kafka, free_port
+from parts import HOST, Kafka, Triton, _libpython, free_port
 
 from stream.cli import app
 from stream.config import Settings, load_settings
+from stream.core.scores import OUTPUT_NAMES
 from stream.engine.admin import PATHS
+from stream.scoring.embedded import EmbeddedScorer
 from stream.scoring.repository import ENGINE_CACHE
+from stream.scoring.triton import TritonScorer
+from tests.contract.test_scorers import SHIPPED, made_up_batch
 
 ROOT = Path(__file__).parents[2]
-COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / 'docker-compose.yml').read_text())
+COMPOSE_FILE, GPU_FILE = ROOT / 'docker-compose.yml', ROOT / 'deploy' / 'docker' / 'gpu.yml'
+COMPOSE: dict[str, Any] = yaml.safe_load(COMPOSE_FILE.read_text())
+GPU: dict[str, Any] = yaml.safe_load(GPU_FILE.read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE['services']
-DOCKERFILE = (ROOT / 'deploy' / 'docker' / 'Dockerfile').read_text()
-OURS = {name: service for name, service in SERVICES.items() if 'build' in service}
+DOCKERFILE = (ROOT / 'deploy' / 'docker' / 'Dockerfile').read_text().replace('\\\n', ' ')
+STREAM = {name: service for name, service in SERVICES.items() if service['image'] == 'stream:local'}
+STAGES = {name: (base, text) for base, name, text in
+          re.findall(r'^FROM (\S+) AS (\S+)\n(.*?)(?=^FROM |\Z)', DOCKERFILE, re.MULTILINE | re.DOTALL)}
+
+
+def instruction(stage: str, name: str) -> str:
+    """What its only such instruction says."""
+    found, = re.findall(rf'^{name} (.*)$', STAGES[stage][1], re.MULTILINE)
+    return found
 
 
 def test_the_services():
-    assert set(SERVICES) == {'kafka', 'triton', 'triton-gpu', 'worker', 'shoppers'}
-    assert set(OURS) == {'worker', 'shoppers'}
-    assert [name for name, service in SERVICES.items() if 'profiles' in service] == ['triton-gpu']
-    device, = SERVICES['triton-gpu']['deploy']['resources']['reservations']['devices']
+    assert set(SERVICES) == {'kafka', 'triton', 'worker', 'shoppers'}
+    assert set(STREAM) == {'worker', 'shoppers'}
+    assert not [name for name, service in SERVICES.items() if 'profiles' in service]     # `up` starts all of them
+    assert set(GPU['services']) == {'triton'}       # in its place: never both
+    device, = GPU['services']['triton']['deploy']['resources']['reservations']['devices']
     assert device['capabilities'] == ['gpu']
 
 
-def test_images_are_pinned_and_those_of_the_local_parts():
+def test_each_image_has_its_stage():
+    built = {name: service for name, service in SERVICES.items() if 'build' in service}
+    assert set(built) == {'triton', 'worker', 'shoppers'}
+    for service in built.values():
+        assert service['build'] == {'context': '.', 'dockerfile': 'deploy/docker/Dockerfile',
+                                    'target': service['image'].replace('stream-', '').removesuffix(':local')}
+        assert service['build']['target'] in STAGES
+    assert GPU['services']['triton']['image'] not in {service['image'] for service in SERVICES.values()}
+    assert GPU['services']['triton']['build']['target'] in STAGES
+    assert list(STAGES)[-1] == 'stream'     # what `docker build` makes
+    assert DOCKERFILE.count('\nFROM ') == len(STAGES)
+
+
+def test_images_are_pinned_name_no_host_and_are_those_of_the_local_parts():
     pom = (ROOT / 'deploy' / 'local' / 'pom.xml').read_text()
     kafka = re.search(r'<artifactId>kafka_2.13</artifactId>\s*<version>([\d.]+)', pom)
     assert kafka and SERVICES['kafka']['image'] == f'apache/kafka:{kafka[1]}'
-    for name in ('triton', 'triton-gpu'):
-        assert re.fullmatch(r'nvcr\.io/nvidia/tritonserver:\d\d\.\d\d-py3', SERVICES[name]['image'])
+    images = {service['image'] for service in SERVICES.values()} | {base for base, _ in STAGES.values()} - set(STAGES)
+    images -= {'${TRITON_IMAGE}'}
+    assert len(images) == 4
+    for image in images:
+        first, slash, _ = image.partition('/')
+        assert ':' in image and not (slash and re.search(r'[.:]|^localhost$', first)), image
+    bases = {base for base, _ in STAGES.values() if base.startswith('python:')}
+    assert bases == {'python:3.11-slim-bookworm'}       # the server's wheel has backends for Python 3.11 and 3.12
+
+
+def test_the_gpus_image_is_asked_for_in_words(monkeypatch: pytest.MonkeyPatch):
+    name = re.search(r'\$\{(\w+):\?([^}]*)\}', GPU['services']['triton']['build']['args']['TRITON_IMAGE'])
+    assert name and name[1] == 'TRITON_IMAGE' and STAGES['triton-gpu'][0] == '${TRITON_IMAGE}'
+    tag, = re.findall(r'\d\d\.\d\d-py3', name[2])
+    assert tag in COMPOSE_FILE.read_text()
+    # Stages that are not built need a base too.
+    assert re.search(r'^ARG TRITON_IMAGE=scratch$', DOCKERFILE.split('\nFROM ')[0], re.MULTILINE)
+    assert ':?' not in COMPOSE_FILE.read_text()     # asked for even where the service does not start
+    assert f'-f {GPU_FILE.relative_to(ROOT)} up --build' in COMPOSE_FILE.read_text()
+    for text in (COMPOSE_FILE.read_text(), GPU_FILE.read_text(), DOCKERFILE):
+        assert not re.search(r'https?://(?!127\.0\.0\.1)|\b[a-z]+\.(io|com|org)\b', text)
 
 
 def test_nothing_is_open_to_other_machines():
     ports = [port for service in SERVICES.values() for port in service.get('ports', ())]
-    assert len(ports) == 6 and all(port.startswith('127.0.0.1:') for port in ports)
+    assert len(ports) == 4 and all(port.startswith('127.0.0.1:') for port in ports)
     assert len({port.rsplit(':', 1)[0] for port in ports}) == len(ports)      # no two want the same
 
 
@@ -58,15 +109,14 @@ def test_each_waits_for_what_it_needs():
 
 def test_the_settings_exist_and_are_accepted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv('STREAM_TRITON', raising=False)
-    for service in OURS.values():
+    for service in STREAM.values():
         names = {name.removeprefix('STREAM_').lower() for name in service['environment']}
         assert names <= set(Settings.model_fields)
         for name, value in service['environment'].items():
-            monkeypatch.setenv(name, re.sub(r'\$\{\w+:-(.*)\}', r'\1', value))
+            monkeypatch.setenv(name, value)
         settings = load_settings()
         assert (settings.brokers, settings.scorer, settings.triton) == ('kafka:19092', 'triton', 'triton:8001')
-        assert f'{settings.state_dir}' in DOCKERFILE
+        assert f'{settings.state_dir}' in STAGES['stream'][1]
     assert 'INSIDE://kafka:19092' in SERVICES['kafka']['environment']['KAFKA_ADVERTISED_LISTENERS']
 
 
@@ -80,28 +130,86 @@ def test_the_commands_exist_with_their_options():
     assert all(part.split()[0] == 'stream' for part in script.split('&&'))
 
 
-def test_volumes_and_folders():
-    for service in SERVICES.values():
-        for volume in service.get('volumes', ()):
-            source = volume.split(':')[0]
-            assert source in COMPOSE['volumes'] or source.startswith('./')
-    assert (ROOT / SERVICES['triton']['volumes'][0].split(':')[0]).is_dir()
-    assert f'tensorrt:{ENGINE_CACHE}' in SERVICES['triton-gpu']['volumes']
-    variant = SERVICES['triton-gpu']['volumes'][0].split(':')[0].removeprefix('./')
-    assert f'stack.py models tensorrt {variant}' in (ROOT / 'docker-compose.yml').read_text()
+def test_volumes():
+    for compose in (COMPOSE, GPU):
+        for service in compose['services'].values():
+            for volume in service.get('volumes', ()):
+                assert volume.split(':')[0] in compose['volumes']
+    assert f'tensorrt:{ENGINE_CACHE}' in GPU['services']['triton']['volumes']
 
 
-def test_the_image_gets_what_it_copies():
-    copied = [source for line in re.findall(r'^COPY (.*)$', DOCKERFILE, re.MULTILINE) for source in line.split()[:-1]]
+def test_the_images_get_what_they_copy():
     ignored = (ROOT / 'deploy' / 'docker' / 'Dockerfile.dockerignore').read_text().splitlines()
     assert ignored[0] == '*'
+    copied = set()
+    for line in re.findall(r'^COPY (.*)$', DOCKERFILE, re.MULTILINE):
+        if found := re.fullmatch(r'--from=(\S+) (\S+) \S+', line):
+            assert found[2] in STAGES[found[1]][1]
+        else:
+            copied.update(line.split()[:-1])
     for source in copied:
         assert (ROOT / source).exists()
-        assert any(fnmatch.fnmatch(f'!{source}', pattern) for pattern in ignored), source
-    assert {'stream', 'triton_models', 'pyproject.toml', 'README.md', 'LICENSE'} <= set(copied)
-    assert re.search(r'^USER stream$', DOCKERFILE, re.MULTILINE)
-    assert all(service['build'] == {'context': '.', 'dockerfile': 'deploy/docker/Dockerfile'}
-               for service in OURS.values())
+        assert any(fnmatch.fnmatch(f'!{source}', pattern) for pattern in ignored[1:]), source
+    assert {'stream', 'triton_models', 'deploy/local', 'pyproject.toml', 'README.md', 'LICENSE'} <= copied
+    assert instruction('stream', 'USER') == 'stream' and instruction('triton', 'USER') == 'triton'
+
+
+class ImagesTriton(Triton):
+    """The image's command, with the folders and addresses of this machine."""
+
+    def __init__(self, folder: Path, models: Path) -> None:
+        super().__init__(folder)
+        code, = re.findall(r"python -c '(.*?)'", STAGES['parts'][1])
+        self._folders = {
+            '/opt/triton': self._printed('-c', code), '/models': str(models), '/usr/local/lib': str(_libpython())}
+
+    @staticmethod
+    def _printed(*arguments: str) -> str:
+        return subprocess.run([sys.executable, *arguments], env=os.environ | {'PYTHONPATH': 'deploy/local'}, cwd=ROOT,
+                              capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+
+    def _here(self, text: str) -> str:
+        return re.sub('|'.join(self._folders), lambda found: self._folders[found[0]], text)
+
+    def _command(self) -> tuple[list[str], dict[str, str]]:
+        command = [self._here(argument) for argument in json.loads(instruction('triton', 'CMD'))]
+        command += [f'--{kind}-{what}' for kind, port in (
+            ('grpc', self.port), ('http', self.http_port), ('metrics', self.metrics_port))
+            for what in (f'address={HOST}', f'port={port}')]
+        name, value = instruction('triton', 'ENV').split('=')
+        shared_memory = f'--backend-config=python,shm-region-prefix-name={self._shared_memory()}'
+        return [*command, shared_memory], {name: self._here(value)}
+
+
+def test_the_images_triton_scores_as_the_embedded_model(tmp_path: Path):
+    lines = [shlex.split(line) for line in instruction('models', 'RUN').split('&&')]
+    for python, script, *arguments in lines:
+        assert python == 'python'
+        subprocess.run([sys.executable, script, *(a.replace('/models/', f'{tmp_path}/models/') for a in arguments)],
+                       cwd=ROOT, check=True, timeout=60)
+    assert 'tensorrt' in (tmp_path / 'models' / 'tensorrt' / 'shopper' / 'config.pbtxt').read_text()
+    assert instruction('triton-gpu', 'COPY') == '--from=models /models/tensorrt /models'
+    assert '--from=models /models/python /models' in re.findall(r'^COPY (.*)$', STAGES['triton'][1], re.MULTILINE)
+
+    batches = [made_up_batch(rows, slots, seed=rows) for rows, slots in ((1, 8), (5, 64), (256, 16))]
+
+    async def scores(address: str):
+        scorer = TritonScorer(address, SHIPPED)
+        try:
+            return await scorer.score(batches), scorer.served_sha256
+        finally:
+            await scorer.close()
+
+    with ImagesTriton(tmp_path / 'triton', tmp_path / 'models' / 'python') as triton:
+        answers, sha256 = asyncio.run(scores(triton.address))
+        check = SERVICES['triton']['healthcheck']['test'][-1]
+        assert '127.0.0.1:8000/' in check
+        subprocess.run([sys.executable, '-c', check.replace(':8000/', f':{triton.http_port}/')], check=True, timeout=20)
+    embedded = EmbeddedScorer(SHIPPED)
+    assert sha256 == embedded.model.sha256
+    for answer, wanted in zip(answers, embedded.score_now(batches), strict=True):
+        for name in OUTPUT_NAMES:
+            np.testing.assert_allclose(getattr(answer, name), getattr(wanted, name), rtol=1e-5, atol=1e-6)
 
 
 def test_the_brokers_settings_start_a_real_broker(tmp_path: Path):
@@ -120,12 +228,35 @@ def test_the_brokers_settings_start_a_real_broker(tmp_path: Path):
         assert kafka._answers()
 
 
-def test_compose_accepts_it():
-    compose = shutil.which('docker-compose')
-    if compose is None:
+@pytest.fixture
+def compose():
+    found = shutil.which('docker-compose')
+    if found is None:
         pytest.skip('docker-compose is not installed (Debian: apt-get install docker-compose); the other tests judge')
-    environment = {name: value for name, value in os.environ.items() if not name.startswith('STREAM_')}
-    done = subprocess.run([compose, 'config', '--services'], cwd=ROOT, env=environment, capture_output=True, text=True,
-                          timeout=60, check=False)
+
+    def run(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(('STREAM_', 'TRITON_'))}
+        return subprocess.run([found, *arguments, 'config'], cwd=ROOT, env=environment | variables,
+                              capture_output=True, text=True, timeout=60, check=False)
+
+    return run
+
+
+def test_compose_accepts_it(compose):
+    done = compose()
     assert done.returncode == 0, done.stderr
-    assert set(done.stdout.split()) == set(SERVICES)
+    assert set(yaml.safe_load(done.stdout)['services']) == set(SERVICES)
+
+
+def test_the_gpu_takes_the_cpus_place(compose):
+    files = ['-f', COMPOSE_FILE, '-f', GPU_FILE]
+    refused = compose(*files)
+    assert refused.returncode and 'with the tag 24.10-py3' in refused.stderr
+    done = compose(*files, TRITON_IMAGE='triton:24.10-py3')
+    assert done.returncode == 0, done.stderr
+    services = yaml.safe_load(done.stdout)['services']
+    assert set(services) == set(SERVICES)
+    build = services['triton']['build']
+    assert (build['target'], build['args'], build['context']) == (
+        'triton-gpu', {'TRITON_IMAGE': 'triton:24.10-py3'}, str(ROOT))
+    assert services['triton']['healthcheck']['test'] == SERVICES['triton']['healthcheck']['test']
