@@ -116,7 +116,11 @@ async def publish(
         waiting: deque[list[asyncio.Future[Any]]] = deque()
         try:
             async for chunk, rows in _paced(outgoing.chunks(options), options.rate):
-                waiting.append(await _send(producer, chunk))
+                # Carts first: a worker that reads meanwhile must not see the clicks of much later times before them.
+                carts = {place: records for place, records in chunk.items() if place[0] == settings.carts_topic}
+                clicks = {place: records for place, records in chunk.items() if place not in carts}
+                await _acknowledged(await _send(producer, carts))
+                waiting.append(await _send(producer, clicks))
                 if len(waiting) > CHUNKS_IN_FLIGHT:
                     await _acknowledged(waiting.popleft())
                 if progress is not None:
