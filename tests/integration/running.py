@@ -129,6 +129,17 @@ class Shop:
                 await consumer.stop()
         return asyncio.run(run())
 
+    def topics(self) -> set[str]:
+        """All topics of the broker."""
+        async def run() -> set[str]:
+            admin = AIOKafkaAdminClient(bootstrap_servers=self.brokers)
+            await admin.start()
+            try:
+                return set(await admin.list_topics())
+            finally:
+                await admin.close()
+        return asyncio.run(run())
+
     def alerts(self) -> list[dict[str, Any]]:
         return [json.loads(record.value) for record in self.read(self.settings['alerts_topic'])]
 
