@@ -1,6 +1,8 @@
 """The command `worker`, a thin shell as `stream.cli`, on the same command line."""
 import asyncio
 import logging
+import signal
+import sys
 from typing import Annotated
 
 import typer
@@ -20,6 +22,7 @@ def worker(
     verbose: Annotated[bool, typer.Option('--verbose', help='Also log what Faust and the Kafka client say.')] = False,
 ) -> None:
     """Consume click and cart events from Kafka, score, publish; until SIGTERM or Ctrl-C."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))       # nothing has begun yet
     from stream.engine.worker import run
     logging.basicConfig(level=logging.INFO, format='%(asctime)s %(levelname)s %(name)s %(message)s')
     if not verbose:

@@ -45,6 +45,8 @@ class Metrics:
         self.events_redelivered = Counter(
             'stream_events_redelivered_total', 'Events skipped because the state had them before a restart.',
             registry=at)
+        self.events_lost = Counter(
+            'stream_events_lost_total', 'Input records that Kafka deleted before they were read.', registry=at)
         self.dead_letters = Counter(
             'stream_dead_letters_total', 'Records written to the dead-letter topic, by reason.', ['reason'],
             registry=at)

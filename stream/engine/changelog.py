@@ -13,6 +13,7 @@ from typing import Any
 import aiokafka
 import msgspec
 from aiokafka.errors import KafkaError as DriverError
+from aiokafka.errors import KafkaTimeoutError
 
 from stream.config import Settings
 from stream.engine.kafka import client_arguments
@@ -82,15 +83,20 @@ class ChangelogReader:
     async def _run(self, driver: aiokafka.AIOKafkaConsumer) -> None:
         deadline = time.monotonic() + self._settings.recovery_timeout_ms / 1000
         told_at = time.monotonic()
-        await self._seek(driver)
+        sought = False
         while not self._stop:
-            self._settle(driver)
+            if sought:
+                self._settle(driver)
             if not self._followers:
                 return
             try:
+                if not sought:
+                    await self._seek(driver)
+                    sought = True
+                    continue
                 fetched = await driver.getmany(timeout_ms=POLL_MS, max_records=RECORDS_MAX)
             except DriverError as error:
-                if not error.retriable:
+                if not (error.retriable or isinstance(error, KafkaTimeoutError)) or time.monotonic() > deadline:
                     raise
                 log.warning('Reading the changelog failed: %s. It is tried again.', error)
                 await asyncio.sleep(POLL_MS / 1000)

@@ -6,7 +6,7 @@ as far as both reach: a lagging cart topic would else send coupons to people who
 """
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from aiokafka import ConsumerRecord
@@ -23,8 +23,11 @@ log = logging.getLogger(__name__)
 class Fetches(Protocol):
     """What the intake needs of the group's consumer."""
 
-    starts: dict[TP, int]
-    epochs: dict[TP, int]
+    @property
+    def starts(self) -> Mapping[TP, int]: ...
+
+    @property
+    def epochs(self) -> Mapping[TP, int]: ...
 
     def seek_now(self, tp: TP, position: int) -> None: ...
 
@@ -49,7 +52,7 @@ class Intake:
         self._arrived = arrived
         self._metrics = metrics
         self._queues: tuple[deque[Block], deque[Block]] = (deque(), deque())
-        self._waited_in_vain = False
+        self._waited_in_vain: Source | None = None      # for this topic
 
     def source(self, topic: str) -> Source:
         """Which input a topic is."""
@@ -69,8 +72,14 @@ class Intake:
             return
         self.expected[source] = block.stop
         self._queues[source].append(block)
-        self._waited_in_vain = False
+        if source is self._waited_in_vain:
+            self._waited_in_vain = None
         self._arrived()
+
+    def skip(self, source: Source, start: int, stop: int) -> None:
+        """Expect `stop` next: the positions from `start` on can no longer be read."""
+        if self.expected[source] == start:
+            self.expected[source] = stop
 
     def wants(self, source: Source) -> bool:
         """Whether there is room for another block."""
@@ -102,10 +111,10 @@ class Intake:
         if not clicks and not carts:
             return ()
         ready, other = (clicks, Source.CARTS) if clicks else (carts, Source.CLICKS)
-        if ready[0].records and self.unread(other) and not self._waited_in_vain:
+        if ready[0].records and self.unread(other) and self._waited_in_vain is not other:
             if waited_s < self._merge_wait_s:
                 return ()
-            self._waited_in_vain = True
+            self._waited_in_vain = other
         return (ready.popleft(),)
 
     def _both(self) -> tuple[Block, ...]:

@@ -50,6 +50,7 @@ T = TypeVar('T')
 HOLD_RETRY_S = 1.0
 CLOCK_LOOK_S = 1.0          # how often an idle lane looks at the time of day
 MERGE_LOOK_S = 0.05         # how often a waiting one looks whether the other topic has more
+ENTRY_USERS_MAX = 500       # users whom one journal entry names
 FETCH_FRESH_MS = 10_000     # an end that was heard of longer ago is no end
 
 
@@ -142,7 +143,7 @@ class Lane:
         self._stopping = False
         self._step = 0
         self._stream_ms = [0, 0]
-        self._record_ms = 0             # newest timestamp of a record
+        self._record_ms = 0             # newest timestamp of a block's first record
         self._overlay: dict[str, User] = {}         # users of steps that are not yet written
         self._publishing: asyncio.Task | None = None
         self._task: asyncio.Task | None = None
@@ -211,8 +212,10 @@ class Lane:
         self._step = max(meta.newest, meta.lane.step)
         self._stream_ms = list(meta.lane.stream_ms)
         if self._rules.journal:
-            entry = RecoveredEntry(self.number, self._step, tuple(meta.unsent) if meta.unsent else None)
-            await self._send(self._rules.journal, [(b'%d' % self.number, encode_entry(entry), [])])
+            parts = [meta.unsent[at:at + ENTRY_USERS_MAX] for at in range(0, len(meta.unsent), ENTRY_USERS_MAX)]
+            entries = [RecoveredEntry(self.number, self._step, part) for part in parts or [None]]
+            await self._send(self._rules.journal, [(b'%d' % self.number, encode_entry(entry), [])
+                                                   for entry in entries])
         if meta.unsent:
             users = await in_thread(self.store.load, meta.unsent)
             again = [(user_id.encode(), unpack_outbox(user.outbox)) for user_id, user in users.items() if user.outbox]
@@ -378,6 +381,8 @@ class Lane:
             if self._stopping:
                 raise Stopped
             self._wake.clear()
+            if self._publishing is not None and self._publishing.done():
+                await self._published()
             await self._woken(left_s)
         if self._stopping:
             raise Stopped

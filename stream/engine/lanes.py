@@ -17,12 +17,13 @@ from stream.core.events import Source
 from stream.engine.admin import LaneState, LaneStatus, Status
 from stream.engine.blocks import Block
 from stream.engine.changelog import ChangelogReader, Follower
-from stream.engine.lane import Lane, Tools
+from stream.engine.lane import FETCH_FRESH_MS, Lane, Tools
 from stream.engine.tables import UserStore
 from stream.errors import StateError
 
 log = logging.getLogger(__name__)
 WATCH_S = 1.0
+JOIN_S_MAX = 240.0          # for the group to answer: its members may drain, or be given up, first
 
 
 class Lanes:
@@ -39,6 +40,7 @@ class Lanes:
         self._group = group
         self._drain_s = drain_timeout_ms / 1000
         self._stuck_s = stuck_timeout_ms / 1000
+        self._join_s = JOIN_S_MAX + self._stuck_s
         self._lanes: dict[int, Lane] = {}
         self._standbys: set[int] = set()
         self._polled_at = time.monotonic()
@@ -66,6 +68,12 @@ class Lanes:
         metrics = self._tools.metrics
         (metrics.commits if ok else metrics.commits_failed).inc()
         self._commit_failed = not ok
+
+    def skipped(self, tp: TP, start: int, stop: int) -> None:
+        self._tools.metrics.events_lost.inc(stop - start)
+        lane = self._lanes.get(tp.partition)
+        if lane is not None:
+            lane.intake.skip(lane.intake.source(tp.topic), start, stop)
 
     def polled(self) -> None:
         self._polled_at = time.monotonic()
@@ -148,7 +156,7 @@ class Lanes:
                         f'Partition {lane.number} has not moved for {still_s:.0f} s although events wait.',
                         'start the worker again; report this with the log if it comes back.'))
             silent_s = time.monotonic() - self._polled_at
-            if self.joined and silent_s > self._stuck_s:
+            if silent_s > self._stuck_s and (self.joined or silent_s > self._join_s):
                 self.fail(StateError(f'Kafka has not been polled for {silent_s:.0f} s.',
                                      'start the worker again; report this with the log if it comes back.'))
 
@@ -185,9 +193,16 @@ class Lanes:
                 reasons.append(f'partition {number} is being read back')
             elif lane.holding:
                 reasons.append(f'partition {number} holds its events: {lane.holding}')
+            elif stale := [tp.topic for source, tp in enumerate(lane.tps) if self._stale(lane, Source(source))]:
+                reasons.append(f'partition {number}: no answer from Kafka for {" and ".join(stale)}')
             elif lane.waiting and now - lane.moved_at > self._stuck_s / 2:
                 reasons.append(f'partition {number} has not moved for {now - lane.moved_at:.0f} s')
         return reasons
+
+    def _stale(self, lane: Lane, source: Source) -> bool:
+        """Whether the fetches of a partition that is not paused are no longer answered."""
+        ago_ms = self._tools.consumer.fetched_ms_ago(lane.tps[source], int(time.time() * 1000))
+        return lane.intake.wants(source) and ago_ms is not None and ago_ms > FETCH_FRESH_MS
 
     def status(self) -> Status:
         """Partitions, their states and lags; nothing of a shop."""

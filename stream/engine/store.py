@@ -11,6 +11,7 @@ Cache and write buffers are shared by all partitions of a worker, so that their 
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ import msgspec
 from rocksdict import BlockBasedOptions, Cache, Options, Rdict, WriteBatch, WriteBufferManager
 
 from stream.core.window import HEADER_DTYPE, NO_TIMER_MS, User, decode
-from stream.errors import StateError
+from stream.errors import StateError, StreamError
 
 LANE_KEY = b'\xfflane'      # no user id: 0xff never occurs in UTF-8
 _META = b'\xffmeta'
+DAMAGED = 'DAMAGED'         # marks a directory whose damage showed in use
 _USERS_END = b'\xff'
 _DUE = struct.Struct('>Q')
 _HEADER_FIELDS: Any = HEADER_DTYPE.fields
@@ -95,8 +97,13 @@ class Change(msgspec.Struct):
     due_ms: int
 
 
+def _is_damage(text: str) -> bool:
+    """Whether RocksDB complains of its files, rather than of the machine."""
+    return text.startswith('Corruption') or 'No such file' in text or 'checksum' in text
+
+
 class PartitionStore:
-    """One partition's users. Not thread safe: one call at a time, from any thread."""
+    """One partition's users. Reading and writing may go on in two threads at once; neither while it is closed."""
 
     def __init__(self, directory: Path, memory: Memory) -> None:
         """Open, or make, the database.
@@ -107,19 +114,41 @@ class PartitionStore:
         self.directory = directory
         self.set_aside: Path | None = None
         directory.parent.mkdir(parents=True, exist_ok=True)
+        if (directory / DAMAGED).exists():
+            self._set_aside()
         try:
             self._open(memory)
         except Exception as error:      # rocksdict raises plain Exception
-            if 'lock' in str(error).lower():
+            text = str(error).replace(str(directory), '')
+            if '/LOCK:' in text:
                 raise StateError(f'{directory} is in use by another process: {error}.',
                                  'stop the other worker, or give each worker a state_dir of its own.') from error
-            self.set_aside = directory.with_name(directory.name + '.damaged')
-            shutil.rmtree(self.set_aside, ignore_errors=True)
-            directory.rename(self.set_aside)
+            if not _is_damage(text):
+                raise StateError(f'{directory} cannot be opened: {error}.', 'look at the disk, its space, its rights '
+                                 'and the limit of open files; nothing was changed.') from error
+            self._set_aside()
             self._open(memory)
-        stored: Any = self._db.get(_META)
+        with self._damage_told():
+            stored: Any = self._db.get(_META)
         self.meta = msgspec.json.decode(stored, type=Meta) if stored else Meta()
         self._earliest_ms = 0           # no timer is due before it
+
+    def _set_aside(self) -> None:
+        self.set_aside = self.directory.with_name(self.directory.name + '.damaged')
+        shutil.rmtree(self.set_aside, ignore_errors=True)
+        self.directory.rename(self.set_aside)
+
+    @contextmanager
+    def _damage_told(self) -> Iterator[None]:
+        """Damage that shows in use ends the worker; the directory is marked, and set aside at the next start."""
+        try:
+            yield
+        except Exception as error:      # rocksdict raises plain Exception
+            if isinstance(error, StreamError) or not _is_damage(str(error)):
+                raise
+            (self.directory / DAMAGED).touch()
+            raise StateError(f'{self.directory} is damaged: {error}.', 'start the worker again: the directory is set '
+                             'aside then, and filled again from the changelog; look at the disk.') from error
 
     def _open(self, memory: Memory) -> None:
         self._db = Rdict(str(self.directory), memory.options(), column_families={'due': memory.options()})
@@ -129,7 +158,8 @@ class PartitionStore:
     def load(self, user_ids: Iterable[str]) -> dict[str, User]:
         """These users, in this order; one that is not known comes without events. Errors: StateError if damaged."""
         wanted = list(user_ids)
-        records: Any = self._db.get([user_id.encode() for user_id in wanted]) if wanted else []
+        with self._damage_told():
+            records: Any = self._db.get([user_id.encode() for user_id in wanted]) if wanted else []
         return {user_id: User(user_id) if record is None else decode(user_id, record)
                 for user_id, record in zip(wanted, records, strict=True)}
 
@@ -146,7 +176,8 @@ class PartitionStore:
                     batch.put(_DUE.pack(change.due_ms) + change.user_id, b'', handle)
                     earliest_ms = min(earliest_ms, change.due_ms)
         batch.put(_META, msgspec.json.encode(meta))
-        self._db.write(batch)
+        with self._damage_told():
+            self._db.write(batch)
         self.meta, self._earliest_ms = meta, earliest_ms
 
     def apply(self, records: Sequence[tuple[bytes, bytes | None]], next_offset: int) -> None:
@@ -168,7 +199,8 @@ class PartitionStore:
                 unsent[key.decode()] = None
         meta.unsent = list(unsent)
         batch = WriteBatch(raw_mode=True)
-        stored: Any = self._db.get(list(newest)) if newest else []
+        with self._damage_told():
+            stored: Any = self._db.get(list(newest)) if newest else []
         for (key, record), before in zip(newest.items(), stored, strict=True):
             due_before_ms = _I64.unpack_from(before, _DUE_AT)[0] if before is not None else NO_TIMER_MS
             due_ms = _I64.unpack_from(record, _DUE_AT)[0] if record is not None else NO_TIMER_MS
@@ -182,7 +214,8 @@ class PartitionStore:
             else:
                 batch.put(key, record)
         batch.put(_META, msgspec.json.encode(meta))
-        self._db.write(batch)
+        with self._damage_told():
+            self._db.write(batch)
         self.meta = meta
 
     def none_due(self, until_ms: int) -> bool:

@@ -11,11 +11,20 @@ partition that is paused is still polled, so that the worker stays in its group 
 import asyncio
 import logging
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import aiokafka
 import msgspec
-from aiokafka.errors import CommitFailedError, ConsumerStoppedError, IllegalStateError, KafkaError
+from aiokafka.errors import (
+    CommitFailedError,
+    ConsumerStoppedError,
+    IllegalStateError,
+    KafkaError,
+    NoOffsetForPartitionError,
+    OffsetOutOfRangeError,
+)
+from faust.exceptions import ConsumerNotStarted
 from faust.transport.consumer import Consumer as FaustConsumer
 from faust.transport.consumer import Fetcher as FaustFetcher
 from faust.transport.drivers import aiokafka as driver
@@ -26,9 +35,11 @@ from mode import Service
 from stream.config import Settings
 from stream.engine.blocks import Block, cut
 from stream.engine.kafka import client_arguments
+from stream.errors import StateError
 
 log = logging.getLogger(__name__)
 POLL_MS = 200
+REBALANCE_MORE_MS = 10_000      # beyond `drain_timeout_ms`: for the commit, and for the group to answer
 BATCH_BYTES_MAX = 900_000       # below the broker's default for one batch, 1 MiB
 REQUEST_BYTES_MAX = 4 << 20
 
@@ -54,6 +65,10 @@ class Owner(Protocol):
 
     def polled(self) -> None:
         """Told whenever the group's consumer has been polled."""
+        ...
+
+    def skipped(self, tp: TP, start: int, stop: int) -> None:
+        """Told of positions that can no longer be read."""
         ...
 
     def fail(self, error: BaseException) -> None:
@@ -86,7 +101,8 @@ class RebalanceListener(aiokafka.abc.ConsumerRebalanceListener):
         consumer = self._consumer
         consumer.app.on_rebalance_start()
         consumer.forget_positions()
-        await consumer.on_partitions_revoked({TP(tp.topic, tp.partition) for tp in revoked})
+        with self._failing():
+            await consumer.on_partitions_revoked({TP(tp.topic, tp.partition) for tp in revoked})
 
     async def on_partitions_assigned(  # pyright: ignore[reportIncompatibleMethodOverride] - awaited by aiokafka
         self, assigned: Iterable[Any],
@@ -96,26 +112,48 @@ class RebalanceListener(aiokafka.abc.ConsumerRebalanceListener):
         coordinator: Any = consumer.driver._coordinator
         generation = coordinator.generation
         consumer.app.consumer_generation_id = generation
-        await consumer.seek_to_committed()
-        await consumer.on_partitions_assigned(tps, generation)
+        with self._failing():
+            # Nothing is delivered while `positions` is empty: lanes, and Faust's way to them, have to be there first.
+            consumer.starts = await consumer.committed_positions()
+            await consumer.on_partitions_assigned(tps, generation)
+            if coordinator.generation == generation:
+                for tp, start in consumer.starts.items():
+                    consumer.seek_now(tp, start)
         consumer.app.on_rebalance_end()
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Whatever goes wrong ends the worker: aiokafka would log it, and keep the member without its lanes."""
+        try:
+            yield
+        except Exception as error:
+            self._consumer.owner.fail(error)
+            raise
 
 
 class Consumer(FaustConsumer):
     """The group's consumer, which delivers blocks."""
 
     consumer_stopped_errors = (ConsumerStoppedError,)
-    driver: aiokafka.AIOKafkaConsumer
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         carried = runtime(self.app)
         self._settings = carried.settings
         self.positions: dict[TP, int] = {}      # where the next fetch of a topic partition begins
-        self.starts: dict[TP, int] = {}         # where it was last sought to: fetches may have moved on since
+        self.starts: dict[TP, int] = {}         # where the assignment began: fetches may have moved on since
         self.epochs: dict[TP, int] = {}         # changes with every seek: what was fetched before is worthless
         self._epoch = 0
         self._last_commit: dict[TP, int] = {}
+        self._committing = asyncio.Lock()
+        self._driver: aiokafka.AIOKafkaConsumer | None = None
+
+    @property
+    def driver(self) -> aiokafka.AIOKafkaConsumer:
+        """The client that reads. Errors: ConsumerNotStarted before `on_start`."""
+        if self._driver is None:
+            raise ConsumerNotStarted('the consumer has not been started')
+        return self._driver
 
     @property
     def owner(self) -> Owner:
@@ -125,25 +163,28 @@ class Consumer(FaustConsumer):
 
     async def on_start(self) -> None:
         settings = self._settings
-        self.driver = aiokafka.AIOKafkaConsumer(
+        self._driver = aiokafka.AIOKafkaConsumer(
             **client_arguments(settings),
             group_id=settings.group,
             group_instance_id=settings.instance_id or None,
             partition_assignment_strategy=[self.app.assignor],
             enable_auto_commit=False,
-            auto_offset_reset='earliest',
+            auto_offset_reset='none',       # what is missing is told, not passed over
             isolation_level='read_committed',
             max_poll_interval_ms=settings.max_poll_interval_ms,
             session_timeout_ms=settings.session_timeout_ms,
+            # Whoever gets a partition waits until its owner has drained.
+            rebalance_timeout_ms=settings.drain_timeout_ms + REBALANCE_MORE_MS,
             heartbeat_interval_ms=max(settings.session_timeout_ms // 5, 100),
             fetch_max_wait_ms=POLL_MS,
         )
-        await self.driver.start()
+        await self._driver.start()
 
     async def on_stop(self) -> None:
-        await self.owner.drain()
-        await self.commit()
-        await self.driver.stop()
+        if self._driver is not None:
+            await self.owner.drain()
+            await self.commit()
+            await self._driver.stop()
 
     async def subscribe(self, topics: Iterable[str]) -> None:
         self.driver.subscribe(topics=sorted(topics), listener=RebalanceListener(self))
@@ -161,6 +202,11 @@ class Consumer(FaustConsumer):
                 fetched = await driver.getmany(timeout_ms=POLL_MS)
             except ConsumerStoppedError:
                 return
+            except NoOffsetForPartitionError:
+                continue        # without a commit it is sought to its beginning, in a moment
+            except OffsetOutOfRangeError as error:
+                await self._out_of_range(error.args[0])
+                continue
             except KafkaError as error:
                 if not error.retriable:
                     raise
@@ -173,20 +219,40 @@ class Consumer(FaustConsumer):
                     await self.callback(self._message(block))
             await asyncio.sleep(0)
 
-    def _advanced(self, fetched: Mapping[Any, Sequence[Any]]) -> Iterator[Block]:
+    async def _out_of_range(self, positions: Mapping[Any, int]) -> None:
+        """Records were deleted before they were read, or the topic is another one: told, with the count, and fatal."""
+        for driver_tp, position in positions.items():
+            tp = TP(driver_tp.topic, driver_tp.partition)
+            begin = (await self.driver.beginning_offsets([driver_tp]))[driver_tp]
+            end = (await self.driver.end_offsets([driver_tp]))[driver_tp]
+            if tp not in self.positions:
+                continue
+            if not begin > position:
+                raise StateError(
+                    f'{tp.topic}-{tp.partition} ends at {end}, and was read up to {position}: it is another topic, or '
+                    'was cut.', "if it is meant so, reset the group's offsets and move the state away: what is counted "
+                                'there belongs to the old one.')
+            log.error('%s-%d: %d records from position %d on were deleted before they were read. They are lost. '
+                      'Do: keep the topic for longer than the worker may be away.',
+                      tp.topic, tp.partition, begin - position, position)
+            self.owner.skipped(tp, position, begin)
+            self.seek_now(tp, begin)
+
+    def _advanced(self, fetched: Mapping[Any, Sequence[Any]]) -> list[Block]:
         """What was fetched of each topic partition whose position has moved, as one block; it may have no records.
 
         A partition that a lane sought back in the meantime has not moved: what was fetched of it is dropped here.
         """
         records_of = {(tp.topic, tp.partition): records for tp, records in fetched.items()}
-        assignment = self._assignment()
+        assignment, blocks = self._assignment(), []
         for tp in list(self.positions):
             start = self.positions.get(tp)
             state = assignment.state_value(tp) if assignment is not None else None
             if start is not None and state is not None and state.has_valid_position and state.position != start:
                 self.positions[tp] = state.position
-                yield Block(tp.topic, tp.partition, self.epochs[tp], start, state.position,
-                            records_of.get((tp.topic, tp.partition), ()))
+                blocks.append(Block(tp.topic, tp.partition, self.epochs[tp], start, state.position,
+                                    records_of.get((tp.topic, tp.partition), ())))
+        return blocks
 
     def _assignment(self) -> Any:
         subscription = self.driver._subscription.subscription
@@ -212,18 +278,16 @@ class Consumer(FaustConsumer):
 
     # -- positions
 
-    async def seek_to_committed(self) -> Mapping[TP, int]:
-        """Put every partition on its committed position, or on its beginning, and remember where."""
+    async def committed_positions(self) -> dict[TP, int]:
+        """Where each assigned partition goes on: its committed position, or its beginning."""
         tps = list(self.driver.assignment())
         committed = await asyncio.gather(*(self.driver.committed(tp) for tp in tps))
         new = [tp for tp, offset in zip(tps, committed, strict=True) if offset is None]
         beginnings = await self.driver.beginning_offsets(new) if new else {}
-        for tp, offset in zip(tps, committed, strict=True):
-            start = beginnings[tp] if offset is None else offset
-            self.seek_now(TP(tp.topic, tp.partition), start)
         self._last_commit = {TP(tp.topic, tp.partition): offset
                              for tp, offset in zip(tps, committed, strict=True) if offset is not None}
-        return self.positions
+        return {TP(tp.topic, tp.partition): beginnings[tp] if offset is None else offset
+                for tp, offset in zip(tps, committed, strict=True)}
 
     async def _seek(self, partition: TP, offset: int) -> None:
         self.seek_now(partition, offset)
@@ -232,8 +296,7 @@ class Consumer(FaustConsumer):
         """Fetch from `position` next; blocks that are on their way are of an old epoch."""
         self.driver.seek(_driver_tp(tp), position)
         self._epoch += 1
-        self.positions[tp] = self.starts[tp] = position
-        self.epochs[tp] = self._epoch
+        self.positions[tp], self.epochs[tp] = position, self._epoch
 
     def forget_positions(self) -> None:
         """The assignment is gone."""
@@ -251,12 +314,17 @@ class Consumer(FaustConsumer):
         return None if not fetched_ms or fetched_ms < 0 else now_ms - fetched_ms
 
     def assignment(self) -> set[TP]:
+        """Errors: ConsumerNotStarted, which Faust knows what to do with."""
         return {TP(tp.topic, tp.partition) for tp in self.driver.assignment()}
 
     # -- commits
 
     async def commit(self, topics: Any = None, start_new_transaction: bool = True) -> bool:
         """Commit what is done. A commit that fails is tried again at the next turn, with what is done by then."""
+        async with self._committing:        # an older one that is tried again must not land last
+            return await self._commit_done()
+
+    async def _commit_done(self) -> bool:
         assigned = self.driver.assignment()
         offsets = {tp: position for tp, position in self.owner.committable().items()
                    if tp in assigned and position > self._last_commit.get(tp, -1)}
@@ -290,7 +358,10 @@ class Consumer(FaustConsumer):
     # -- what Faust asks for and this worker does without
 
     async def perform_seek(self) -> None:
-        await self.seek_to_committed()
+        raise NotImplementedError('positions are set when partitions are assigned')
+
+    async def seek_to_committed(self) -> Mapping[TP, int]:
+        raise NotImplementedError('positions are set when partitions are assigned')
 
     async def create_topic(self, *args: Any, **kwargs: Any) -> None:
         """Topics are made and checked before the app starts."""

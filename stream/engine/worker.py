@@ -21,6 +21,7 @@ from stream.core.journal import rules_digest
 from stream.engine.admin import AdminServer
 from stream.engine.app import create_app, user_store
 from stream.engine.changelog import ChangelogReader
+from stream.engine.kafka import kafka_errors
 from stream.engine.lane import LaneRules, Tools
 from stream.engine.lanes import Lanes
 from stream.engine.publisher import Publisher
@@ -66,7 +67,6 @@ async def run(settings: Settings) -> None:
         watchdog = asyncio.create_task(lanes.watchdog())
         stack.callback(watchdog.cancel)
         stack.push_async_callback(_stop, app, lanes, settings.drain_timeout_ms / 1000 + STOP_MORE_S)
-        await app.start()
         await _until(stop, lanes, app, watchdog)
     for number in (signal.SIGTERM, signal.SIGINT):      # once the loop is gone a second signal must not kill
         loop.remove_signal_handler(number)
@@ -104,12 +104,20 @@ def _lanes(settings: Settings, partitions: int, app: Any, scorer: Scorer, metric
 
 
 async def _until(stop: asyncio.Event, lanes: Lanes, app: Any, watchdog: asyncio.Task) -> None:
-    """Wait until told to stop. Errors: the first thing that failed."""
+    """Start the app, and wait until told to stop. Errors: the first thing that failed."""
     told = asyncio.create_task(stop.wait())
-    crashed = asyncio.create_task(app.wait_until_stopped())
-    await asyncio.wait([told, crashed, lanes.failure, watchdog], return_when=asyncio.FIRST_COMPLETED)
+    starting = asyncio.create_task(app.start())
+    ends = [told, lanes.failure, watchdog]
+    await asyncio.wait([*ends, starting], return_when=asyncio.FIRST_COMPLETED)
+    if starting.done():
+        with kafka_errors('Joining the group'):
+            await starting
+        crashed = asyncio.create_task(app.wait_until_stopped())
+        await asyncio.wait([*ends, crashed], return_when=asyncio.FIRST_COMPLETED)
+        crashed.cancel()
+    else:
+        starting.cancel()
     told.cancel()
-    crashed.cancel()
     error = lanes.failure.result() if lanes.failure.done() else app.crash_reason
     if error is None and watchdog.done():
         error = watchdog.exception()
@@ -121,10 +129,15 @@ async def _until(stop: asyncio.Event, lanes: Lanes, app: Any, watchdog: asyncio.
 
 
 async def _stop(app: Any, lanes: Lanes, timeout_s: float) -> None:
+    """End within the time, whatever a service of the app waits for."""
+    async def end() -> None:
+        await app.stop()
+        await lanes.close()
+
     log.info('stopping')
-    try:
-        async with asyncio.timeout(timeout_s):
-            await app.stop()
-            await lanes.close()
-    except TimeoutError:
+    ending = asyncio.create_task(end())
+    done, _ = await asyncio.wait([ending], timeout=timeout_s)
+    if not done:
         log.error('the worker did not stop within %.0f s; what was not committed is done again.', timeout_s)
+    elif (error := ending.exception()) is not None:
+        log.error('stopping failed: %r; what was not committed is done again.', error)

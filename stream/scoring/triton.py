@@ -140,10 +140,9 @@ class TritonScorer:
             return []
         line = self._line_of_this_loop()
         await self._prove(line)
-        deadline = _Deadline(self._clock, self._timeout_s)
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._answer(line, batch, deadline)) for batch in batches]
+                tasks = [group.create_task(self._answer(line, batch)) for batch in batches]
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None        # the first ended the others
         return [task.result() for task in tasks]
@@ -221,9 +220,10 @@ class TritonScorer:
             if self.served_sha256 != self.model.sha256:
                 raise self._other_model(f'has the SHA-256 {self.served_sha256}, the folder {self.model.sha256}')
 
-    async def _answer(self, line: '_Line', batch: Batch, deadline: '_Deadline') -> Outputs:
+    async def _answer(self, line: '_Line', batch: Batch) -> Outputs:
         """One batch's outputs. The slot is kept between attempts, so that retries crowd nobody out."""
         async with line.slots:
+            deadline = _Deadline(self._clock, self._timeout_s)
             deadline.start()
             inputs = _inputs(batch)
             refused = 0

@@ -101,3 +101,37 @@ def test_a_directory_that_cannot_be_opened_is_set_aside(store: PartitionStore, m
     assert again.set_aside.is_dir()
     assert again.meta == Meta()
     again.close()
+
+
+@pytest.mark.parametrize('back', [60, 300, 1200])
+def test_a_flipped_byte_is_damage_whether_it_shows_at_opening_or_later(tmp_path: Path, memory: Memory, back: int):
+    """RocksDB calls some of it a mismatch of a `block`: that is no lock."""
+    directory = tmp_path / 'blocks' / 'users-0'
+    store = PartitionStore(directory, memory)
+    store.write([change(user(f'u{number}')) for number in range(500)], Meta(500))
+    store._db.flush()
+    store.close()
+    table = min(directory.glob('*.sst'))
+    content = bytearray(table.read_bytes())
+    content[-back] ^= 0xFF
+    table.write_bytes(content)
+    again = PartitionStore(directory, memory)
+    if again.set_aside is None:
+        try:
+            again.load(['u1'])
+        except StateError as error:
+            assert 'start the worker again' in error.do
+            again.close()
+            again = PartitionStore(directory, memory)
+            assert again.set_aside is not None
+    again.close()
+
+
+def test_what_is_wrong_with_the_machine_is_no_damage(tmp_path: Path, memory: Memory,
+                                                     monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise Exception('IO error: No space left on device: While appending to file')
+    monkeypatch.setattr(PartitionStore, '_open', full)
+    with pytest.raises(StateError, match='cannot be opened'):
+        PartitionStore(tmp_path / 'users-0', memory)
+    assert list(tmp_path.iterdir()) == []

@@ -501,3 +501,20 @@ def test_steps_wait_together_for_the_first_proof(stub: StubTriton):
                 assert_answered(made_up_batches(2), outputs)
             assert stub.probes == 1
     run(test)
+
+
+def test_a_slow_server_that_answers_everything_gets_a_step_done():
+    """Each batch has its own deadline: those that wait for a slot are not late."""
+    def slow(batch):
+        time.sleep(.3)      # the server's own time
+        return answer(batch)
+
+    stub = StubTriton(slow)
+
+    async def run() -> int:
+        async with scorer_of(stub, timeout_ms=1000, in_flight_max=1) as scorer:
+            return len(await scorer.score(made_up_batches(6)))
+    try:
+        assert asyncio.run(run()) == 6
+    finally:
+        stub.stop()
