@@ -144,6 +144,7 @@ class Lane:
         self._step = 0
         self._stream_ms = [0, 0]
         self._record_ms = 0             # newest timestamp of a block's first record
+        self._signed: LaneRecord | None = None      # of the newest step that is done
         self._overlay: dict[str, User] = {}         # users of steps that are not yet written
         self._publishing: asyncio.Task | None = None
         self._task: asyncio.Task | None = None
@@ -197,9 +198,9 @@ class Lane:
                 if blocks:
                     await self._fold(blocks)
                 await self._sweep()
-            await self._published()
+            await self._sign_off()
         except Stopped:
-            await self._published()
+            await self._sign_off()
         finally:
             self.running = False
             if self._publishing is not None and not self._publishing.done():
@@ -223,6 +224,14 @@ class Lane:
                      len(again))
             await self._send_messages(again)
             await in_thread(self.store.write, [], Meta(meta.changelog, meta.lane, meta.newest, []))
+
+    async def _sign_off(self) -> None:
+        """Say in the changelog that nothing is left to send: whoever is next need not send the newest step again."""
+        await self._published()
+        if self._signed is not None:
+            lane = msgspec.structs.replace(self._signed, positions=list(self.done), sent=self._signed.step)
+            changelog = await self._send(self._rules.changelog, [(LANE_KEY, msgspec.json.encode(lane), [])])
+            await in_thread(self.store.write, [], Meta(changelog, lane, self.store.meta.newest, []))
 
     # ---- one run of events -----------------------------------------------------------------------------------------
 
@@ -347,7 +356,7 @@ class Lane:
         positions = list(self.done)
         for source, stop in (done or {}).items():
             positions[source] = stop
-        lane = LaneRecord(number, self._generation, positions, list(self._stream_ms))
+        lane = LaneRecord(number, self._generation, positions, list(self._stream_ms), number - 1)
         step = Step(number, changes, messages, letters, lane, journal, oldest_ms, done)
         self._publishing = asyncio.create_task(self._publish(step), name=f'lane {self.number} step {number}')
         self._publishing.add_done_callback(lambda _: self._wake.set())
@@ -460,6 +469,8 @@ class Lane:
                 del overlay[user_id]
         for source, stop in (step.done or {}).items():
             self.done[source] = stop
+        if step.changes:
+            self._signed = step.lane
         self.moved_at = time.monotonic()
         self.steps += 1
         self._tools.metrics.steps.inc()

@@ -39,12 +39,14 @@ class LaneRecord(msgspec.Struct):
 
     positions   the first fetch position not yet done, per source
     stream_ms   the newest event time seen, per source
+    sent        the newest step whose messages are known to be sent
     """
 
     step: int = 0
     generation: int = 0
     positions: list[int] = msgspec.field(default_factory=lambda: [0, 0])
     stream_ms: list[int] = msgspec.field(default_factory=lambda: [0, 0])
+    sent: int = 0
 
 
 class Meta(msgspec.Struct):
@@ -188,6 +190,8 @@ class PartitionStore:
         for key, record in records:
             if key == LANE_KEY:
                 meta.lane = msgspec.json.decode(record or b'', type=LaneRecord)
+                if meta.lane.sent >= meta.newest:
+                    unsent = {}
                 continue
             newest[key] = record
             if record is None:

@@ -144,6 +144,20 @@ async def test_nothing_is_done_before_it_is_written(store: PartitionStore, monke
 
 
 @on_a_loop
+async def test_a_lane_that_stops_leaves_nothing_to_send_again(store: PartitionStore, tmp_path: Path, memory: Memory):
+    kafka = FakeKafka()
+    lane = lane_on(kafka, store)
+    async with running(lane):
+        lane.admit(blocks()[0])
+        await until(lambda: lane.done == [8, 0])
+    copy = PartitionStore(tmp_path / 'copy', memory)
+    copy.apply([(key, value) for key, value, _ in kafka.topics['changelog']], len(kafka.topics['changelog']))
+    assert copy.meta.unsent == []
+    assert copy.meta.lane == store.meta.lane
+    assert store.meta.changelog == len(kafka.topics['changelog'])
+
+
+@on_a_loop
 async def test_a_failed_send_ends_the_lane_and_nothing_is_done(store: PartitionStore):
     kafka = FakeKafka()
     kafka.topics.pop('scores')

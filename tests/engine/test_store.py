@@ -76,7 +76,11 @@ def test_only_the_newest_step_of_a_changelog_may_be_unsent(store: PartitionStore
     assert store.meta.unsent == ['b', 'c']
     store.apply([(b'd', encode(user('d', step=6)))], 4)         # a step that was cut short
     assert (store.meta.newest, store.meta.unsent) == (6, ['d'])
-    store.write([change(user('e', step=7))], Meta(5, store.meta.lane, 7, []))
+    store.apply([(LANE_KEY, msgspec.json.encode(LaneRecord(6, sent=5)))], 5)    # its own record: not known to be sent
+    assert store.meta.unsent == ['d']
+    store.apply([(LANE_KEY, msgspec.json.encode(LaneRecord(6, sent=6)))], 6)    # the owner has signed off
+    assert store.meta.unsent == []
+    store.write([change(user('e', step=7))], Meta(7, store.meta.lane, 7, []))
     assert store.meta.unsent == []
 
 

@@ -147,6 +147,8 @@ def test_a_second_worker_joins_and_leaves_and_nothing_is_lost(kafka: Kafka, reco
         assert second.stop() == 0
         wait_for(lambda: len(first.get('/status')['lanes']) == 2 and first.get('/ready')['ready'], 'both partitions')
         assert first.stop() == 0
+        ids = Counter(alert['id'] for alert in shop.alerts())
+        assert ids.most_common(1)[0][1] == 1        # who leaves says that nothing is left to send
         live, from_file = shop.users(), replayed(recording, tmp_path)
         assert [user_id for user_id in from_file if facts(live[user_id]) != facts(from_file[user_id])] == []
 
