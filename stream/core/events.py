@@ -7,7 +7,8 @@ letter. It never raises for what a record contains.
 What a sender may rely on:
 
     text       strict JSON in UTF-8: NaN, Infinity, 1e999, lone surrogates, a byte order mark, anything after the object
-               and any nesting that the decoder cannot follow are refused; of a key given twice the last one counts
+               and any nesting that the decoder cannot follow are refused; of a key given twice the last one counts,
+               and each of them must fit its field
     numbers    a number that does not fit its field is refused; fields that we do not know are not looked into
     time       `ts` is Unix milliseconds or RFC 3339 with an offset; seconds, zero, negative times, anything after 2100,
                and anything further ahead of the record's own timestamp than `clock_ahead_ms_max` are refused
