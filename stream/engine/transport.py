@@ -203,7 +203,8 @@ class Consumer(FaustConsumer):
             except ConsumerStoppedError:
                 return
             except NoOffsetForPartitionError:
-                continue        # without a commit it is sought to its beginning, in a moment
+                await asyncio.sleep(POLL_MS / 10_000)       # without a commit it is sought to its beginning, soon
+                continue
             except OffsetOutOfRangeError as error:
                 await self._out_of_range(error.args[0])
                 continue
@@ -220,13 +221,13 @@ class Consumer(FaustConsumer):
             await asyncio.sleep(0)
 
     async def _out_of_range(self, positions: Mapping[Any, int]) -> None:
-        """Records were deleted before they were read, or the topic is another one: told, with the count, and fatal."""
+        """Records were deleted before they were read: told, with their number. Or the topic is another one: fatal."""
         for driver_tp, position in positions.items():
             tp = TP(driver_tp.topic, driver_tp.partition)
             begin = (await self.driver.beginning_offsets([driver_tp]))[driver_tp]
             end = (await self.driver.end_offsets([driver_tp]))[driver_tp]
-            if tp not in self.positions:
-                continue
+            if self.positions.get(tp) != position:
+                continue        # it has been sought elsewhere
             if not begin > position:
                 raise StateError(
                     f'{tp.topic}-{tp.partition} ends at {end}, and was read up to {position}: it is another topic, or '

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from aiokafka import AIOKafkaProducer
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete
 from parts import Kafka, Triton
 
 from stream.core.partitioners import partition
@@ -182,3 +182,28 @@ def test_two_workers_on_one_directory_are_told(kafka: Kafka, tmp_path: Path):
         assert second.process.wait(60) == 4
         assert 'state_dir' in second.said().splitlines()[-1]
         second.stopped = True
+
+
+def test_records_that_were_deleted_unread_are_told_with_their_number(kafka: Kafka, tmp_path: Path):
+    async def delete(shop: Shop, before: int) -> None:
+        admin = AIOKafkaAdminClient(bootstrap_servers=shop.brokers)
+        await admin.start()
+        try:
+            await admin.delete_records({TopicPartition(shop.inputs[0], 0): RecordsToDelete(before)})
+        finally:
+            await admin.close()
+
+    with Shop(kafka.brokers, 'deleted', tmp_path, partitions=1) as shop:
+        shop.make_topics()
+        shop.publish(events(100))
+        worker = shop.worker()
+        shop.wait_done()
+        assert worker.stop() == 0
+        shop.publish(events(200, 100))
+        asyncio.run(delete(shop, 230))
+        worker = shop.worker()
+        shop.wait_done()
+        assert worker.metric('stream_events_lost_total') == 130
+        assert '130 records' in worker.said()
+        assert worker.metric('stream_events_read_total') == 70
+        assert worker.stop() == 0
