@@ -229,6 +229,7 @@ class Part:
         """
         if self.running:
             return self
+        self._ended()       # it may have died by itself: what was left of it goes first
         self.folder.mkdir(parents=True, exist_ok=True)
         for attempt in (1, 2, 3):
             try:
@@ -338,6 +339,8 @@ class Part:
             self._process.wait(10)
 
     def _ended(self) -> None:
+        if self._process:
+            self._process.wait(10)
         if self._guard and self._guard.stdin:
             with contextlib.suppress(BrokenPipeError):
                 self._guard.stdin.write(b'done\n')
