@@ -77,7 +77,7 @@ class Metrics:
             'stream_lane_clock_seconds', 'Unix time, of events, up to which the timers of a lane have fired.',
             ['partition'], registry=at)
         self.users = Gauge(
-            'stream_users', "Users in a lane's state, as RocksDB estimates them.", ['partition'], registry=at)
+            'stream_users', "Users in a lane's state.", ['partition'], registry=at)
 
         # ---- scoring ------------------------------------------------------------------------------------------------
         self.scored_rows = Counter(

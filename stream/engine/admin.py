@@ -38,7 +38,7 @@ class LaneStatus(msgspec.Struct):
     step       the newest step that is done
     lag        records left to fold, by input topic
     clock_ms   Unix ms of event time up to which timers have fired; 0: no event yet
-    users      in its state, an estimate
+    users      in its state
     """
 
     partition: int

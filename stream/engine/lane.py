@@ -337,6 +337,7 @@ class Lane:
         """Score a step and hand it over to be published, after the one before it."""
         self._step += 1
         number, overlay, changes = self._step, self._overlay, []
+        new = {entry.user.user_id for entry in touched if not entry.user.step}
         for entry in touched:
             entry.user.step = number
             entry.user.generation = self._generation
@@ -345,7 +346,7 @@ class Lane:
         for entry in touched:
             user = entry.user
             user_id = user.user_id.encode()
-            changes.append(Change(user_id, encode(user), user.stored_due_ms, user.due_ms))
+            changes.append(Change(user_id, encode(user), user.stored_due_ms, user.due_ms, user.user_id in new))
             user.stored_due_ms = user.due_ms
             overlay[user.user_id] = user
             if user.outbox:
@@ -374,7 +375,7 @@ class Lane:
                     if not held:
                         log.warning('lane %d holds its events: %s', self.number, error)
                         tools.metrics.scorer_holds.inc()
-                    held, self.holding = True, error.problem
+                    held, self.holding = True, str(error)
                     await self._hold(getattr(error, 'retry_after_ms', HOLD_RETRY_S * 1000) / 1000)
                     continue
                 if held:

@@ -165,7 +165,7 @@ class Lanes:
         for lane in self._lanes.values():
             for source, tp in enumerate(lane.tps):
                 metrics.lag.labels(tp.topic, str(tp.partition)).set(lane.lag(Source(source)))
-            metrics.users.labels(str(lane.number)).set(lane.store.users_estimate())
+            metrics.users.labels(str(lane.number)).set(lane.store.meta.users)
             metrics.lane_clock_seconds.labels(str(lane.number)).set(lane.clock_ms() / 1000)
         metrics.recovering_partitions.set(len(self._reader.recovering))
         metrics.in_flight_blocks.set(sum(lane.intake.blocks for lane in self._lanes.values()))
@@ -187,17 +187,23 @@ class Lanes:
             reasons.append('the consumer group has not been joined')
         if self._commit_failed:
             reasons.append('the last commit failed')
-        now = time.monotonic()
+        partitions_of: dict[str, list[int]] = {}
         for number, lane in sorted(self._lanes.items()):
-            if not lane.running:
-                reasons.append(f'partition {number} is being read back')
-            elif lane.holding:
-                reasons.append(f'partition {number} holds its events: {lane.holding}')
-            elif stale := [tp.topic for source, tp in enumerate(lane.tps) if self._stale(lane, Source(source))]:
-                reasons.append(f'partition {number}: no answer from Kafka for {" and ".join(stale)}')
-            elif lane.waiting and now - lane.moved_at > self._stuck_s / 2:
-                reasons.append(f'partition {number} has not moved for {now - lane.moved_at:.0f} s')
-        return reasons
+            if reason := self._why_not(lane):
+                partitions_of.setdefault(reason, []).append(number)
+        return reasons + [f'partitions {", ".join(map(str, numbers))}: {reason}'
+                          for reason, numbers in partitions_of.items()]
+
+    def _why_not(self, lane: Lane) -> str:
+        if not lane.running:
+            return 'state is being read back'
+        if lane.holding:
+            return f'events are held: {lane.holding}'
+        if stale := [tp.topic for source, tp in enumerate(lane.tps) if self._stale(lane, Source(source))]:
+            return f'no answer from Kafka for {" and ".join(stale)}'
+        if lane.waiting and time.monotonic() - lane.moved_at > self._stuck_s / 2:
+            return f'has not moved for more than {self._stuck_s / 2:.0f} s although events wait'
+        return ''
 
     def _stale(self, lane: Lane, source: Source) -> bool:
         """Whether the fetches of a partition that is not paused are no longer answered."""
@@ -210,7 +216,7 @@ class Lanes:
         partitions = [LaneStatus(
             number, self._state(lane), lane.store.meta.lane.step,
             {tp.topic: lane.lag(Source(source)) for source, tp in enumerate(lane.tps)}, lane.clock_ms(),
-            lane.store.users_estimate(), lane.intake.blocks) for number, lane in sorted(self._lanes.items())]
+            lane.store.meta.users, lane.intake.blocks) for number, lane in sorted(self._lanes.items())]
         partitions += [LaneStatus(number, 'standby') for number in sorted(self._standbys)]
         return Status(version=importlib.metadata.version('stream-scoring'), group=self._group,
                       model=f'{model.name}/{model.version}', model_sha256=model.sha256, lanes=partitions)

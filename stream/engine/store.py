@@ -55,12 +55,14 @@ class Meta(msgspec.Struct):
     changelog   the first changelog offset that is not in it
     newest      the newest step among its records
     unsent      users of that step whose messages may not have been sent: they came from the changelog
+    users       how many there are
     """
 
     changelog: int = 0
     lane: LaneRecord = msgspec.field(default_factory=LaneRecord)
     newest: int = 0
     unsent: list[str] = []
+    users: int = 0
 
 
 class Memory:
@@ -91,12 +93,16 @@ class Memory:
 
 
 class Change(msgspec.Struct):
-    """A user's record as one step leaves it, with the timer that the index holds and the one that it shall hold."""
+    """A user's record as one step leaves it, with the timer that the index holds and the one that it shall hold.
+
+    new     whether there was no record of the user
+    """
 
     user_id: bytes
     record: bytes
     due_before_ms: int
     due_ms: int
+    new: bool = False
 
 
 def _is_damage(text: str) -> bool:
@@ -166,7 +172,8 @@ class PartitionStore:
                 for user_id, record in zip(wanted, records, strict=True)}
 
     def write(self, changes: Sequence[Change], meta: Meta) -> None:
-        """Make one step durable."""
+        """Make one step durable. `meta.users` is counted on from what it was."""
+        meta.users = self.meta.users + sum([change.new for change in changes])
         batch = WriteBatch(raw_mode=True)
         handle, earliest_ms = self._due_handle, self._earliest_ms
         for change in changes:
@@ -185,7 +192,7 @@ class PartitionStore:
     def apply(self, records: Sequence[tuple[bytes, bytes | None]], next_offset: int) -> None:
         """Take in a run of the partition's changelog, in order, up to `next_offset`."""
         newest: dict[bytes, bytes | None] = {}
-        meta = Meta(next_offset, self.meta.lane, self.meta.newest, self.meta.unsent)
+        meta = Meta(next_offset, self.meta.lane, self.meta.newest, self.meta.unsent, self.meta.users)
         unsent = dict.fromkeys(meta.unsent)
         for key, record in records:
             if key == LANE_KEY:
@@ -213,6 +220,7 @@ class PartitionStore:
             if due_ms not in (NO_TIMER_MS, due_before_ms):
                 batch.put(_DUE.pack(due_ms) + key, b'', self._due_handle)
                 self._earliest_ms = min(self._earliest_ms, due_ms)
+            meta.users += (record is not None) - (before is not None)
             if record is None:
                 batch.delete(key)
             else:
@@ -249,10 +257,6 @@ class PartitionStore:
             if key >= _USERS_END:
                 return
             yield decode(key.decode(), record)
-
-    def users_estimate(self) -> int:
-        """About how many users there are."""
-        return self._db.property_int_value('rocksdb.estimate-num-keys') or 0
 
     def close(self) -> None:
         """Flush and give the directory free."""

@@ -88,7 +88,7 @@ class UserStore(Store):
         return (user.user_id for store in self._open.values() for user in store.users())
 
     def __len__(self) -> int:
-        return sum(store.users_estimate() for store in self._open.values())
+        return sum(store.meta.users for store in self._open.values())
 
 
 class TableManager(FaustTableManager):

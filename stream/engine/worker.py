@@ -141,3 +141,5 @@ async def _stop(app: Any, lanes: Lanes, timeout_s: float) -> None:
         log.error('the worker did not stop within %.0f s; what was not committed is done again.', timeout_s)
     elif (error := ending.exception()) is not None:
         log.error('stopping failed: %r; what was not committed is done again.', error)
+    else:
+        log.info('stopped; everything that was done is committed')

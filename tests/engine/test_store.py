@@ -26,14 +26,14 @@ def user(user_id: str, due_ms: int = 0, step: int = 1, outbox: bytes = b'') -> U
 
 
 def change(made: User, before_ms: int = 0) -> Change:
-    return Change(made.user_id.encode(), encode(made), before_ms, made.due_ms)
+    return Change(made.user_id.encode(), encode(made), before_ms, made.due_ms, new=made.step == 1)
 
 
 def test_what_is_written_is_there_after_reopening(store: PartitionStore, memory: Memory):
     store.write([change(user('u1', 500)), change(user('ü', 300))], Meta(7, LaneRecord(1, 4, [5, 6], [1, 2]), 1))
     store.close()
     again = PartitionStore(store.directory, memory)
-    assert again.meta == Meta(7, LaneRecord(1, 4, [5, 6], [1, 2]), 1, [])
+    assert again.meta == Meta(7, LaneRecord(1, 4, [5, 6], [1, 2]), 1, [], 2)
     assert again.load(['ü', 'u1', 'new'])['u1'].due_ms == 500
     assert list(again.load(['new'])) == ['new']
     assert again.due(1_000, 10) == ['ü', 'u1']
@@ -67,6 +67,7 @@ def test_a_changelog_gives_the_same_database_as_the_writes(store: PartitionStore
     assert [encode(found) for found in copy.users()] == [encode(found) for found in store.users()]
     assert copy.due(1_000, 10) == store.due(1_000, 10) == ['u2', 'u1']
     assert (copy.meta.changelog, copy.meta.lane) == (store.meta.changelog, store.meta.lane)
+    assert copy.meta.users == store.meta.users == 2
 
 
 def test_only_the_newest_step_of_a_changelog_may_be_unsent(store: PartitionStore):
@@ -89,6 +90,7 @@ def test_a_record_that_is_gone_from_the_changelog_is_gone_here(store: PartitionS
     store.apply([(b'a', None)], 2)
     assert store.due(1_000, 10) == []
     assert store.load(['a'])['a'].applied == 0
+    assert store.meta.users == 0
 
 
 def test_a_directory_in_use_is_refused(store: PartitionStore, memory: Memory):
