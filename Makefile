@@ -51,9 +51,11 @@ clean:
 	@touch $@
 
 .venv/base: .venv/bin/uv pyproject.toml
-	$(INSTALL) --editable .
+	@echo 'installing into .venv'
+	@$(INSTALL) --editable .
 	@touch $@
 
 .venv/test: .venv/bin/uv pyproject.toml
-	$(INSTALL) --editable '.[train,test]'
+	@echo 'installing into .venv, with torch for the training tests'
+	@$(INSTALL) --editable '.[train,test]'
 	@touch $@ .venv/base

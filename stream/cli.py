@@ -36,7 +36,7 @@ from stream.cli_shared import (
 )
 from stream.cli_worker import app as worker_commands
 from stream.config import Settings, render
-from stream.errors import StreamError, UsageError
+from stream.errors import InputError, StreamError, UsageError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode='rich',
@@ -250,6 +250,10 @@ def _replay(
             recording = Recording(files, format_of(format_name, settings))
         task = progress.add_task('reading times', total=None)
         recording.scan(lambda rows: progress.update(task, completed=rows))
+        if isinstance(recording, Recording) and recording.records is not None and not recording.rows:
+            raise InputError(f'There is no record of {settings.clicks_topic} or {settings.carts_topic} in '
+                             f'{", ".join(path.name for path in files)}.', 'name a recording of the input topics '
+                             '(`stream record`); a journal is named with --journal, beside it.')
         scorer = _scorer(settings)
         outputs = stack.enter_context(written(out))
         letters = stack.enter_context(written(dead_letters))
@@ -270,6 +274,8 @@ def _replay(
         if isinstance(run, JournalReplay):
             for gap in run.missing():
                 say(f'warning: the journal goes further than the recording: {gap}.')
+            if beyond := run.beyond():
+                say(f"{beyond:,} records after the journal's end were not replayed.")
             if run.unfinished:
                 say(f'{run.unfinished:,} events of steps that were cut short were not taken again before the journal '
                     'ends.')

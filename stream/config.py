@@ -4,6 +4,7 @@ A setting is read from a TOML file, then from the environment (`STREAM_<NAME>`),
 one wins. `stream config` prints what is in effect.
 """
 import os
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -202,7 +203,8 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
     Errors   UsageError that names each wrong setting.
     """
     if config and not config.is_file():
-        raise UsageError(f'There is no settings file {config}.', 'name an existing file with --config.')
+        what = f'{config} is no file' if config.exists() else f'There is no settings file {config}'
+        raise UsageError(f'{what}.', 'name an existing file with --config.')
     given = {name: value for name, value in flags.items() if value is not None}
 
     class FromFile(Settings):
@@ -211,12 +213,22 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
     try:
         return FromFile(**given)
     except ValidationError as error:
-        wrong = '; '.join(f'{".".join(map(str, item["loc"])) or "settings"}: {item["msg"]}' for item in error.errors())
+        wrong = '; '.join(_complaint(item) for item in error.errors())
         raise UsageError(
             f'Wrong settings: {wrong}.',
             'see `stream config` for the names; lists and tables are JSON, e.g. --set silence_days=[7,14].') from error
     except ValueError as error:     # the TOML file, or JSON in an environment variable, cannot be parsed
-        raise UsageError(f'The settings cannot be read: {error}.', 'correct the file or the variable.') from error
+        raise UsageError(f'The settings cannot be read: {error}.',
+                         f'correct {config or CONFIG_FILE}, or the variable STREAM_... in the environment.') from error
+
+
+def _complaint(item: Any) -> str:
+    """One of pydantic's errors, for a person."""
+    name = '.'.join(map(str, item['loc'])) or 'settings'
+    if item['type'] == 'extra_forbidden' and len(item['loc']) == 1:
+        near = get_close_matches(name, Settings.model_fields, 1)
+        return f'there is no setting {name}' + (f', did you mean {near[0]}?' if near else '')
+    return f'{name}: {item["msg"]}'
 
 
 def render(settings: Settings) -> str:

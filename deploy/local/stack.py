@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,7 @@ def up(only_parts: bool) -> None:
     """Start everything and wait for the first alert; where something fails, what was started is stopped again."""
     with _locked():
         if running := _running():
-            if missing := [name for name in _state().get('parts', ORDER) if name not in running]:
-                raise PartError(f'Up already, but {", ".join(missing)} ended; see its log in {_near(LOCAL)}.',
-                                'make down, then make up.')
-            print('Up already.')
+            _start_again([name for name in _state().get('parts', ORDER) if name not in running])
             _print_where()
             return
         shutil.rmtree(LOCAL, ignore_errors=True)
@@ -87,6 +85,29 @@ def up(only_parts: bool) -> None:
                     print(f'--- the end of {name} ---\n{logs[name]}', file=sys.stderr)
             raise
     _print_where()
+
+
+def _start_again(ended: list[str]) -> None:
+    """Start what ended by itself, on the same ports and data."""
+    if 'publisher' in ended and _published():
+        ended.remove('publisher')
+    if lost := [name for name in ended if name in ('kafka', 'publisher')]:
+        raise PartError(f'{" and ".join(lost)} ended before time; see the log in {_near(LOCAL)}.',
+                        'make down, then make up.')
+    state = _state()
+    if 'triton' in ended:
+        _say('Triton had ended: starting it again')
+        triton = Triton(LOCAL / 'triton', tied=False)
+        triton.port = state['triton_port']      # where the worker looks for it
+        triton.start()
+    if 'worker' in ended:
+        _say('the worker had ended: starting it again; it goes on where it stopped')
+        _worker(state['admin']).start()
+    print('Up already.' if not ended else 'Up again.')
+
+
+def _worker(admin: str) -> Program:
+    return Program('worker', ['worker', '--config', LOCAL / 'stream.toml'], lambda: _get(admin, '/ready'))
 
 
 def _start(only_parts: bool) -> None:
@@ -109,14 +130,15 @@ def _start(only_parts: bool) -> None:
     _say('creating the topics, simulating shoppers, starting the worker')
     _stream('topics', '--config', config)
     _stream('simulate', events, '--shoppers', str(SHOPPERS), '--days', str(DAYS), '--noise', '0.002')
-    worker = Program('worker', ['worker', '--config', config], lambda: _get(f'{HOST}:{admin_port}', '/ready'))
-    worker.start()
+    worker = _worker(f'{HOST}:{admin_port}').start()
     publisher = Program('publisher', ['publish', events, '--rate', str(EVENTS_PER_SECOND), '--shift-to-now',
                                       '--json', '--config', config], lambda: True)
     publisher.start()
     _say('waiting for the first alert')
-    if not asyncio.run(_first_alert(kafka.brokers, lambda: worker.running and (publisher.running or _published()))):
+    alert = asyncio.run(_first_alert(kafka.brokers, lambda: worker.running and (publisher.running or _published())))
+    if alert is None:
         raise PartError(f'No alert came within {FIRST_ALERT_SECONDS_MAX:.0f} s.', 'see the logs above.')
+    print(_line(alert))
 
 
 def _stream(*arguments: str | Path) -> None:
@@ -151,7 +173,7 @@ def status() -> None:
         print('Nothing is up.')
         return
     for name in _state().get('parts', ORDER):
-        done = 'done: all events are published' if name == 'publisher' and _published() else 'ended: see its log'
+        done = 'done: all events are published' if name == 'publisher' and _published() else 'not running: see its log'
         print(f'{name:10} {f"pid {running[name]}" if name in running else done}')
     _print_where()
 
@@ -161,11 +183,7 @@ def alerts(count: int) -> None:
     async def show() -> None:
         left = count
         async for value in _alerts(_address('brokers'), lambda: True):
-            scores = value['scores']
-            tier = '' if value['tier'] is None else f'tier {value["tier"]}'
-            print(f'{value["user_id"]:10} {value["type"]:24} {value.get("state", ""):8} intent '
-                  f'{scores["purchase_intent"]:.2f} churn {scores["churn"]:.2f} {tier:7} {value["action"] or ""}',
-                  flush=True)
+            print(_line(value), flush=True)
             left -= 1
             if left == 0:
                 return
@@ -185,11 +203,23 @@ def install() -> None:
     print(f'Kafka: {_near(install_kafka())}\nTriton: {_near(install_triton())}')
 
 
-async def _first_alert(brokers: str, healthy: Callable[[], bool]) -> bool:
+async def _first_alert(brokers: str, healthy: Callable[[], bool]) -> dict[str, Any] | None:
+    """The first one that has reasons, which the first tier of a shopper has not."""
     deadline = time.monotonic() + FIRST_ALERT_SECONDS_MAX
-    async for _ in _alerts(brokers, lambda: healthy() and time.monotonic() < deadline):
-        return True
-    return False
+    async for value in _alerts(brokers, lambda: healthy() and time.monotonic() < deadline):
+        if value['reasons']:
+            return value
+    return None
+
+
+def _line(value: dict[str, Any]) -> str:
+    """An alert for a person: when, who, what, how likely, what to do, and why."""
+    at = datetime.fromtimestamp(value['as_of_ms'] / 1000, UTC).strftime('%Y-%m-%d %H:%M')
+    scores = value['scores']
+    tier = '' if value['tier'] is None else f'tier {value["tier"]}'
+    line = (f'{at}  {value["user_id"]:10} {value["type"]:24} {value.get("state", ""):8} intent '
+            f'{scores["purchase_intent"]:.2f} churn {scores["churn"]:.2f} {tier:7} {value["action"] or ""}')
+    return line + ''.join(f'\n    {reason["effect"]:+.2f}  {reason["text"]}' for reason in value['reasons'] or ())
 
 
 async def _alerts(brokers: str, wanted: Callable[[], bool]) -> AsyncIterator[dict[str, Any]]:
@@ -251,6 +281,9 @@ def _locked() -> Iterator[None]:
 
 def _print_where() -> None:
     state = _state()
+    if 'brokers' not in state:
+        print('  not everything has started yet')
+        return
     print(f'  Kafka      {state["brokers"]}\n  Triton     {state["triton"]} (gRPC)')
     if 'admin' in state:
         python = _near(Path(sys.executable))

@@ -327,8 +327,7 @@ async def _admin_port(settings: Settings) -> AsyncIterator[Line]:
             probe.bind(where)
     except OSError as error:
         if await asyncio.to_thread(_serves_metrics, address):
-            yield warning('admin port', f'{address} is taken by a worker that runs.',
-                          'for another worker on this machine, set admin_port to another one, or to 0.')
+            yield ok('admin port', f'{address}: a worker runs there; another one on this machine needs another port.')
             return
         raise UsageError(f'{address} cannot be used: {error.strerror or error}.',
                          'set admin_host to an address of this machine and admin_port to a free port, or to 0.'

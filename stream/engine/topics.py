@@ -105,7 +105,7 @@ class Topics(msgspec.Struct):
     def partitions(self, name: str) -> int:
         """Partitions of a topic; KafkaError where it does not exist."""
         if name not in self.found:
-            raise KafkaError(f'There is no topic {name}.', 'create it: `stream topics`.')
+            raise KafkaError(f'There is no topic {name}.', "check the name; `stream topics` creates the worker's own.")
         return self.found[name].partitions
 
 

@@ -120,6 +120,15 @@ class RecordedTopics:
         number = self._spool.fileno()
         return [os.pread(number, length, at) for _, at, length in table[first:end].tolist()]
 
+    def places(self) -> list[tuple[str, int]]:
+        """Topics and partitions of which there are records."""
+        return sorted(self._tables)
+
+    def count_from(self, topic: str, partition: int, offset: int) -> int:
+        """How many recorded records have this offset or a later one."""
+        table = self._tables[topic, partition]
+        return len(table) - int(np.searchsorted(table[:, 0], offset))
+
     def end(self, topic: str, partition: int) -> int:
         """One more than the newest recorded offset; 0: there is none."""
         table = self._tables.get((topic, partition))
@@ -285,14 +294,24 @@ class JournalReplay:
 
         Markers of transactions at the very end look the same, and are no loss.
         """
+        stops = self._stops()
+        return [f'{topic}-{partition} from offset {end} on' for (topic, partition), stop in stops.items()
+                if (end := self._recorded.end(topic, partition)) < stop]
+
+    def beyond(self) -> int:
+        """Recorded records after the journal's end: the worker had not come to them."""
+        stops = self._stops()
+        return sum(self._recorded.count_from(*place, stops.get(place, 0)) for place in self._recorded.places())
+
+    def _stops(self) -> dict[tuple[str, int], int]:
+        """Where the journal ends, by topic and partition."""
         stops: dict[tuple[str, int], int] = {}
         for lane, entries in self._journal.items():
             for entry, _ in steps_of(entries):
                 if isinstance(entry, EventsEntry):
                     place = self._recorded.inputs.topics[entry.source], lane
                     stops[place] = max(stops.get(place, 0), entry.stop)
-        return [f'{topic}-{partition} from offset {end} on' for (topic, partition), stop in stops.items()
-                if (end := self._recorded.end(topic, partition)) < stop]
+        return stops
 
     async def _run_of_events(
         self, lane: _Lane, run: Sequence[EventsEntry | TimersEntry], kept: Kept | None,

@@ -324,7 +324,8 @@ def _stack(figure: Figure, series: Series, colours: Mapping[str, str], step: str
     axes.set_xlim(edges[0] - spare, edges[-1] + spare)
     axes.set_ylim(0, floor.max() * 1.05)
     narrow = figure.get_figwidth() * 72 < _WIDE
-    locator = AutoDateLocator(tz=UTC, minticks=3, maxticks=4 if narrow else 9)
+    # With fewer ticks than these there are ranges for which it finds no interval, and warns.
+    locator = AutoDateLocator(tz=UTC, minticks=2 if narrow else 3, maxticks=5 if narrow else 9)
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(ConciseDateFormatter(locator, tz=UTC))
     _count_axis(axes, axes.yaxis)

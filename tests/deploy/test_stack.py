@@ -66,7 +66,8 @@ def test_up_brings_alerts_and_down_leaves_nothing(stack: Stack):
     pids = stack.pids()
     assert len(pids) == 4
     shown = stack('alerts', '--count', '3')
-    assert shown.stdout.count('\n') == 3 and 'purchase_power.updated' in shown.stdout, shown.stderr
+    assert len([line for line in shown.stdout.splitlines() if line.startswith('20')]) == 3, shown.stderr
+    assert 'purchase_power.updated' in shown.stdout
     address = json.loads((stack.folder / 'state.json').read_text())['brokers']
     assert address in done.stdout and 'stack.py alerts' in done.stdout
 
@@ -74,12 +75,18 @@ def test_up_brings_alerts_and_down_leaves_nothing(stack: Stack):
     assert again.stdout.startswith('Up already.') and address in again.stdout
     assert stack.pids() == pids
 
-    os.kill(pids[2], signal.SIGKILL)
+    for name, place in (('worker', 2), ('triton', 1)):
+        os.kill(pids[place], signal.SIGKILL)
+        assert 'not running: see its log' in stack('status').stdout
+        again = stack('up')
+        assert again.stdout.startswith('Up again.') and f'{name} had ended' in again.stderr.lower()
+        assert len(stack.pids()) == 4
+    os.kill(pids[0], signal.SIGKILL)
     ended = stack('up')
-    assert ended.returncode == 1 and 'worker ended' in ended.stderr and 'make down' in ended.stderr
-    assert 'ended: see its log' in stack('status').stdout
+    assert ended.returncode == 1 and 'kafka ended' in ended.stderr and 'make down' in ended.stderr
 
-    assert stack('down').stdout == 'Stopped: publisher, triton, kafka.\n'
+    pids = stack.pids()
+    assert stack('down').stdout == 'Stopped: publisher, worker, triton.\n'
     assert not [pid for pid in pids if started_at(pid)]
     assert not stack.folder.exists()
 
