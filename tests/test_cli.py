@@ -25,6 +25,9 @@ def stream(folder: Path, *arguments: str, expect: int = 0, **environment: str) -
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp('cli')
     stream(made, 'simulate', 'events.jsonl', '--shoppers', '40', '--days', '120', '--noise', '0.01')
+    (made / 'journal.jsonl').write_text(json.dumps({
+        'topic': 'journal', 'partition': 0, 'offset': 0, 'partitions': 1, 'timestamp_ms': 0, 'key': '0', 'value': '{}',
+        'headers': []}) + '\n')
     return made
 
 
@@ -125,6 +128,9 @@ def test_config_prints_what_is_in_effect_and_the_schema(tmp_path: Path):
     (('replay', 'absent.jsonl'), InputError.exit_code, 'absent.jsonl'),
     (('replay', 'events.jsonl', '--format', 'tapes'), UsageError.exit_code, 'use one of'),
     (('replay', 'events.jsonl', '--format', 'rees46', '--scorer', 'constant'), InputError.exit_code, '--format'),
+    (('replay', 'journal.jsonl', '--format', 'kafka', '--scorer', 'constant'), InputError.exit_code, '--journal'),
+    (('replay', 'events.jsonl', '--set', 'brokres=x'), UsageError.exit_code, 'did you mean brokers?'),
+    (('replay', 'events.jsonl', '--config', '.'), UsageError.exit_code, 'is no file'),
     (('replay', 'events.jsonl', '--model', 'nowhere'), ModelError.exit_code, 'no model'),
     (('replay', 'events.jsonl', '--publish', 'some'), UsageError.exit_code, 'publish'),
     (('replay', 'events.jsonl', '--set', 'churn_raise'), UsageError.exit_code, 'NAME=VALUE'),
@@ -150,7 +156,8 @@ def test_errors_say_what_to_do_and_leave_nothing_half_done(folder: Path, argumen
     assert {path.name for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize('command', ['demo', 'simulate', 'replay', 'train', 'export', 'config'])
+@pytest.mark.parametrize('command', ['demo', 'simulate', 'replay', 'journal', 'train', 'export', 'config', 'worker',
+                                     'topics', 'check', 'publish', 'record'])
 def test_every_command_has_help(tmp_path: Path, command: str):
     assert f'stream {command}' in stream(tmp_path, command, '--help').stdout
 

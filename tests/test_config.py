@@ -75,3 +75,8 @@ def test_secrets_are_masked():
 
     assert 'hunter2' not in render(WithSecret())
     assert '*****' in render(WithSecret())
+
+
+def test_a_setting_that_does_not_exist_is_named_with_its_neighbour():
+    with pytest.raises(UsageError, match=r'there is no setting brokres, did you mean brokers\?'):
+        load_settings(brokres='x')

@@ -500,6 +500,12 @@ def test_a_recording_that_ends_early_is_told(tmp_path: Path):
     assert replay.run.missing() == ['clicks-0 from offset 2 on', 'clicks-1 from offset 0 on']
 
 
+def test_records_after_the_end_of_the_journal_are_counted(tmp_path: Path):
+    path = recording_of(tmp_path, clicks('a', 'b', 'c'))
+    replay = Replayed([path], {0: [block(0, 1, 0, 2)]}, EVERYTHING)
+    assert (replay.run.beyond(), replay.run.missing()) == (1, [])
+
+
 def test_a_step_that_was_done_twice_is_noticed(tmp_path: Path):
     path = recording_of(tmp_path, clicks('a', 'b'))
     sweep = TimersEntry(0, 1, ['a'], SCORER.model.sha256, DIGEST)
