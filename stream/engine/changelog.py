@@ -52,7 +52,8 @@ class ChangelogReader:
     @property
     def recovering(self) -> dict[int, int]:
         """Partitions that are not whole, and how many records they lack."""
-        return {number: follower.left for number, follower in self._followers.items() if not follower.standby}
+        return {number: follower.left for number, follower in self._followers.items()
+                if not follower.standby and follower.left}
 
     async def follow(self, followers: Mapping[int, Follower]) -> asyncio.Task:
         """Follow these partitions; `unfollow` must have been called before. The task ends only with an error."""

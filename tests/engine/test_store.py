@@ -141,3 +141,19 @@ def test_what_is_wrong_with_the_machine_is_no_damage(tmp_path: Path, memory: Mem
     with pytest.raises(StateError, match='cannot be opened'):
         PartitionStore(tmp_path / 'users-0', memory)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_write_buffers_are_bounded_over_all_partitions(tmp_path: Path):
+    bounded = Memory(16, 16)
+    stores = [PartitionStore(tmp_path / f'users-{number}', bounded) for number in range(4)]
+    filler = user('u', outbox=bytes(20_000))
+    largest = 0
+    for turn in range(40):
+        for store in stores:
+            store.write([Change(f'u{turn}-{number}'.encode(), encode(filler), 0, 0) for number in range(25)],
+                        Meta(turn))
+            largest = max(largest, bounded.write_buffers.get_usage())
+    assert 40 * 4 * 25 * 20_000 > 4 * (16 << 20)        # more than would fit
+    assert largest < 2 * (16 << 20)
+    for store in stores:
+        store.close()
