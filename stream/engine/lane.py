@@ -122,7 +122,13 @@ async def in_thread(call: Callable[..., T], *given: Any) -> T:
 
 
 class Lane:
-    """One partition number's lane. `run` is its task; `admit` takes what the agent brings."""
+    """One partition number's lane. `admit` takes what the agent brings; `start` begins its task, `stop` ends it.
+
+    running   the state is whole and the lane takes events
+    holding   why it does not score, for a person; empty where it does
+    done      the positions up to which everything is durable, per source
+    moved_at  monotonic seconds of its newest step
+    """
 
     def __init__(self, number: int, generation: int, store: PartitionStore, tools: Tools,
                  tps: tuple[TP, TP]) -> None:
@@ -155,10 +161,6 @@ class Lane:
         """Take a block that was fetched."""
         if not self._stopping:
             self.intake.admit(block)
-
-    @property
-    def _model(self) -> str:
-        return self._tools.scorer.model.sha256
 
     @property
     def waiting(self) -> bool:
@@ -269,7 +271,7 @@ class Lane:
         if self._rules.journal:
             journal = [encode_entry(EventsEntry(
                 self.number, self._step + 1, self.intake.source(block.topic), block.start, block.stop,
-                self._model, self._rules.digest)) for block in blocks]
+                self._tools.scorer.model.sha256, self._rules.digest)) for block in blocks]
         steps = block_steps(users, events, self._rules.limits) if events else iter([Folded([], [0] * len(Fold), [])])
         for folded in steps:
             done = None
@@ -490,8 +492,8 @@ class Lane:
         users = await self._load(dict.fromkeys(due))
         journal = []
         if self._rules.journal:
-            journal = [encode_entry(TimersEntry(self.number, self._step + 1, tuple(due), self._model,
-                                               self._rules.digest))]
+            journal = [encode_entry(TimersEntry(
+                self.number, self._step + 1, due, self._tools.scorer.model.sha256, self._rules.digest))]
         self._tools.metrics.timers_fired.inc(len(due))
         await self._take(fire(users.values(), self._rules.limits), journal, [], 0, None)
 
