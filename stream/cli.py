@@ -1,6 +1,5 @@
 """The command line. Each command is a thin shell: settings in, files in and out, a summary, an exit code."""
 import asyncio
-import gc
 import importlib
 import shutil
 import signal
@@ -26,6 +25,7 @@ from stream.cli_shared import (
     ConfigFile,
     FormatName,
     Overrides,
+    collect_seldom,
     effective_settings,
     format_of,
     inputs_of,
@@ -233,8 +233,7 @@ def _replay(
     from stream.replay.replay import Replay
 
     _check_target(out, 'Messages')
-    # A block's thousands of new objects are no garbage: looking for cycles at every 700 of them cost 6 % of the rate.
-    gc.set_threshold(100_000, 10, 10)
+    collect_seldom()
     dead_letters, report = out.with_suffix('.dead.jsonl'), out.with_suffix('.html')
     if journal and format_name != 'kafka':
         raise UsageError('A journal leads through records of topics.', 'add --format kafka, and name their recording.')

@@ -1,6 +1,5 @@
 """The commands that talk to Kafka. Thin shells, as in `stream.cli`, on the same command line."""
 import asyncio
-import gc
 import signal
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from stream.cli_shared import (
     ConfigFile,
     FormatName,
     Overrides,
+    collect_seldom,
     effective_settings,
     format_of,
     parsed,
@@ -128,7 +128,7 @@ def publish(
     from stream.replay.publish import publish as send
     from stream.replay.recording import Recording
     settings = effective_settings(config, **parsed(overrides))
-    gc.set_threshold(100_000, 10, 10)       # as in a replay: thousands of new objects, and none is garbage
+    collect_seldom()
     with progress_bar() as progress:
         recording = Recording(files, format_of(format_name, settings))
         task = progress.add_task('reading times', total=None)

@@ -1,5 +1,6 @@
 """What the commands share: options that mean the same everywhere, settings in effect, files that appear when they are
 complete, progress, and words for a person."""
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,11 @@ FormatName = Annotated[str, typer.Option(
     '--format', metavar='FORMAT', help='How the files are written. ' + ' '.join(
         f'[bold]{name}[/bold]: {entry.help}' for name, entry in FORMATS.items()))]
 AsJson = Annotated[bool, typer.Option('--json', help='End with one line of counts as JSON on standard output.')]
+
+
+def collect_seldom() -> None:
+    """Blocks of thousands of new objects are no garbage: looking for cycles at every 700 cost 6 % of the rate."""
+    gc.set_threshold(100_000, 10, 10)
 
 
 def say(text: str) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stream.cli_shared import ConfigFile, Overrides, effective_settings, parsed
+from stream.cli_shared import ConfigFile, Overrides, collect_seldom, effective_settings, parsed
 
 app = typer.Typer()
 
@@ -28,4 +28,5 @@ def worker(
     if not verbose:
         for name in _QUIET:
             logging.getLogger(name).setLevel(logging.WARNING)
+    collect_seldom()
     asyncio.run(run(effective_settings(config, **parsed(overrides))))

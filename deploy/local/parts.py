@@ -147,6 +147,16 @@ def free_port() -> int:
     raise PartError('There is no free port on 127.0.0.1.', 'stop what listens there.')
 
 
+def answers(url: str) -> bool:
+    """Whether a server of this machine says 200, whatever proxy the environment names."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=2) as answer:
+            return answer.status == 200
+    except (OSError, urllib.error.URLError):
+        return False
+
+
 def started_at(pid: int) -> int | None:
     """When a running process started, in clock ticks since boot; None where there is none. With the pid it names a
     process for good: pids come again."""
@@ -463,12 +473,7 @@ class Triton(Part):
                 {'LD_LIBRARY_PATH': libraries})
 
     def _answers(self) -> bool:
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
-            with opener.open(f'http://{HOST}:{self.http_port}/v2/health/ready', timeout=2) as answer:
-                return answer.status == 200
-        except (OSError, urllib.error.URLError):
-            return False
+        return answers(f'http://{HOST}:{self.http_port}/v2/health/ready')
 
     def _shared_memory(self) -> str:
         return f'stream-triton-{self.port}-'

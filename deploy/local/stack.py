@@ -11,8 +11,6 @@ import shutil
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +27,7 @@ from parts import (
     Part,
     PartError,
     Triton,
+    answers,
     free_port,
     install_kafka,
     install_triton,
@@ -107,7 +106,7 @@ def _start_again(ended: list[str]) -> None:
 
 
 def _worker(admin: str) -> Program:
-    return Program('worker', ['worker', '--config', LOCAL / 'stream.toml'], lambda: _get(admin, '/ready'))
+    return Program('worker', ['worker', '--config', LOCAL / 'stream.toml'], lambda: answers(f'http://{admin}/ready'))
 
 
 def _start(only_parts: bool) -> None:
@@ -243,15 +242,6 @@ def _published() -> bool:
     """Whether the publisher came to its end by itself."""
     log = LOCAL / 'publisher' / 'publisher.log'
     return log.exists() and any(line.startswith('{') for line in log.read_text(errors='replace').splitlines())
-
-
-def _get(address: str, path: str) -> bool:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(f'http://{address}{path}', timeout=2) as answer:
-            return answer.status == 200
-    except (OSError, urllib.error.URLError):
-        return False
 
 
 def _state() -> dict[str, Any]:

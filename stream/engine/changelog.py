@@ -16,7 +16,7 @@ from aiokafka.errors import KafkaError as DriverError
 from aiokafka.errors import KafkaTimeoutError
 
 from stream.config import Settings
-from stream.engine.kafka import client_arguments
+from stream.engine.kafka import client_arguments, fetch_position
 from stream.engine.store import PartitionStore
 from stream.errors import StateError
 from stream.metrics import Metrics
@@ -141,7 +141,7 @@ class ChangelogReader:
         for number, follower in self._followers.items():
             tp = aiokafka.TopicPartition(self._topic, number)
             end = max(driver.highwater(tp) or 0, follower.end) if follower.standby else follower.end
-            follower.left = max(end - self._position(driver, tp), 0)
+            follower.left = max(end - (fetch_position(driver, tp) or 0), 0)
             gauge = self._metrics.standby_lag if follower.standby else self._metrics.recovery_left
             gauge.labels(str(number)).set(follower.left)
 
@@ -153,15 +153,10 @@ class ChangelogReader:
             return
         followers = {number: self._followers.pop(number) for number in whole}
         kept = {aiokafka.TopicPartition(self._topic, number) for number in self._followers}
-        positions = {tp: self._position(driver, tp) for tp in kept}
+        positions = {tp: fetch_position(driver, tp) or 0 for tp in kept}
         driver.assign(list(kept)) if kept else driver.unsubscribe()
         for tp, position in positions.items():
             driver.seek(tp, position)
         for follower in followers.values():
             if follower.whole is not None:
                 follower.whole()
-
-    def _position(self, driver: aiokafka.AIOKafkaConsumer, tp: Any) -> int:
-        """Where the next fetch begins: behind compacted records and transaction markers too."""
-        state = driver._subscription.subscription.assignment.state_value(tp)  # type: ignore[union-attr]
-        return state.position if state.has_valid_position else 0

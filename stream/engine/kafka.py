@@ -128,6 +128,18 @@ class _LastWords(logging.Handler):
         self.text = record.getMessage()
 
 
+def fetch_position(driver: AIOKafkaConsumer, tp: Any) -> int | None:
+    """Where the next fetch of an assigned partition begins, behind compacted records and transaction markers too.
+
+    None where it is not known yet. The driver's own `position` would wait for it.
+    """
+    subscription: Any = driver._subscription.subscription
+    if subscription is None or subscription.assignment is None:
+        return None
+    state = subscription.assignment.state_value(tp)
+    return state.position if state is not None and state.has_valid_position else None
+
+
 _kept_back = 0      # contexts in which the client's log is kept back
 
 

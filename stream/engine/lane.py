@@ -28,17 +28,17 @@ import msgspec
 from aiokafka import ConsumerRecord
 from faust.types import TP
 
-from stream.core.decide import Policy
+from stream.core.decide import Kind, Policy
 from stream.core.events import Decoder, Event, Refusal, Source
 from stream.core.journal import EventsEntry, RecoveredEntry, TimersEntry, encode_entry
 from stream.core.lane import Folded, Touched, block_steps, fire
 from stream.core.messages import cloudevents_headers
 from stream.core.partitioners import PartitionerName, misrouted
-from stream.core.window import Fold, User, WindowLimits, encode, unpack_outbox
+from stream.core.window import Fold, User, WindowLimits, unpack_outbox
 from stream.engine.blocks import Block
 from stream.engine.intake import Intake, in_time_order
 from stream.engine.publisher import Publisher, Record
-from stream.engine.store import LANE_KEY, Change, LaneRecord, Meta, PartitionStore
+from stream.engine.store import LANE_KEY, Change, LaneRecord, Meta, PartitionStore, change_of
 from stream.engine.transport import Consumer
 from stream.errors import ModelError
 from stream.metrics import Metrics
@@ -48,6 +48,7 @@ from stream.scoring.step import Publish, Scored, score_step
 log = logging.getLogger(__name__)
 T = TypeVar('T')
 HOLD_RETRY_S = 1.0
+_SCORES = Kind.SCORES.encode()
 CLOCK_LOOK_S = 1.0          # how often an idle lane looks at the time of day
 MERGE_LOOK_S = 0.05         # how often a waiting one looks whether the other topic has more
 ENTRY_USERS_MAX = 500       # users whom one journal entry names
@@ -138,7 +139,6 @@ class Lane:
         self.running = False
         self.holding = ''
         self.moved_at = time.monotonic()
-        self.steps = 0
         self._generation = generation
         self._tools = tools
         self._rules = tools.rules
@@ -347,12 +347,10 @@ class Lane:
         messages = []
         for entry in touched:
             user = entry.user
-            user_id = user.user_id.encode()
-            changes.append(Change(user_id, encode(user), user.stored_due_ms, user.due_ms, user.user_id in new))
-            user.stored_due_ms = user.due_ms
+            changes.append(change_of(user, user.user_id in new))
             overlay[user.user_id] = user
             if user.outbox:
-                messages.append((user_id, unpack_outbox(user.outbox)))
+                messages.append((user.user_id.encode(), unpack_outbox(user.outbox)))
         self._tools.metrics.scored_rows.inc(len(scored.rows) - scored.refused)
         self._tools.metrics.refused_rows.inc(scored.refused)
         await self._published()
@@ -448,7 +446,7 @@ class Lane:
             for message in of_user:
                 headers = cloudevents_headers(message, rules.source)
                 kind = headers[2][1]
-                topic = rules.scores if kind == b'scores.updated' else rules.alerts
+                topic = rules.scores if kind == _SCORES else rules.alerts
                 by_topic.setdefault(topic, []).append((user_id, message, headers))
                 kinds[kind] += 1
         await asyncio.gather(*(self._send(topic, records) for topic, records in by_topic.items()))
@@ -475,7 +473,6 @@ class Lane:
         if step.changes:
             self._signed = step.lane
         self.moved_at = time.monotonic()
-        self.steps += 1
         self._tools.metrics.steps.inc()
 
     # ---- the sweep of silent users ---------------------------------------------------------------------------------

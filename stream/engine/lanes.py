@@ -22,6 +22,7 @@ from stream.engine.tables import UserStore
 from stream.errors import StateError
 
 log = logging.getLogger(__name__)
+VERSION = importlib.metadata.version('stream-scoring')
 WATCH_S = 1.0
 JOIN_S_MAX = 240.0          # for the group to answer: its members may drain, or be given up, first
 
@@ -218,7 +219,7 @@ class Lanes:
             {tp.topic: lane.lag(Source(source)) for source, tp in enumerate(lane.tps)}, lane.clock_ms(),
             lane.store.meta.users, lane.intake.blocks) for number, lane in sorted(self._lanes.items())]
         partitions += [LaneStatus(number, 'standby') for number in sorted(self._standbys)]
-        return Status(version=importlib.metadata.version('stream-scoring'), group=self._group,
+        return Status(version=VERSION, group=self._group,
                       model=f'{model.name}/{model.version}', model_sha256=model.sha256, lanes=partitions)
 
     @staticmethod

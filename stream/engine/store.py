@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 from rocksdict import BlockBasedOptions, Cache, Options, Rdict, WriteBatch, WriteBufferManager
 
-from stream.core.window import HEADER_DTYPE, NO_TIMER_MS, User, decode
+from stream.core.window import HEADER_DTYPE, NO_TIMER_MS, User, decode, encode
 from stream.errors import StateError, StreamError
 
 LANE_KEY = b'\xfflane'      # no user id: 0xff never occurs in UTF-8
@@ -103,6 +103,13 @@ class Change(msgspec.Struct):
     due_before_ms: int
     due_ms: int
     new: bool = False
+
+
+def change_of(user: User, new: bool = False) -> Change:
+    """What has to be written of the user now; from then on the index is taken to hold the user's timer."""
+    change = Change(user.user_id.encode(), encode(user), user.stored_due_ms, user.due_ms, new)
+    user.stored_due_ms = user.due_ms
+    return change
 
 
 def _is_damage(text: str) -> bool:

@@ -17,11 +17,6 @@ from stream.engine.transport import runtime
 TABLE = 'users'
 
 
-def changelog_topic(group: str) -> str:
-    """The name that Faust gives to the table's changelog."""
-    return f'{group}-{TABLE}-changelog'
-
-
 class UserStore(Store):
     """Registered as `users` among Faust's stores: one database per partition, all within one bound of memory.
 

@@ -34,7 +34,7 @@ from mode import Service
 
 from stream.config import Settings
 from stream.engine.blocks import Block, cut
-from stream.engine.kafka import client_arguments
+from stream.engine.kafka import client_arguments, fetch_position
 from stream.errors import StateError
 
 log = logging.getLogger(__name__)
@@ -245,19 +245,15 @@ class Consumer(FaustConsumer):
         A partition that a lane sought back in the meantime has not moved: what was fetched of it is dropped here.
         """
         records_of = {(tp.topic, tp.partition): records for tp, records in fetched.items()}
-        assignment, blocks = self._assignment(), []
+        blocks = []
         for tp in list(self.positions):
             start = self.positions.get(tp)
-            state = assignment.state_value(tp) if assignment is not None else None
-            if start is not None and state is not None and state.has_valid_position and state.position != start:
-                self.positions[tp] = state.position
-                blocks.append(Block(tp.topic, tp.partition, self.epochs[tp], start, state.position,
+            stop = fetch_position(self.driver, tp)
+            if start is not None and stop is not None and stop != start:
+                self.positions[tp] = stop
+                blocks.append(Block(tp.topic, tp.partition, self.epochs[tp], start, stop,
                                     records_of.get((tp.topic, tp.partition), ())))
         return blocks
-
-    def _assignment(self) -> Any:
-        subscription = self.driver._subscription.subscription
-        return subscription.assignment if subscription is not None else None
 
     def _message(self, block: Block) -> ConsumerMessage:
         carried: Any = block        # where Faust expects bytes; `BlockSchema` takes it out again

@@ -6,8 +6,6 @@
 """
 import asyncio
 import fcntl
-import gc
-import importlib.metadata
 import logging
 import signal
 from collections.abc import Iterator
@@ -23,10 +21,9 @@ from stream.engine.app import create_app, user_store
 from stream.engine.changelog import ChangelogReader
 from stream.engine.kafka import kafka_errors
 from stream.engine.lane import LaneRules, Tools
-from stream.engine.lanes import Lanes
+from stream.engine.lanes import VERSION, Lanes
 from stream.engine.publisher import Publisher
-from stream.engine.tables import changelog_topic
-from stream.engine.topics import ensure_topics
+from stream.engine.topics import changelog_topic, ensure_topics
 from stream.errors import StateError, StreamError
 from stream.metrics import Metrics
 from stream.scoring.make import make_scorer
@@ -45,8 +42,6 @@ async def run(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    # A block's thousands of new objects are no garbage: looking for cycles at every 700 of them cost 6 % of the rate.
-    gc.set_threshold(100_000, 10, 10)
     async with AsyncExitStack() as stack:
         stack.enter_context(_owned(settings.state_dir))
         topics = await ensure_topics(settings)
@@ -56,8 +51,7 @@ async def run(settings: Settings) -> None:
         scorer = make_scorer(settings, log.warning)
         stack.push_async_callback(scorer.close)
         metrics = Metrics()
-        metrics.built(importlib.metadata.version('stream-scoring'), scorer.model.name, scorer.model.version,
-                      scorer.model.sha256)
+        metrics.built(VERSION, scorer.model.name, scorer.model.version, scorer.model.sha256)
         app = create_app(settings, partitions)
         lanes = _lanes(settings, partitions, app, scorer, metrics)
         app.runtime.owner = lanes
@@ -94,7 +88,7 @@ def _lanes(settings: Settings, partitions: int, app: Any, scorer: Scorer, metric
         partitioner=settings.partitioner, partitions=partitions, wall_clock=settings.clock == 'wall',
         clock_grace_ms=settings.clock_grace_ms, clock_idle_ms_max=settings.clock_idle_ms_max,
         merge_wait_ms=settings.merge_wait_ms, blocks_ahead_max=settings.blocks_ahead_max,
-        sweep_users_max=settings.sweep_users_max, changelog=changelog_topic(settings.group),
+        sweep_users_max=settings.sweep_users_max, changelog=changelog_topic(settings),
         alerts=settings.alerts_topic, scores=settings.scores_topic, dead_letters=settings.dead_letters_topic,
         journal=settings.journal_topic, source=f'/stream/{settings.group}')
     tools = Tools(rules, Decoder(events), scorer, Publisher(app.producer), metrics, app.consumer)

@@ -9,7 +9,6 @@ journal holds a digest. Where the recording or the journal lacks something, the 
 """
 import os
 from array import array
-from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import groupby
@@ -39,7 +38,7 @@ from stream.replay.formats import FORMATS, kafka_format
 from stream.replay.replay import Counts, ReplayRules
 from stream.replay.state import State
 from stream.replay.statistics import Statistics
-from stream.replay.topic_records import Inputs, decode_record, decoder
+from stream.replay.topic_records import Inputs, decode_record, decoder, escaped, readable
 from stream.scoring.scorer import Scorer
 from stream.scoring.step import score_step
 
@@ -413,13 +412,9 @@ class JournalReplay:
 
     def _dead_letter(self, place: _Place, line: bytes, reason: str, detail: str) -> None:
         letter: dict[str, Any] = {'topic': place.topic, 'partition': place.partition, 'offset': place.offset,
-                                  'reason': reason, 'detail': detail.encode('utf-8', 'backslashreplace').decode()}
+                                  'reason': reason, 'detail': escaped(detail)}
         record = decode_record(line)
-        value = line if record is None else record.value
-        try:
-            letter['value'] = None if value is None else value.decode()
-        except UnicodeDecodeError:
-            letter['value_base64'] = b64encode(value or b'').decode()
+        letter |= readable(line if record is None else record.value)
         self._dead_letters.write(orjson.dumps(letter) + b'\n')
         self.counts.dead += 1
         self.statistics.dead[reason] += 1

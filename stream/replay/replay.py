@@ -3,7 +3,6 @@
 The same steps as a lane of the worker: decode, fire what is due, fold, score, decide, write, publish. Record numbers of
 the file take the place of offsets: each topic's events are counted from 0. Records of topics keep their own offsets.
 """
-from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
@@ -18,7 +17,7 @@ from stream.errors import StateError
 from stream.replay.recording import Block, Recording
 from stream.replay.state import State
 from stream.replay.statistics import Statistics
-from stream.replay.topic_records import decode_record
+from stream.replay.topic_records import decode_record, escaped, readable
 from stream.scoring.scorer import Scorer
 from stream.scoring.step import Publish, score_step
 
@@ -122,15 +121,11 @@ class Replay:
 
     def _dead_letter(self, number: int, value: bytes, reason: str, detail: str) -> None:
         path, row = self._recording.locate(number)
-        letter: dict[str, Any] = {'file': _text(path.name), 'row': row, 'reason': reason, 'detail': _text(detail)}
+        letter: dict[str, Any] = {'file': escaped(path.name), 'row': row, 'reason': reason, 'detail': escaped(detail)}
         record = None if self._recording.records is None else decode_record(value)
         if record is not None:
             letter |= {'topic': record.topic, 'partition': record.partition, 'offset': record.offset}
-        content = value if record is None else record.value
-        try:
-            letter['value'] = None if content is None else content.decode()
-        except UnicodeDecodeError:
-            letter['value_base64'] = b64encode(content or b'').decode()
+        letter |= readable(value if record is None else record.value)
         self._dead_letters.write(orjson.dumps(letter) + b'\n')
         self.counts.dead += 1
         self.statistics.dead[reason] += 1
@@ -160,8 +155,3 @@ class Replay:
         if scored.messages:
             self._outputs.write(b'\n'.join(scored.messages) + b'\n')
             self.statistics.add_alerts(scored.alerts)
-
-
-def _text(text: str) -> str:
-    """Text that JSON can hold: names and quoted bytes may carry what was no UTF-8."""
-    return text.encode('utf-8', 'backslashreplace').decode()

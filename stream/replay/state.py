@@ -3,17 +3,15 @@
 Both keep, beside the users, the index of due silence timers, written together with them.
 """
 import heapq
-import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from rocksdict import Options, Rdict, WriteBatch
-
-from stream.core.window import NO_TIMER_MS, User, decode, encode
+from stream.core.window import NO_TIMER_MS, User
+from stream.engine.store import Memory, Meta, PartitionStore, change_of
 from stream.errors import UsageError
 
-_DUE = struct.Struct('>Q')
+_CACHE_MIB, _WRITE_BUFFERS_MIB = 256, 128
 
 
 class State(Protocol):
@@ -90,57 +88,25 @@ class MemoryState:
 
 
 class RocksState:
-    """Records and timers in one RocksDB directory, each save one atomic batch."""
+    """Records and timers in one directory: the store in which a worker keeps a partition, without a changelog."""
 
     def __init__(self, directory: Path) -> None:
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise UsageError(f'The state directory {directory} is no folder, or not empty.',
                              'name a new one: a replay begins with no history.')
-        options = Options(raw_mode=True)
-        options.create_if_missing(True)
-        options.create_missing_column_families(True)
-        self._db = Rdict(str(directory), options, column_families={'due': Options(raw_mode=True)})
-        self._due = self._db.get_column_family('due')
-        self._due_handle = self._db.get_column_family_handle('due')
-        self._swept = b''       # no timer lies before it: spares iteration over what sweeps have deleted
+        self._store = PartitionStore(directory, Memory(_CACHE_MIB, _WRITE_BUFFERS_MIB))
 
     def load(self, user_ids: Iterable[str]) -> dict[str, User]:
-        wanted = list(user_ids)
-        records: Any = self._db.get([user_id.encode() for user_id in wanted]) if wanted else []
-        return {user_id: User(user_id) if record is None else decode(user_id, record)
-                for user_id, record in zip(wanted, records, strict=True)}
+        return self._store.load(user_ids)
 
     def save(self, users: Iterable[User]) -> None:
-        batch = WriteBatch(raw_mode=True)
-        for user in users:
-            user_id = user.user_id.encode()
-            batch.put(user_id, encode(user))
-            if user.stored_due_ms != user.due_ms:
-                if user.stored_due_ms != NO_TIMER_MS:
-                    batch.delete(_DUE.pack(user.stored_due_ms) + user_id, self._due_handle)
-                if user.due_ms != NO_TIMER_MS:
-                    key = _DUE.pack(user.due_ms) + user_id
-                    batch.put(key, b'', self._due_handle)
-                    self._swept = min(self._swept, key)
-                user.stored_due_ms = user.due_ms
-        self._db.write(batch)
+        self._store.write([change_of(user) for user in users], Meta())
 
     def due(self, until_ms: int, users_max: int) -> list[str]:
-        end = _DUE.pack(until_ms + 1)
-        ready: list[bytes] = []
-        due: Any = self._due
-        for key in due.keys(from_key=self._swept):
-            if key >= end or len(ready) == users_max:
-                self._swept = ready[0] if ready else key
-                break
-            ready.append(key)
-        return [key[_DUE.size:].decode() for key in ready]
+        return self._store.due(until_ms, users_max)
 
     def users(self) -> Iterator[User]:
-        db: Any = self._db
-        for user_id, record in db.items():
-            yield decode(user_id.decode(), record)
+        return self._store.users()
 
     def close(self) -> None:
-        self._due.close()
-        self._db.close()
+        self._store.close()

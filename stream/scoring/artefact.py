@@ -23,6 +23,7 @@ from stream.errors import ModelError
 
 MANIFEST = 'manifest.json'
 WEIGHTS = 'model.onnx'
+SHA256_PARAMETER = 'sha256'     # of the weights, in the configuration with which Triton serves them
 
 
 class FeatureLayout(msgspec.Struct, frozen=True):

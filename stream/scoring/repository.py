@@ -20,7 +20,7 @@ import msgspec
 
 from stream.core.features import LENGTHS
 from stream.errors import ModelError, UsageError
-from stream.scoring.artefact import MANIFEST, WEIGHTS, load_artefact
+from stream.scoring.artefact import MANIFEST, SHA256_PARAMETER, WEIGHTS, load_artefact
 
 Variant = Literal['onnxruntime', 'tensorrt', 'python']
 VARIANTS: tuple[str, ...] = get_args(Variant)
@@ -70,7 +70,7 @@ output [
 version_policy {{ specific {{ versions: [ {served.version} ] }} }}
 dynamic_batching {{ {queue}}}
 parameters {{
-  key: "sha256"
+  key: "{SHA256_PARAMETER}"
   value {{ string_value: "{served.files[WEIGHTS]}" }}
 }}
 ''' + _OF_VARIANT[variant](served)

@@ -28,10 +28,9 @@ from tritonclient.utils import InferenceServerException
 from stream.core.features import COUNTERS, SLOT_NUMBERS, Batch
 from stream.core.scores import OUTPUT_NAMES, Outputs
 from stream.errors import ModelError, ResponseRefused, ScorerUnavailable
-from stream.scoring.artefact import load_artefact
+from stream.scoring.artefact import SHA256_PARAMETER, load_artefact
 from stream.scoring.breaker import Breaker, BreakerState, Slots
 
-SHA256_PARAMETER = 'sha256'     # in the served model's configuration
 PROBE_TIMEOUT_MS = 2_000
 PAUSE_S_FIRST, PAUSE_S_MAX = 0.05, 1.0
 REFUSALS_MAX = 3                # answers to one batch that may be refused; then something lies steadily

@@ -4,7 +4,8 @@ from faust.transport.drivers import by_url
 from stream.config import Settings
 from stream.engine.app import create_app, user_store
 from stream.engine.blocks import Block, BlockSchema
-from stream.engine.tables import TableManager, UserStore, changelog_topic
+from stream.engine.tables import TableManager, UserStore
+from stream.engine.topics import changelog_topic
 from stream.engine.transport import Consumer, Transport
 
 
@@ -25,8 +26,9 @@ def test_neither_a_web_server_nor_a_leader_nor_replies_are_started():
 
 
 def test_the_changelog_has_the_name_that_faust_gives_it():
-    app = create_app(Settings(group='shop'), 4)
-    assert list(app.tables.changelog_topics) == [changelog_topic('shop')] == ['shop-users-changelog']
+    settings = Settings(group='shop')
+    app = create_app(settings, 4)
+    assert list(app.tables.changelog_topics) == [changelog_topic(settings)] == ['shop-users-changelog']
 
 
 def test_one_agent_brings_blocks_as_they_are():

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from stream.cli import app
 from stream.core.window import DAY_MS, User
+from stream.engine.store import Memory, PartitionStore
 from stream.replay.simulator import SimulatorOptions, simulate, write
-from stream.replay.state import RocksState
 from tests.integration.running import Shop, wait_for
 
 NOW_MS = 1_770_000_000_000
@@ -41,13 +41,9 @@ def replayed(recording: Path, folder: Path) -> dict[str, User]:
     result = CliRunner().invoke(app, ['replay', str(recording), '--out', str(folder / 'alerts.jsonl'), '--no-report',
                                       '--scorer', 'constant', '--state-dir', str(folder / 'replayed')])
     assert result.exit_code == 0, result.output
-    copy = RocksState.__new__(RocksState)       # a replay's directory is read here as no replay reads it
-    from rocksdict import Options, Rdict
-    options = Options(raw_mode=True)
-    copy._db = Rdict(str(folder / 'replayed'), options, column_families={'due': Options(raw_mode=True)})
-    copy._due = copy._db.get_column_family('due')
-    users = {user.user_id: user for user in copy.users()}
-    copy.close()
+    store = PartitionStore(folder / 'replayed', Memory(16, 16))
+    users = {user.user_id: user for user in store.users()}
+    store.close()
     return users
 
 
