@@ -87,6 +87,8 @@ def test_a_group_that_others_use_is_a_problem_and_ones_own_is_not(kafka: Kafka):
             await consumer.start()
             try:
                 yield
+                for tp in consumer.assignment():        # without a position there is nothing to commit
+                    await consumer.position(tp)
                 await consumer.commit()
             finally:
                 await consumer.stop()
