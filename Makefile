@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CONSTRAINTS := deploy/constraints.txt
+NATIVE := $(wildcard stream/core/*.pyx stream/core/*.pxd) deploy/build_native.py
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint $(CONSTRAINTS)
 
 .PHONY: help demo up down test chaos check train clean
@@ -50,12 +51,12 @@ clean:
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) uv
 	@touch $@
 
-.venv/base: .venv/bin/uv pyproject.toml
+.venv/base: .venv/bin/uv pyproject.toml $(NATIVE)
 	@echo 'installing into .venv'
 	@$(INSTALL) --editable .
 	@touch $@
 
-.venv/test: .venv/bin/uv pyproject.toml
+.venv/test: .venv/bin/uv pyproject.toml $(NATIVE)
 	@echo 'installing into .venv, with torch for the training tests'
 	@$(INSTALL) --editable '.[train,test]'
 	@touch $@ .venv/base

@@ -113,6 +113,8 @@ class Settings(BaseSettings):
     blocks_ahead_max: int = Field(4, ge=1, le=100, description='blocks of a topic partition that wait in memory')
     sweep_users_max: int = Field(500, ge=1, le=100_000, description='silence timers fired in one step')
     state_dir: Path = Field(Path('state'), description="folder of the worker's RocksDB databases")
+    users_cached_mib: int = Field(
+        64, ge=0, description="users kept decoded, over all partitions and beyond steps in flight")
     rocksdb_cache_mib: int = Field(256, ge=8, description='block cache over all partitions')
     rocksdb_write_buffers_mib: int = Field(128, ge=8, description='write buffers over all partitions')
     admin_host: str = Field('127.0.0.1', description='where health and metrics are served')

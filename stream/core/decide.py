@@ -20,7 +20,8 @@ import msgspec
 import numpy as np
 
 from stream.core.scores import STEPS_PER_UNIT, Scores
-from stream.core.window import CHURN_RAISED, DAY_MS, HOUR_MS, INTENT_RAISED, NO_TIER, User
+from stream.core.user import User
+from stream.core.window import CHURN_RAISED, DAY_MS, HOUR_MS, INTENT_RAISED, NO_TIER
 
 Occasion = Literal['power_first', 'power_up', 'power_down', 'intent', 'churn_raised', 'churn_cleared']
 

@@ -2,7 +2,7 @@
 
 `EventRecord` is the contract with whoever sends events; the JSON Schema is generated from it. `Decoder` turns one
 record's bytes into an `Event`, the fixed-width form that the window keeps, or into a `Refusal` that becomes a dead
-letter. It never raises for what a record contains.
+letter. It never raises for what a record contains. What most records are is read by `stream.core.parse`, the rest here.
 
 What a sender may rely on:
 
@@ -20,19 +20,24 @@ What a sender may rely on:
 """
 import enum
 import re
+from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import msgspec
 from msgspec import Meta
 from xxhash import xxh3_64_intdigest
+
+from stream.core.parse import Event, EventParser
 
 RECORD_BYTES_MAX = 1 << 20
 ID_CHARS_MAX = 256
 TS_MS_MIN = 100_000_000_000         # 1973-03-03; below it a "millisecond" time is one in seconds
 TS_MS_MAX = 4_102_444_800_000       # 2100-01-01
 RATING_MAX = 10.0
+PRICE_MAX = 1e9
+QUANTITY_MAX = 1e6
 
 Id = Annotated[str, Meta(min_length=1, max_length=ID_CHARS_MAX)]
 Name = Annotated[str, Meta(max_length=ID_CHARS_MAX)]
@@ -83,8 +88,8 @@ class EventRecord(msgspec.Struct, gc=False):
     type: Annotated[Id, Meta(description=f'One of {", ".join(TYPE_CODES)}; anything else is kept as other.')]
     item_id: Name | None = None
     category: Name | None = None
-    price: Annotated[float, Meta(ge=0, le=1e9, description='Price of one unit.')] | None = None
-    quantity: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+    price: Annotated[float, Meta(ge=0, le=PRICE_MAX, description='Price of one unit.')] | None = None
+    quantity: Annotated[float, Meta(gt=0, le=QUANTITY_MAX)] | None = None
     currency: Annotated[str, Meta(min_length=3, max_length=3, description='ISO 4217; absent: the configured one.')] \
         | None = None
     order_id: Annotated[Name, Meta(description='Lines that share it are one basket.')] | None = None
@@ -92,29 +97,6 @@ class EventRecord(msgspec.Struct, gc=False):
     rating: Annotated[float, Meta(ge=0, le=RATING_MAX)] | None = None
     query: str | None = None
     text: str | None = None
-
-
-class Event(msgspec.Struct, gc=False):
-    """A valid event in the form that the window keeps.
-
-    Units    `ts_ms` Unix milliseconds; `amount` in the configured currency, price times quantity, never negative.
-    Hashes   XXH3 of the text: `key` 64 bits of the event id, `item` and `basket` 32, `category` 16; 0 means absent.
-             Two different events of one window share a key with a chance below 128 / 2**64 per event.
-    Place    `source` and `offset` say where it was read; the reader sets them.
-    """
-
-    user_id: str
-    event_id: str
-    key: int
-    ts_ms: int
-    type: int
-    item: int
-    category: int
-    basket: int
-    amount: float
-    rating: int         # tenths plus one; 0 is no rating
-    source: int = 0
-    offset: int = 0
 
 
 class Reason(enum.StrEnum):
@@ -160,6 +142,22 @@ class EventRules(msgspec.Struct, frozen=True):
     record_bytes_max: int = RECORD_BYTES_MAX
 
 
+class KafkaRecord(Protocol):
+    """What a record of a topic is to the decoder. `timestamp` is below 0 where there is none."""
+
+    @property
+    def key(self) -> bytes | None: ...
+
+    @property
+    def value(self) -> bytes | None: ...
+
+    @property
+    def timestamp(self) -> int: ...
+
+    @property
+    def offset(self) -> int: ...
+
+
 class _Keyless:
     """The key of a record that comes from a file and has none."""
 
@@ -187,7 +185,8 @@ class Decoder:
     """Record bytes to `Event` or `Refusal`, by one shop's rules."""
 
     def __init__(self, rules: EventRules) -> None:
-        self._rules = rules
+        self._parser = EventParser(rules.currency, rules.clock_ahead_ms_max, rules.record_bytes_max, TS_MS_MIN,
+                                   TS_MS_MAX, PRICE_MAX, QUANTITY_MAX, RATING_MAX, TYPE_CODES, _OTHER)
         self._bytes_max = rules.record_bytes_max
         self._ahead_ms = rules.clock_ahead_ms_max
         self._rates = {**rules.rates, rules.currency: 1.0}
@@ -202,6 +201,22 @@ class Decoder:
         record_ts_ms  the Kafka record's own timestamp; None: there is none to compare with
         Errors        none: whatever is wrong with the record is a `Refusal`.
         """
+        return self._parser.parse(value, key, record_ts_ms) or self.judge(value, key, record_ts_ms)
+
+    def decode_records(self, records: Sequence[KafkaRecord], source: int) -> list[Event | Refusal]:
+        """Decode the records of one topic, in order; events know where they were read."""
+        outcomes: list[Any] = self._parser.parse_records(records, source)
+        for index, event in enumerate(outcomes):
+            if event is None:
+                record = records[index]
+                outcome = outcomes[index] = self.judge(record.value, record.key,
+                                                       record.timestamp if record.timestamp >= 0 else None)
+                if isinstance(outcome, Event):
+                    outcome.source, outcome.offset = source, record.offset
+        return outcomes
+
+    def judge(self, value: bytes | None, key: bytes | _Keyless | None, record_ts_ms: int | None) -> Event | Refusal:
+        """Decode one record with the complete JSON decoder: whatever the parser of ordinary events leaves."""
         if not value:
             if value is None:
                 return Refusal(Reason.NULL_VALUE, 'the record has no value')

@@ -19,7 +19,8 @@ import msgspec
 from stream.core.events import Event
 from stream.core.features import Snapshots
 from stream.core.messages import Origin
-from stream.core.window import Fold, User, WindowLimits, clock_ms, fire_timer, fold, pack_header
+from stream.core.user import User, clock_ms, fire_timer, fold_runs, join
+from stream.core.window import Fold, WindowLimits
 
 
 class Touched(msgspec.Struct, gc=False):
@@ -80,36 +81,17 @@ def fire(users: Iterable[User], limits: WindowLimits) -> list[Touched]:
     return [Touched(user, Origin(due_ms := fire_timer(user, limits), due_ms), []) for user in users]
 
 
-def fold_step(users: Mapping[str, User], events: Iterable[Event], limits: WindowLimits) -> Folded:
+def fold_step(users: dict[str, User], events: Iterable[Event], limits: WindowLimits) -> Folded:
     """Fold `events`, in order, into `users`, each user's until a timer has to fire in between.
 
     Promise  every event is either in `rest` or counted exactly once, as applied, duplicate, late or seen.
     """
-    runs: dict[str, list[Event]] = {}
-    for event in events:
-        run = runs.get(event.user_id)
-        if run is None:
-            runs[event.user_id] = [event]
-        else:
-            run.append(event)
-    counts = [0] * len(Fold)
-    touched, rest = [], []
-    for user_id, run in runs.items():
-        user = users[user_id]
-        outcomes = fold(user, run, limits)
-        applied = outcomes.count(Fold.APPLIED)
-        counts[Fold.APPLIED] += applied
-        if applied < len(run):
-            for what in Fold:
-                if what is not Fold.APPLIED:
-                    counts[what] += outcomes.count(what)
-            rest += run[len(outcomes):]
-            run = [event for event, what in zip(run, outcomes, strict=False) if what is Fold.APPLIED]
-        touched.append(Touched(user, Origin(clock_ms(user, limits), 0) if applied else None, run))
-    return Folded(touched, counts, rest)
+    runs, counts, rest = fold_runs(users, events, limits)
+    return Folded([Touched(user, Origin(clock_ms(user, limits), 0) if applied else None, applied)
+                   for user, applied in runs], counts, rest)
 
 
-def block_steps(users: Mapping[str, User], events: Sequence[Event], limits: WindowLimits) -> Iterator[Folded]:
+def block_steps(users: dict[str, User], events: Sequence[Event], limits: WindowLimits) -> Iterator[Folded]:
     """Cut a block into its steps, and take each when it is asked for: the steps before it are decided by then.
 
     users    has every user of `events`; what is touched is changed in place
@@ -127,7 +109,6 @@ def block_steps(users: Mapping[str, User], events: Sequence[Event], limits: Wind
 
 def snapshot(touched: Sequence[Touched]) -> Snapshots:
     """The scored users' records as the model's input sees them; one row per entry, all of which have an origin."""
-    users = [entry.user for entry in touched]
-    return Snapshots.join([pack_header(user) for user in users], [user.days for user in users],
-                          [user.rows for user in users],
+    headers, days, rows = join([entry.user for entry in touched])
+    return Snapshots.join([headers], [days], [rows],
                           [entry.origin.as_of_ms for entry in touched if entry.origin is not None])

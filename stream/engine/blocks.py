@@ -5,12 +5,20 @@ folding alone. A block names the fetch positions that it spans. Positions, not r
 aborted and compacted records leave gaps between offsets that are no loss.
 """
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import faust
 import msgspec
-from aiokafka import ConsumerRecord
 from faust.types import AppT, Message
+
+from stream.core.events import KafkaRecord
+
+
+class FetchedRecord(KafkaRecord, Protocol):
+    """A record as it was fetched: what the decoder reads, and the headers, which a dead letter keeps."""
+
+    @property
+    def headers(self) -> Sequence[tuple[str, bytes | None]]: ...
 
 
 class Block(msgspec.Struct, gc=False):
@@ -24,7 +32,7 @@ class Block(msgspec.Struct, gc=False):
     epoch: int
     start: int
     stop: int
-    records: Sequence[ConsumerRecord]
+    records: Sequence[FetchedRecord]
 
     @property
     def first_ms(self) -> int:

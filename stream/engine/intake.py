@@ -7,9 +7,8 @@ as far as both reach: a lagging cart topic would else send coupons to people who
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from aiokafka import ConsumerRecord
 from faust.types import TP
 
 from stream.core.events import Source
@@ -18,6 +17,7 @@ from stream.engine.blocks import Block
 from stream.metrics import Metrics
 
 log = logging.getLogger(__name__)
+T = TypeVar('T')
 
 
 class Fetches(Protocol):
@@ -136,12 +136,15 @@ class Intake:
         return tuple(run)
 
 
-def in_time_order(blocks: tuple[Block, ...]) -> Sequence[ConsumerRecord]:
-    """The records of one block, or of one of clicks and one of carts, in the order in which they are folded."""
+def in_time_order(blocks: tuple[Block, ...], parts: Sequence[Sequence[T]]) -> Sequence[T]:
+    """What belongs to the records of one block, or of one of clicks and one of carts, in the order of their folding.
+
+    parts   for each block, one of them for each of its records
+    """
     if len(blocks) == 1:
-        return blocks[0].records
+        return parts[0]
     clicks, carts = blocks
-    both = [*clicks.records, *carts.records]
+    both = [*parts[0], *parts[1]]
     order = time_order([record.timestamp for record in clicks.records],
                        [record.timestamp for record in carts.records])
     return [both[index] for index in order]

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
-from aiokafka import ConsumerRecord
 from faust.types import TP
 
 from stream.core.decide import Kind, Policy
@@ -34,8 +33,10 @@ from stream.core.journal import EventsEntry, RecoveredEntry, TimersEntry, encode
 from stream.core.lane import Folded, Touched, block_steps, fire
 from stream.core.messages import cloudevents_headers
 from stream.core.partitioners import PartitionerName, misrouted
-from stream.core.window import Fold, User, WindowLimits, unpack_outbox
-from stream.engine.blocks import Block
+from stream.core.user import User
+from stream.core.window import Fold, WindowLimits, unpack_outbox
+from stream.engine.blocks import Block, FetchedRecord
+from stream.engine.cache import UserCache
 from stream.engine.intake import Intake, in_time_order
 from stream.engine.publisher import Publisher, Record
 from stream.engine.store import LANE_KEY, Change, LaneRecord, Meta, PartitionStore, change_of
@@ -71,6 +72,7 @@ class LaneRules:
     clock_idle_ms_max: int
     merge_wait_ms: int
     blocks_ahead_max: int
+    users_cached_bytes: int
     sweep_users_max: int
     changelog: str
     alerts: str
@@ -151,7 +153,7 @@ class Lane:
         self._stream_ms = [0, 0]
         self._record_ms = 0             # newest timestamp of a block's first record
         self._signed: LaneRecord | None = None      # of the newest step that is done
-        self._overlay: dict[str, User] = {}         # users of steps that are not yet written
+        self._users = UserCache(tools.rules.users_cached_bytes)
         self._publishing: asyncio.Task | None = None
         self._task: asyncio.Task | None = None
 
@@ -260,11 +262,10 @@ class Lane:
     async def _fold(self, blocks: tuple[Block, ...]) -> None:
         """Fold the blocks' events, as one run in the order of time, step by step."""
         started = time.perf_counter()
-        records = in_time_order(blocks)
-        events, letters = self._decode(records)
+        events, letters = self._decode(blocks)
         metrics = self._tools.metrics
         metrics.blocks.inc(len(blocks))
-        metrics.events_read.inc(len(records))
+        metrics.events_read.inc(sum([len(block.records) for block in blocks]))
         metrics.stage('decode', time.perf_counter() - started)
         users = await self._load(dict.fromkeys([event.user_id for event in events]))
         journal = []
@@ -272,6 +273,7 @@ class Lane:
             journal = [encode_entry(EventsEntry(
                 self.number, self._step + 1, self.intake.source(block.topic), block.start, block.stop,
                 self._tools.scorer.model.sha256, self._rules.digest)) for block in blocks]
+        oldest_ms = min((block.first_ms for block in blocks if block.records), default=0)
         steps = block_steps(users, events, self._rules.limits) if events else iter([Folded([], [0] * len(Fold), [])])
         for folded in steps:
             done = None
@@ -281,41 +283,38 @@ class Lane:
                 for event in events:
                     if event.ts_ms > self._stream_ms[event.source]:
                         self._stream_ms[event.source] = event.ts_ms
-            await self._take(folded.touched, journal, letters if done else [],
-                             records[0].timestamp if records else 0, done)
+            await self._take(folded.touched, journal, letters if done else [], oldest_ms, done)
             journal = []
         self._record_ms = max(self._record_ms, *(block.first_ms for block in blocks))
 
-    def _decode(self, records: Sequence[ConsumerRecord]) -> tuple[list[Event], list[Record]]:
-        """The events in order, and the dead letters."""
-        decode_event, clicks, events, letters = self._tools.decoder, self.tps[Source.CLICKS].topic, [], []
-        for record in records:
-            outcome = decode_event(record.value, record.key, record.timestamp if record.timestamp >= 0 else None)
-            if isinstance(outcome, Event):
-                outcome.source = Source.CLICKS if record.topic == clicks else Source.CARTS
-                outcome.offset = record.offset
-                events.append(outcome)
-            else:
-                letters.append(self._letter(record, outcome))
-        rules = self._rules
-        strays = {}
-        for user_id in {event.user_id for event in events}:
-            refusal = misrouted(rules.partitioner, user_id.encode(), self.number, rules.partitions)
-            if refusal is not None:
-                strays[user_id] = refusal
-        if strays:
-            place = self.intake.source
-            by_place = {(place(record.topic), record.offset): record for record in records}
-            letters += [self._letter(by_place[Source(event.source), event.offset], strays[event.user_id])
-                        for event in events if event.user_id in strays]
-            events = [event for event in events if event.user_id not in strays]
-        return events, letters
+    def _decode(self, blocks: tuple[Block, ...]) -> tuple[list[Event], list[Record]]:
+        """The events of the blocks in the order in which they are folded, and the dead letters."""
+        decoded = [self._tools.decoder.decode_records(block.records, self.intake.source(block.topic))
+                   for block in blocks]
+        outcomes = in_time_order(blocks, decoded)
+        events = [outcome for outcome in outcomes if type(outcome) is Event]
+        strays = self._strays(events)
+        if not strays and len(events) == len(outcomes):
+            return events, []
+        places = in_time_order(blocks, [[(block, record) for record in block.records] for block in blocks])
+        letters = [self._letter(block, record, refusal)
+                   for (block, record), outcome in zip(places, outcomes, strict=True)
+                   if (refusal := outcome if isinstance(outcome, Refusal) else strays.get(outcome.user_id))]
+        return [event for event in events if event.user_id not in strays], letters
 
-    def _letter(self, record: ConsumerRecord, refusal: Refusal) -> Record:
+    def _strays(self, events: Sequence[Event]) -> dict[str, Refusal]:
+        """The users who belong on another partition, and why. Who is kept decoded has been looked at before."""
+        rules = self._rules
+        unknown = {event.user_id for event in events if event.user_id not in self._users}
+        refusals = ((user_id, misrouted(rules.partitioner, user_id.encode(), self.number, rules.partitions))
+                    for user_id in unknown)
+        return {user_id: refusal for user_id, refusal in refusals if refusal is not None}
+
+    def _letter(self, block: Block, record: FetchedRecord, refusal: Refusal) -> Record:
         self._tools.metrics.dead_letters.labels(refusal.reason).inc()
-        place = f'{record.topic}-{record.partition}-{record.offset}'
-        headers = [*record.headers, ('stream_topic', record.topic.encode()),
-                   ('stream_partition', b'%d' % record.partition), ('stream_offset', b'%d' % record.offset),
+        place = f'{block.topic}-{block.partition}-{record.offset}'
+        headers = [*record.headers, ('stream_topic', block.topic.encode()),
+                   ('stream_partition', b'%d' % block.partition), ('stream_offset', b'%d' % record.offset),
                    ('stream_timestamp_ms', b'%d' % record.timestamp), ('stream_reason', str(refusal.reason).encode()),
                    ('stream_detail', refusal.detail.encode('utf-8', 'backslashreplace'))]
         if record.key is not None:
@@ -323,14 +322,12 @@ class Lane:
         return place.encode(), record.value, headers
 
     async def _load(self, user_ids: dict[str, None]) -> dict[str, User]:
-        """The users, in this order, those of steps in flight as they will be."""
-        overlay = self._overlay
-        missing = [user_id for user_id in user_ids if user_id not in overlay]
-        if not missing:
-            return {user_id: overlay[user_id] for user_id in user_ids}
-        known = {user_id: overlay[user_id] for user_id in user_ids if user_id in overlay}
-        loaded = await in_thread(self.store.load, missing)
-        return loaded if not known else {user_id: known.get(user_id) or loaded[user_id] for user_id in user_ids}
+        """The users, in this order; those of steps in flight as they will be."""
+        users = self._users.find(user_ids)
+        missing = [user_id for user_id, user in users.items() if user is None]
+        if missing:
+            users.update(await in_thread(self.store.load, missing))
+        return users        # pyright: ignore[reportReturnType] - none is missing now
 
     # ---- one step --------------------------------------------------------------------------------------------------
 
@@ -338,7 +335,7 @@ class Lane:
                     done: dict[Source, int] | None) -> None:
         """Score a step and hand it over to be published, after the one before it."""
         self._step += 1
-        number, overlay, changes = self._step, self._overlay, []
+        number, changes = self._step, []
         new = {entry.user.user_id for entry in touched if not entry.user.step}
         for entry in touched:
             entry.user.step = number
@@ -347,8 +344,9 @@ class Lane:
         messages = []
         for entry in touched:
             user = entry.user
-            changes.append(change_of(user, user.user_id in new))
-            overlay[user.user_id] = user
+            change = change_of(user, user.user_id in new)
+            changes.append(change)
+            self._users.keep(user, len(change.record))
             if user.outbox:
                 messages.append((user.user_id.encode(), unpack_outbox(user.outbox)))
         self._tools.metrics.scored_rows.inc(len(scored.rows) - scored.refused)
@@ -462,12 +460,7 @@ class Lane:
             await in_thread(self.store.write, step.changes, Meta(changelog, step.lane, step.number, []))
 
     def _done(self, step: Step) -> None:
-        overlay = self._overlay
-        for change in step.changes:
-            user_id = change.user_id.decode()
-            user = overlay.get(user_id)
-            if user is not None and user.step == step.number:
-                del overlay[user_id]
+        self._users.trim(step.number)
         for source, stop in (step.done or {}).items():
             self.done[source] = stop
         if step.changes:

@@ -18,7 +18,8 @@ from typing import Any
 import msgspec
 from rocksdict import BlockBasedOptions, Cache, Options, Rdict, WriteBatch, WriteBufferManager
 
-from stream.core.window import HEADER_DTYPE, NO_TIMER_MS, User, decode, encode
+from stream.core.user import User, decode, encode
+from stream.core.window import HEADER_DTYPE, NO_TIMER_MS
 from stream.errors import StateError, StreamError
 
 LANE_KEY = b'\xfflane'      # no user id: 0xff never occurs in UTF-8

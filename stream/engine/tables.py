@@ -10,7 +10,7 @@ from faust.stores.base import Store
 from faust.tables.manager import TableManager as FaustTableManager
 from faust.types import TP, AppT, CollectionT
 
-from stream.core.window import User
+from stream.core.user import User
 from stream.engine.store import Memory, PartitionStore
 from stream.engine.transport import runtime
 

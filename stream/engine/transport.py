@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import aiokafka
 import msgspec
+from aiokafka.consumer.fetcher import Fetcher as ClientFetcher
+from aiokafka.consumer.fetcher import FetchResult
 from aiokafka.errors import (
     CommitFailedError,
     ConsumerStoppedError,
@@ -39,6 +41,7 @@ from stream.errors import StateError
 
 log = logging.getLogger(__name__)
 POLL_MS = 200
+ROOM_LOOK_MS = 10        # while a lane has no room, until one may have
 REBALANCE_MORE_MS = 10_000      # beyond `drain_timeout_ms`: for the commit, and for the group to answer
 BATCH_BYTES_MAX = 900_000       # below the broker's default for one batch, 1 MiB
 REQUEST_BYTES_MAX = 4 << 20
@@ -131,6 +134,23 @@ class RebalanceListener(aiokafka.abc.ConsumerRebalanceListener):
             raise
 
 
+class LightFetcher(ClientFetcher):
+    """Hands out records as they were parsed: making a `ConsumerRecord` of each would take longer than folding it."""
+
+    async def _proc_fetch_request(self, assignment: Any, node_id: Any, request: Any) -> Any:
+        woken = await super()._proc_fetch_request(assignment, node_id, request)
+        results: Any = self._records.values()
+        for result in results:
+            if isinstance(result, FetchResult) and result.has_more():
+                parsed: Any = result._partition_records
+                parsed._consumer_record = _as_parsed
+        return woken
+
+
+def _as_parsed(tp: Any, record: Any) -> Any:
+    return record
+
+
 class Consumer(FaustConsumer):
     """The group's consumer, which delivers blocks."""
 
@@ -179,6 +199,8 @@ class Consumer(FaustConsumer):
             fetch_max_wait_ms=POLL_MS,
         )
         await self._driver.start()
+        fetcher: Any = self._driver._fetcher
+        fetcher.__class__ = LightFetcher        # the client makes its fetcher itself
 
     async def on_stop(self) -> None:
         if self._driver is not None:
@@ -197,9 +219,14 @@ class Consumer(FaustConsumer):
     async def _drain_messages(self, fetcher: Any) -> None:
         driver, events_max = self.driver, self._settings.block_events_max
         while not (self.should_stop or fetcher.should_stop):
-            self._pause_and_resume()
+            wanted = [_driver_tp(tp) for tp in self.positions if self.owner.wants(tp)]
             try:
-                fetched = await driver.getmany(timeout_ms=POLL_MS)
+                if wanted or not self.positions:
+                    # What has come of the others stays with the client, and nothing more of them is fetched.
+                    fetched = await driver.getmany(
+                        *wanted, timeout_ms=POLL_MS if len(wanted) == len(self.positions) else ROOM_LOOK_MS)
+                else:
+                    fetched = await self._no_room()
             except ConsumerStoppedError:
                 return
             except NoOffsetForPartitionError:
@@ -219,6 +246,12 @@ class Consumer(FaustConsumer):
                 for block in cut(span, events_max):
                     await self.callback(self._message(block))
             await asyncio.sleep(0)
+
+    async def _no_room(self) -> Mapping[Any, Sequence[Any]]:
+        """Nothing is taken, but the group is told that this member lives."""
+        with self.driver._subscription.fetch_context():
+            await asyncio.sleep(ROOM_LOOK_MS / 1000)
+        return {}
 
     async def _out_of_range(self, positions: Mapping[Any, int]) -> None:
         """Records were deleted before they were read: told, with their number. Or the topic is another one: fatal."""
@@ -262,16 +295,6 @@ class Consumer(FaustConsumer):
             TP(block.topic, block.partition), generation_id=self.app.consumer_generation_id)
         message.tracked = True      # tracked by the lane that admits it, not by Faust
         return message
-
-    def _pause_and_resume(self) -> None:
-        driver, owner = self.driver, self.owner
-        paused = driver.paused()
-        for tp in self.positions:
-            if owner.wants(tp):
-                if tp in paused:
-                    driver.resume(_driver_tp(tp))
-            elif tp not in paused:
-                driver.pause(_driver_tp(tp))
 
     # -- positions
 

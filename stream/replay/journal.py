@@ -32,7 +32,8 @@ from stream.core.journal import (
     steps_of,
 )
 from stream.core.lane import Touched, block_steps, fire, time_order
-from stream.core.window import NO_TIMER_MS, User, decode, encode, unpack_outbox
+from stream.core.user import User, decode, encode
+from stream.core.window import NO_TIMER_MS, unpack_outbox
 from stream.errors import InputError, StateError, UsageError
 from stream.replay.formats import FORMATS, kafka_format
 from stream.replay.replay import Counts, ReplayRules

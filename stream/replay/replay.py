@@ -12,7 +12,8 @@ import orjson
 from stream.core.decide import Policy
 from stream.core.events import SOURCE_OF_TYPE, Event, EventRules
 from stream.core.lane import Touched, fire, fold_step, overdue
-from stream.core.window import DAY_MS, Fold, User, WindowLimits
+from stream.core.user import User
+from stream.core.window import DAY_MS, Fold, WindowLimits
 from stream.errors import StateError
 from stream.replay.recording import Block, Recording
 from stream.replay.state import State

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from stream.core.window import NO_TIMER_MS, User
+from stream.core.user import User
+from stream.core.window import NO_TIMER_MS
 from stream.engine.store import Memory, Meta, PartitionStore, change_of
 from stream.errors import UsageError
 

@@ -9,7 +9,7 @@ from stream.core.features import batches, features
 from stream.core.lane import Touched, snapshot
 from stream.core.messages import Origin
 from stream.core.scores import collect
-from stream.core.window import decode
+from stream.core.user import decode
 from stream.scoring.scorer import Scorer
 
 GRID_STEPS = 3      # floating point differs in the last bits with the batch, so a score may fall on the next step

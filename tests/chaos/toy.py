@@ -17,7 +17,8 @@ from stream.core.features import Batch
 from stream.core.lane import Touched, block_steps, fire
 from stream.core.messages import ModelInfo, cloudevents_headers
 from stream.core.scores import Outputs
-from stream.core.window import DAY_MS, NO_TIMER_MS, User, WindowLimits, decode, encode, unpack_outbox
+from stream.core.user import User, decode, encode
+from stream.core.window import DAY_MS, NO_TIMER_MS, WindowLimits, unpack_outbox
 from stream.scoring.step import Publish, score_step
 from tests.chaos.log import SOURCES, Record, Run, Sample, Topic
 from tests.chaos.reference import partition_of

@@ -3,7 +3,8 @@ import random
 from stream.core.events import Event, EventType, Source
 from stream.core.lane import block_steps, fire, fold_step, overdue, snapshot
 from stream.core.messages import Origin
-from stream.core.window import DAY_MS, Fold, User, WindowLimits
+from stream.core.user import User
+from stream.core.window import DAY_MS, Fold, WindowLimits
 
 T0_MS = 1_700_000_000_000
 LIMITS = WindowLimits(silence_ms=(3 * DAY_MS, 7 * DAY_MS))

@@ -7,7 +7,8 @@ import orjson
 from stream.core.decide import Decision, Kind, Policy
 from stream.core.messages import ModelInfo, Origin, cloudevents_headers, decision_message, scores_message
 from stream.core.scores import Scores
-from stream.core.window import NO_TIER, User
+from stream.core.user import User
+from stream.core.window import NO_TIER
 
 GOLDEN = Path(__file__).parents[1] / 'golden' / 'messages.jsonl'
 MODEL = ModelInfo('shopper', '1', 'ab' * 32)

@@ -42,7 +42,8 @@ def block(tp: TP, start: int, times: Sequence[int], stop: int | None = None, epo
 
 def drawn(blocks: tuple[Block, ...]) -> str:
     letters = {'clicks': 'c', 'carts': 'k'}
-    return ' '.join(f'{letters[record.topic]}{record.timestamp}' for record in in_time_order(blocks))
+    return ' '.join(f'{letters[record.topic]}{record.timestamp}'
+                    for record in in_time_order(blocks, [block.records for block in blocks]))
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from faust.types import TP
 
 from stream.core.decide import Policy
 from stream.core.events import Decoder, EventRules
-from stream.core.window import DAY_MS, WindowLimits, encode
+from stream.core.user import encode
+from stream.core.window import DAY_MS, WindowLimits
 from stream.engine.blocks import Block
 from stream.engine.lane import Lane, LaneRules, Tools
 from stream.engine.publisher import Record
@@ -26,7 +27,7 @@ NOW_MS = 1_770_000_000_000
 RULES = LaneRules(
     limits=WindowLimits(silence_ms=(DAY_MS,)), policy=Policy(), publish='all', reasons_rows_max=0, digest='',
     partitioner='none', partitions=1, wall_clock=False, clock_grace_ms=0, clock_idle_ms_max=0, merge_wait_ms=0,
-    blocks_ahead_max=100, sweep_users_max=3, changelog='changelog', alerts='alerts', scores='scores',
+    blocks_ahead_max=100, users_cached_bytes=1 << 20, sweep_users_max=3, changelog='changelog', alerts='alerts', scores='scores',
     dead_letters='dead', journal='', source='/stream/test')
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from stream.core.window import User, encode
+from stream.core.user import User, encode
 from stream.engine.store import LANE_KEY, Change, LaneRecord, Memory, Meta, PartitionStore
 from stream.errors import StateError
 

@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 
 from stream.config import Settings
-from stream.core.window import DAY, DAY_MS, DAYS_KEPT, HEADER, ROW, User, encode
+from stream.core.user import User, encode
+from stream.core.window import DAY, DAY_MS, DAYS_KEPT, HEADER, ROW
 from stream.engine.topics import (
     BROKER_RECORD_BYTES_MAX,
     DEAD_LETTER_MORE_BYTES,

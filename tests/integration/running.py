@@ -18,7 +18,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from stream.config import Settings
 from stream.core.events import SOURCE_OF_TYPE, TYPE_CODES
 from stream.core.partitioners import partition
-from stream.core.window import User
+from stream.core.user import User
 from stream.engine.store import Memory, PartitionStore
 
 DEADLINE_S = 60.0

@@ -10,7 +10,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from parts import Kafka
 
 from stream.config import Settings
-from stream.core.window import User, encode
+from stream.core.user import User, encode
 from stream.engine import changelog
 from stream.engine.changelog import ChangelogReader, Follower
 from stream.engine.store import Memory, PartitionStore

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from stream.cli import app
 from stream.config import Settings
-from stream.core.window import User
+from stream.core.user import User
 from stream.engine.kafka import client_arguments, open_admin
 from stream.engine.topics import ensure_topics
 from stream.errors import KafkaError, UsageError

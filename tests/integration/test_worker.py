@@ -11,7 +11,8 @@ from parts import Kafka
 from typer.testing import CliRunner
 
 from stream.cli import app
-from stream.core.window import DAY_MS, User
+from stream.core.user import User
+from stream.core.window import DAY_MS
 from stream.engine.store import Memory, PartitionStore
 from stream.replay.simulator import SimulatorOptions, simulate, write
 from tests.integration.running import Shop, wait_for

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from stream.core.events import Decoder, EventRules
-from stream.core.window import DAY_MS, User, WindowLimits, fold, pack_header
+from stream.core.user import User, fold, pack_header
+from stream.core.window import DAY_MS, WindowLimits
 from stream.errors import UsageError
 from stream.learn.dataset import ExampleOptions, Kind, Split, build, moments, outcomes, split_of, tier_of
 

@@ -9,7 +9,8 @@ import pytest
 from stream.core.events import Decoder, EventRules
 from stream.core.features import LENGTHS, Snapshots, batches, features
 from stream.core.scores import collect
-from stream.core.window import User, WindowLimits, fold, pack_header
+from stream.core.user import User, fold, pack_header
+from stream.core.window import WindowLimits
 from stream.scoring.artefact import load_artefact
 from stream.scoring.embedded import EmbeddedScorer
 

@@ -29,7 +29,8 @@ from stream.core.lane import Folded, Touched, block_steps, fire
 from stream.core.messages import ModelInfo
 from stream.core.partitioners import partition
 from stream.core.scores import Outputs
-from stream.core.window import DAY_MS, User, WindowLimits, decode, encode, unpack_outbox
+from stream.core.user import User, decode, encode
+from stream.core.window import DAY_MS, WindowLimits, unpack_outbox
 from stream.errors import InputError, UsageError
 from stream.replay.journal import Journal, JournalReplay, RecordedTopics, described, read_journal
 from stream.replay.replay import ReplayRules

@@ -14,7 +14,8 @@ from stream.core.decide import Policy
 from stream.core.events import SOURCE_OF_TYPE, Decoder, Event, EventRules
 from stream.core.features import COUNTER_NAMES, Batch
 from stream.core.scores import Outputs
-from stream.core.window import DAY_MS, User, WindowLimits, encode, fire_timer, fold
+from stream.core.user import User, encode, fire_timer, fold
+from stream.core.window import DAY_MS, WindowLimits
 from stream.errors import UsageError
 from stream.replay.recording import Recording
 from stream.replay.replay import Counts, Replay, ReplayRules

@@ -10,7 +10,8 @@ from stream.core.events import Event, EventType, Source
 from stream.core.features import Batch
 from stream.core.lane import Touched, fold_step
 from stream.core.scores import Outputs
-from stream.core.window import User, WindowLimits, encode, unpack_outbox
+from stream.core.user import User, encode
+from stream.core.window import WindowLimits, unpack_outbox
 from stream.errors import ModelError
 from stream.scoring.scorer import ConstantScorer
 from stream.scoring.step import Publish, Scored, score_step

@@ -1,0 +1,53 @@
+from collections.abc import Iterable, Sequence
+
+from stream.core.parse import Event
+from stream.core.window import Fold, WindowLimits
+
+class User:
+    user_id: str
+    generation: int
+    step: int
+    next_offset: Sequence[int]
+    applied: int
+    duplicate: int
+    late: int
+    first_seen_ms: int
+    last_seen_ms: int
+    counts: Sequence[int]
+    spend: float
+    refunds: float
+    orders: int
+    last_basket: int
+    last_order_ms: int
+    gaps: int
+    gap_days: float
+    gap_days_squared: float
+    due_ms: int
+    stored_due_ms: int
+    silence: int
+    alerting: int
+    tier: int
+    power_grid: int
+    power_at_ms: int
+    intent_at_ms: int
+    churn_at_ms: int
+    decisions: int
+    decision_id: bytes
+    model: bytes
+    claims: bytes
+    days: bytearray
+    outbox: bytes
+    ids: bytearray
+    rows: bytearray
+    def __init__(self, user_id: str) -> None: ...
+
+def fold(user: User, events: Iterable[Event], limits: WindowLimits) -> list[Fold]: ...
+def fold_runs(
+    users: dict[str, User], events: Iterable[Event], limits: WindowLimits,
+) -> tuple[list[tuple[User, list[Event]]], list[int], list[Event]]: ...
+def clock_ms(user: User, limits: WindowLimits) -> int: ...
+def fire_timer(user: User, limits: WindowLimits) -> int: ...
+def pack_header(user: User) -> bytes: ...
+def encode(user: User) -> bytes: ...
+def decode(user_id: str, record: bytes) -> User: ...
+def join(users: list[User]) -> tuple[bytes, bytes, bytes]: ...
