@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CONSTRAINTS := deploy/constraints.txt
-NATIVE := $(wildcard stream/core/*.pyx stream/core/*.pxd) deploy/build_native.py
+NATIVE := $(wildcard stream/*/*.pyx stream/*/*.pxd) deploy/build_native.py
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint $(CONSTRAINTS)
 
 .PHONY: help demo up down test chaos check train clean

@@ -1,4 +1,4 @@
-"""Compiles the modules of `stream/core` that are written in Cython, whenever the package is built or installed.
+"""Compiles the modules of the package that are written in Cython, whenever the package is built or installed.
 
 The machine's C compiler is used; where there is none, one comes from the package index (the wheel of Zig brings clang)
 and goes with the build's environment.
@@ -25,8 +25,7 @@ class NativeHook(BuildHookInterface):
         return ['cython==3.3.1'] + ([] if _compiler() else [ZIG])
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        core = Path(self.root) / 'stream' / 'core'
-        for source in sorted(core.glob('*.pyx')):
+        for source in sorted((Path(self.root) / 'stream').rglob('*.pyx')):
             compile_module(source)
         build_data['pure_python'] = False
         build_data['infer_tag'] = True

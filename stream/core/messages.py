@@ -5,7 +5,6 @@ anyone can recompute it from the log: `cause` names how far the user's state had
 that fired, `model` the weights, `previous_id` the user's decision before it.
 """
 from collections.abc import Mapping
-from datetime import UTC, datetime
 
 import msgspec
 import orjson
@@ -66,28 +65,6 @@ def decision_message(
         'previous_id': previous.hex() if any(previous) else None,
     }
     return orjson.dumps(value)
-
-
-def scores_message(user: User, origin: Origin, row: int, scores: Scores, model: ModelInfo,
-                   event_id: str | None = None) -> bytes:
-    """The user's scores as JSON, whether anything changed or not; `event_id` names the event it is the output of."""
-    identity = _identity(user, origin, model, Kind.SCORES, event_id or '')
-    value = _head(identity, Kind.SCORES, user, origin, model)
-    if event_id is not None:
-        value['event_id'] = event_id
-    value |= _scores(row, scores)
-    value['tier'] = _tier(user.tier)
-    return orjson.dumps(value)
-
-
-def cloudevents_headers(message: bytes, source: str) -> list[tuple[str, bytes]]:
-    """The binary-mode CloudEvents headers of a message (Kafka protocol binding 1.0.2)."""
-    value = orjson.loads(message)
-    time = datetime.fromtimestamp(value['as_of_ms'] / 1000, UTC).isoformat(timespec='milliseconds')
-    return [(name, text.encode()) for name, text in (
-        ('ce_specversion', SPEC_VERSION), ('ce_id', value['id']), ('ce_type', value['type']), ('ce_source', source),
-        ('ce_time', time.replace('+00:00', 'Z')), ('ce_subject', value['user_id']),
-        ('content-type', 'application/json'))]
 
 
 def _identity(user: User, origin: Origin, model: ModelInfo, *what: str | int) -> bytes:

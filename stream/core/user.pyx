@@ -19,7 +19,7 @@ from libc.string cimport memcpy, memmove
 from stream.core.parse cimport Event
 
 from stream.core.events import EventType
-from stream.core.window import CLAIMS_BYTES, DAY, DAYS_KEPT, FORMAT, HEADER, HEADER_DTYPE, NO_TIER, NO_TIMER_MS, ROW, \
+from stream.core.window import CLAIMS_BYTES, DAY, DAYS_KEPT, FORMAT, FORMATS_READ, HEADER, HEADER_DTYPE, NO_TIER, NO_TIMER_MS, ROW, \
     TYPES, Fold
 from stream.errors import StateError
 
@@ -127,42 +127,6 @@ cdef class User:
     their own each time they are read; set them whole. `stored_due_ms` is no part of the record: it is the timer that
     the index of due times holds for it.
     """
-
-    cdef public str user_id
-    cdef public uint32_t generation
-    cdef public int64_t step
-    cdef public uint32_t applied
-    cdef public uint32_t duplicate
-    cdef public uint32_t late
-    cdef public int64_t first_seen_ms
-    cdef public int64_t last_seen_ms
-    cdef public double spend
-    cdef public double refunds
-    cdef public uint32_t orders
-    cdef public uint32_t last_basket
-    cdef public int64_t last_order_ms
-    cdef public uint32_t gaps
-    cdef public double gap_days
-    cdef public double gap_days_squared
-    cdef public int64_t due_ms
-    cdef public int64_t stored_due_ms
-    cdef public uint8_t silence
-    cdef public uint8_t alerting
-    cdef public int8_t tier
-    cdef public int32_t power_grid
-    cdef public int64_t power_at_ms
-    cdef public int64_t intent_at_ms
-    cdef public int64_t churn_at_ms
-    cdef public uint32_t decisions
-    cdef public bytes decision_id
-    cdef public bytes model
-    cdef public bytes claims
-    cdef public bytearray days
-    cdef public bytes outbox
-    cdef public bytearray ids
-    cdef public bytearray rows
-    cdef int64_t _next_offset[2]
-    cdef uint32_t _counts[TYPE_COUNT]
 
     def __init__(self, str user_id):
         self.user_id = user_id
@@ -544,9 +508,10 @@ def decode(str user_id, record):
     if size < <Py_ssize_t> sizeof(Header):
         raise damaged(user_id, f'{size} bytes, a header has {sizeof(Header)}')
     memcpy(&header, at, sizeof(Header))
-    if header.format != FORMAT_NUMBER:
+    if header.format not in FORMATS_READ:
         raise StateError(
-            f'The record of user {user_id!r} has layout {header.format}, this version reads layout {FORMAT}.',
+            f'The record of user {user_id!r} has layout {header.format}, this version reads layout '
+            f'{" and ".join(map(str, FORMATS_READ))}.',
             'run the version that wrote it, or move the state directory away and rebuild it.')
     days, ids, rows = header.days * sizeof(Day), header.events * ID_BYTES, header.events * sizeof(Row)
     if size != <Py_ssize_t> sizeof(Header) + days + header.outbox_bytes + ids + rows:

@@ -4,7 +4,7 @@ The record, little-endian, no padding:
 
     header      HEADER, fixed width: see `_HEADER_FIELDS` below, the only place that lists it
     days        DAY x days      day buckets of the last 90 days with activity, oldest first
-    outbox      outbox_bytes    the messages of the user's newest step, each as u32 length + bytes
+    outbox      outbox_bytes    the messages of the user's newest step: see `stream.core.outbox`
     ids         u64 x events    XXH3 of the event ids, in the order of the rows
     rows        ROW x events    the events, ordered by (ts_ms, id)
 
@@ -17,14 +17,14 @@ is the same in whatever order its events arrive. The counters are a fold in arri
 """
 import enum
 import struct
-from collections.abc import Iterable
 
 import msgspec
 import numpy as np
 
 from stream.core.events import EventType
 
-FORMAT = 1
+FORMAT = 2
+FORMATS_READ = (1, 2)     # 1 had whole messages in its outbox, which this version reads as well
 MINUTE_MS, HOUR_MS, DAY_MS = 60_000, 3_600_000, 86_400_000
 DAYS_KEPT = 90
 NO_TIMER_MS = 0
@@ -79,7 +79,6 @@ ROW_DTYPE = np.dtype([('ts_ms', '<i8'), ('item', '<u4'), ('basket', '<u4'), ('am
                       ('type', 'u1'), ('rating', 'u1')])
 DAY = struct.Struct('<HHHHf')       # day since 1970, other events, carts, orders, spend less refunds
 DAY_DTYPE = np.dtype([('day', '<u2'), ('browses', '<u2'), ('carts', '<u2'), ('orders', '<u2'), ('spend', '<f4')])
-_U32 = struct.Struct('<I')
 
 INTENT_RAISED, CHURN_RAISED = 1, 2
 
@@ -104,18 +103,3 @@ class Fold(enum.IntEnum):
     DUPLICATE = 1       # its id is in the window
     LATE = 2            # older than a full window, or than the span
     SEEN = 3            # below the stored offset: a redelivery, already accounted for
-
-
-def pack_outbox(messages: Iterable[bytes]) -> bytes:
-    """Messages of one step, in order, as the record keeps them."""
-    return b''.join(_U32.pack(len(message)) + message for message in messages)
-
-
-def unpack_outbox(outbox: bytes) -> list[bytes]:
-    """The messages that `pack_outbox` packed."""
-    messages, at = [], 0
-    while at < len(outbox):
-        end = at + _U32.size + _U32.unpack_from(outbox, at)[0]
-        messages.append(outbox[at + _U32.size:end])
-        at = end
-    return messages

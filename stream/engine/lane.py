@@ -31,10 +31,11 @@ from stream.core.decide import Kind, Policy
 from stream.core.events import Decoder, Event, Refusal, Source
 from stream.core.journal import EventsEntry, RecoveredEntry, TimersEntry, encode_entry
 from stream.core.lane import Folded, Touched, block_steps, fire
-from stream.core.messages import cloudevents_headers
+from stream.core.outbox import unpack_outbox
 from stream.core.partitioners import PartitionerName, misrouted
 from stream.core.user import User
-from stream.core.window import Fold, WindowLimits, unpack_outbox
+from stream.core.window import Fold, WindowLimits
+from stream.engine.batch import MESSAGE_TYPE_AT, source_header
 from stream.engine.blocks import Block, FetchedRecord
 from stream.engine.cache import UserCache
 from stream.engine.intake import Intake, in_time_order
@@ -49,7 +50,7 @@ from stream.scoring.step import Publish, Scored, score_step
 log = logging.getLogger(__name__)
 T = TypeVar('T')
 HOLD_RETRY_S = 1.0
-_SCORES = Kind.SCORES.encode()
+_SCORES = b'scores.updated"'
 CLOCK_LOOK_S = 1.0          # how often an idle lane looks at the time of day
 MERGE_LOOK_S = 0.05         # how often a waiting one looks whether the other topic has more
 ENTRY_USERS_MAX = 500       # users whom one journal entry names
@@ -153,6 +154,7 @@ class Lane:
         self._stream_ms = [0, 0]
         self._record_ms = 0             # newest timestamp of a block's first record
         self._signed: LaneRecord | None = None      # of the newest step that is done
+        self._source = source_header(tools.rules.source)
         self._users = UserCache(tools.rules.users_cached_bytes)
         self._publishing: asyncio.Task | None = None
         self._task: asyncio.Task | None = None
@@ -223,7 +225,7 @@ class Lane:
                                                    for entry in entries])
         if meta.unsent:
             users = await in_thread(self.store.load, meta.unsent)
-            again = [(user_id.encode(), unpack_outbox(user.outbox)) for user_id, user in users.items() if user.outbox]
+            again = [(user_id.encode(), unpack_outbox(user)) for user_id, user in users.items() if user.outbox]
             log.info('lane %d: sending the messages of step %d again, of %d users.', self.number, meta.newest,
                      len(again))
             await self._send_messages(again)
@@ -341,14 +343,12 @@ class Lane:
             entry.user.step = number
             entry.user.generation = self._generation
         scored = await self._score(touched)
-        messages = []
         for entry in touched:
             user = entry.user
             change = change_of(user, user.user_id in new)
             changes.append(change)
             self._users.keep(user, len(change.record))
-            if user.outbox:
-                messages.append((user.user_id.encode(), unpack_outbox(user.outbox)))
+        messages = [(user.user_id.encode(), of_user) for user, of_user in scored.outboxes]
         self._tools.metrics.scored_rows.inc(len(scored.rows) - scored.refused)
         self._tools.metrics.refused_rows.inc(scored.refused)
         await self._published()
@@ -438,16 +438,20 @@ class Lane:
     async def _send_messages(self, messages: Sequence[tuple[bytes, list[bytes]]]) -> None:
         """Decisions go to the topic of alerts, scores to that of scores; a user's in order."""
         rules, metrics = self._rules, self._tools.metrics
-        by_topic: dict[str, list[Record]] = {}
-        kinds: Counter[bytes] = Counter()
+        by_topic: dict[str, list[tuple[bytes, bytes]]] = {rules.alerts: [], rules.scores: []}
+        alerts, scores = by_topic[rules.alerts], by_topic[rules.scores]
+        decisions: list[bytes] = []
         for user_id, of_user in messages:
             for message in of_user:
-                headers = cloudevents_headers(message, rules.source)
-                kind = headers[2][1]
-                topic = rules.scores if kind == _SCORES else rules.alerts
-                by_topic.setdefault(topic, []).append((user_id, message, headers))
-                kinds[kind] += 1
-        await asyncio.gather(*(self._send(topic, records) for topic, records in by_topic.items()))
+                if message.startswith(_SCORES, MESSAGE_TYPE_AT):
+                    scores.append((user_id, message))
+                else:
+                    alerts.append((user_id, message))
+                    decisions.append(message)
+        send = self._tools.publisher.send_messages
+        await asyncio.gather(*(send(topic, self.number, pairs, self._source) for topic, pairs in by_topic.items()))
+        metrics.messages.labels(Kind.SCORES).inc(sum([len(of_user) for _, of_user in messages]) - len(decisions))
+        kinds = Counter([message[MESSAGE_TYPE_AT:message.index(b'"', MESSAGE_TYPE_AT)] for message in decisions])
         for kind, count in kinds.items():
             metrics.messages.labels(kind.decode()).inc(count)
 

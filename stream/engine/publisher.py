@@ -1,16 +1,19 @@
 """Records go out in as few producer batches as the broker's limit allows, and every one of them is awaited."""
 import asyncio
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from aiokafka.errors import KafkaError as DriverError
 from aiokafka.errors import MessageSizeTooLargeError
-from aiokafka.producer.message_accumulator import BatchBuilder
 
-from stream.engine.transport import Producer
+from stream.engine.batch import Batch
+from stream.engine.transport import BATCH_BYTES_MAX, Producer
 from stream.errors import KafkaError
 
-Header = tuple[str, bytes]
-Record = tuple[bytes, bytes | None, list[Header]]       # key, value, headers
+T = TypeVar('T')
+Header = tuple[str, bytes | None]
+Record = tuple[bytes, bytes | None, Sequence[Header]]       # key, value, headers
 
 
 class Publisher:
@@ -20,25 +23,36 @@ class Publisher:
         self._producer = producer
         self._partitions: dict[str, int] = {}
 
-    async def send(self, topic: str, partition: int, records: Iterable[Record]) -> int:
+    async def send(self, topic: str, partition: int, records: Sequence[Record]) -> int:
         """Send the records; return the offset after the last one, once all of them are acknowledged (0 for none).
 
         partition   taken modulo the topic's partitions
         Errors      KafkaError where one was not acknowledged within `send_timeout_ms`, or never can be.
         """
+        return await self._send(topic, partition, records, lambda batch, record: batch.add(*record))
+
+    async def send_messages(self, topic: str, partition: int, messages: Sequence[tuple[bytes, bytes]],
+                            source: bytes) -> int:
+        """The same, of pairs of a user's id and a message, with CloudEvents headers.
+
+        source   as `batch.source_header` writes it
+        """
+        return await self._send(topic, partition, messages, lambda batch, pair: batch.add_message(*pair, source))
+
+    async def _send(self, topic: str, partition: int, items: Sequence[T], add: Callable[[Batch, T], bool]) -> int:
+        if not items:
+            return 0
         try:
             partition %= await self._partitions_of(topic)
+            now_ms = int(time.time() * 1000)
             sent = []
-            batch = self._producer.driver.create_batch()
-            for key, value, headers in records:
-                if batch.append(timestamp=None, key=key, value=value, headers=headers) is None:
+            batch = Batch(BATCH_BYTES_MAX, now_ms)
+            for item in items:
+                if not add(batch, item):
                     sent.append((batch.record_count(), await self._hand_over(batch, topic, partition)))
-                    batch = self._producer.driver.create_batch()
-                    batch.append(timestamp=None, key=key, value=value, headers=headers)
-            if batch.record_count():
-                sent.append((batch.record_count(), await self._hand_over(batch, topic, partition)))
-            if not sent:
-                return 0
+                    batch = Batch(BATCH_BYTES_MAX, now_ms)
+                    add(batch, item)
+            sent.append((batch.record_count(), await self._hand_over(batch, topic, partition)))
             acknowledged = await asyncio.gather(*(future for _, future in sent))
         except MessageSizeTooLargeError as error:
             raise KafkaError(f'A record for {topic} is larger than the topic takes: {error}.',
@@ -49,8 +63,7 @@ class Publisher:
                              ) from error
         return acknowledged[-1].offset + sent[-1][0]
 
-    async def _hand_over(self, batch: BatchBuilder, topic: str,
-                         partition: int) -> asyncio.Future:
+    async def _hand_over(self, batch: Any, topic: str, partition: int) -> asyncio.Future:
         batch.close()
         return await self._producer.driver.send_batch(batch, topic, partition=partition)
 

@@ -32,8 +32,9 @@ from stream.core.journal import (
     steps_of,
 )
 from stream.core.lane import Touched, block_steps, fire, time_order
+from stream.core.outbox import unpack_outbox
 from stream.core.user import User, decode, encode
-from stream.core.window import NO_TIMER_MS, unpack_outbox
+from stream.core.window import NO_TIMER_MS
 from stream.errors import InputError, StateError, UsageError
 from stream.replay.formats import FORMATS, kafka_format
 from stream.replay.replay import Counts, ReplayRules
@@ -366,7 +367,7 @@ class JournalReplay:
             lane.state.save(_as_it_was(entry.user, survivors, before) for entry in touched
                             if entry.user.user_id in survivors or entry.user.user_id in before)
             messages = [message for entry in scored.rows if entry.user.user_id in survivors
-                        for message in unpack_outbox(entry.user.outbox)]
+                        for message in unpack_outbox(entry.user)]
             published = set(messages)
             alerts = [message for message in alerts if message in published]
         self.counts.scored += len(scored.rows) - scored.refused

@@ -8,10 +8,11 @@ import numpy as np
 from stream.core.decide import Decision, Kind, Policy, apply, decide
 from stream.core.features import Features, Snapshots, batches, features
 from stream.core.lane import Touched, snapshot
-from stream.core.messages import decision_message, scores_message
+from stream.core.messages import decision_message
+from stream.core.outbox import pack_messages, pack_scores, unpack_outbox
 from stream.core.reasons import explain, occlude, variants
-from stream.core.scores import Scores, collect
-from stream.core.window import pack_outbox
+from stream.core.scores import STEPS_PER_UNIT, Scores, collect
+from stream.core.user import User
 from stream.scoring.scorer import Scorer
 
 Publish = Literal['changes', 'all', 'events']
@@ -24,15 +25,20 @@ class Scored(msgspec.Struct):
     """What a step has led to.
 
     rows      the touched users that were scored, in the order of `scores`
-    messages  everything to publish, in order
+    outboxes  everything to publish, user by user, in order
     alerts    those of the messages that announce a decision
     """
 
     rows: list[Touched]
     scores: Scores | None
-    messages: list[bytes]
+    outboxes: list[tuple[User, list[bytes]]]
     alerts: list[bytes]
     refused: int        # rows whose scores were no numbers in range; they decide nothing
+
+    @property
+    def messages(self) -> list[bytes]:
+        """Everything to publish, in order."""
+        return [message for _, messages in self.outboxes for message in messages]
 
 
 async def score_step(
@@ -58,10 +64,10 @@ async def score_step(
     by_row: dict[int, list[Decision]] = {}
     for decision in decisions:
         by_row.setdefault(decision.row, []).append(decision)
-    messages: list[bytes] = []
+    outboxes: list[tuple[User, list[bytes]]] = []
     alerts: list[bytes] = []
-    talkative = range(len(rows)) if publish != 'changes' else sorted(by_row)
-    for row in talkative:
+    steps = None if publish == 'changes' else _in_steps(scores)
+    for row in range(len(rows)) if steps else sorted(by_row):
         entry = rows[row]
         user, origin = entry.user, entry.origin
         assert origin is not None
@@ -72,13 +78,21 @@ async def score_step(
                 mine.append(decision_message(user, decision, decision.occasion, origin, row, scores, scorer.model,
                                              policy, reasons.get(decision)))
         alerts += mine
-        if publish != 'changes' and scores.usable[row]:
-            named = [event.event_id for event in entry.applied] if publish == 'events' and entry.applied else [None]
-            mine += [scores_message(user, origin, row, scores, scorer.model, event_id) for event_id in named]
-        if mine:
-            user.outbox = pack_outbox(mine)
-            messages += mine
-    return Scored(rows, scores, messages, alerts, int(np.sum(~scores.usable)))
+        user.outbox = pack_messages(mine)
+        if steps and scores.usable[row]:
+            named = [event.event_id for event in entry.applied] if publish == 'events' else []
+            user.outbox += pack_scores(scorer.model, origin.as_of_ms, origin.timer_ms, float(scores.spend[row]),
+                                       *steps[row], named)
+        if user.outbox:
+            outboxes.append((user, unpack_outbox(user)))
+    return Scored(rows, scores, outboxes, alerts, int(np.sum(~scores.usable)))
+
+
+def _in_steps(scores: Scores) -> list[tuple[int, int, int, list[int]]]:
+    """Intent, power, churn and tier probabilities of each row in steps of the grid."""
+    columns = [np.rint(values * STEPS_PER_UNIT).astype(np.int64).tolist()
+               for values in (scores.intent, scores.power, scores.churn, scores.tiers)]
+    return list(zip(*columns, strict=True))
 
 
 async def _score(inputs: Features, scorer: Scorer) -> Scores:

@@ -22,6 +22,7 @@ depend on it.
 """
 import itertools
 import json
+import struct
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -35,6 +36,7 @@ from xxhash import xxh3_64_intdigest, xxh3_128_hexdigest
 
 from tests.chaos.log import SOURCES, Log, Record, Run, Store, Topic
 from tests.chaos.record import Record as State
+from tests.chaos.record import messages as announced_by
 from tests.chaos.record import pack_days, unpack
 from tests.chaos.reference import (
     CARTS,
@@ -423,7 +425,12 @@ class PartitionAudit:
                 change: int, where: str) -> None:
         before = shopper.state
         messages = []
-        for raw in state.outbox:
+        try:
+            announced = announced_by(user_id, state)
+        except (ValueError, struct.error) as error:
+            self._report.wrong('C9', f'{where}: the outbox cannot be read: {error}')
+            announced = []
+        for raw in announced:
             try:
                 message = json.loads(raw)
                 messages.append((raw, message, message['id'], message['type']))
@@ -455,7 +462,7 @@ class PartitionAudit:
         if self._rules.publish != 'changes' and shopper.exact and self._complete:
             applied = state.applied - (before.applied if before else 0)
             scored = applied > 0 or timer_ms is not None
-            scores = sum(b'"scores.updated"' in raw[:80] for raw in state.outbox)
+            scores = sum(b'"scores.updated"' in raw[:80] for raw in announced)
             if scored and not scores:
                 self._report.wrong('C9', f'{where}: the user was scored, and no scores are published')
 

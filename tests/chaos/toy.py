@@ -7,6 +7,7 @@ import random
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 import numpy as np
 import orjson
@@ -15,10 +16,11 @@ from stream.core.decide import Policy
 from stream.core.events import Decoder, Event, EventRules
 from stream.core.features import Batch
 from stream.core.lane import Touched, block_steps, fire
-from stream.core.messages import ModelInfo, cloudevents_headers
+from stream.core.messages import ModelInfo
+from stream.core.outbox import unpack_outbox
 from stream.core.scores import Outputs
 from stream.core.user import User, decode, encode
-from stream.core.window import DAY_MS, NO_TIMER_MS, WindowLimits, unpack_outbox
+from stream.core.window import DAY_MS, NO_TIMER_MS, WindowLimits
 from stream.scoring.step import Publish, score_step
 from tests.chaos.log import SOURCES, Record, Run, Sample, Topic
 from tests.chaos.reference import partition_of
@@ -192,8 +194,8 @@ class _Lane:
         self._positions = [toy._committed.get((topic, partition), 0) for topic in SOURCES]
         self._letters: list[tuple[bytes, bytes | None, list[tuple[str, bytes]]]] = []
         if not toy.bug('no_resend'):
-            for record in unsent.values():
-                self._send(unpack_outbox(decode('', record).outbox))
+            for user in [decode(key.decode(), record) for key, record in unsent.items()]:
+                self._send(unpack_outbox(user))
 
     async def work(self) -> None:
         inputs = [self._log.topics[topic, self._partition] for topic in SOURCES]
@@ -349,3 +351,13 @@ class _Lane:
         for topic, stop in zip(SOURCES, stops, strict=True):
             self._toy._committed[topic, self._partition] = stop
         self._toy.sample()
+
+
+def cloudevents_headers(message: bytes, source: str) -> list[tuple[str, bytes]]:
+    """The binary-mode CloudEvents headers of a message (Kafka protocol binding 1.0.2)."""
+    value = orjson.loads(message)
+    time = datetime.fromtimestamp(value['as_of_ms'] / 1000, UTC).isoformat(timespec='milliseconds')
+    return [(name, text.encode()) for name, text in (
+        ('ce_specversion', '1.0'), ('ce_id', value['id']), ('ce_type', value['type']), ('ce_source', source),
+        ('ce_time', time.replace('+00:00', 'Z')), ('ce_subject', value['user_id']),
+        ('content-type', 'application/json'))]

@@ -1,11 +1,16 @@
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import orjson
+from hypothesis import given
+from hypothesis import strategies as st
+from xxhash import xxh3_128_hexdigest
 
 from stream.core.decide import Decision, Kind, Policy
-from stream.core.messages import ModelInfo, Origin, cloudevents_headers, decision_message, scores_message
+from stream.core.messages import ModelInfo, Origin, decision_message
+from stream.core.outbox import pack_messages, pack_scores, unpack_outbox
 from stream.core.scores import Scores
 from stream.core.user import User
 from stream.core.window import NO_TIER
@@ -37,9 +42,15 @@ def messages() -> list[bytes]:
                          Origin(1_700_000_000_123, 1_700_000_000_123), 0, SCORES, MODEL, Policy(), []),
         decision_message(user, Decision(0, Kind.CHURN, 'churn_cleared', 2, 2), 'churn_cleared', ORIGIN, 0, SCORES,
                          MODEL, Policy(), []),
-        scores_message(user, ORIGIN, 0, SCORES, MODEL),
-        scores_message(user, ORIGIN, 0, SCORES, MODEL, event_id='e9'),
+        *scores_messages(user),
+        *scores_messages(user, events=('e9',)),
     ]
+
+
+def scores_messages(user: User, origin: Origin = ORIGIN, events: Sequence[str] = ()) -> list[bytes]:
+    user.outbox = pack_scores(MODEL, origin.as_of_ms, origin.timer_ms, 12.34, 7312, 3750, 1000, [5000, 2500, 2500],
+                              events)
+    return unpack_outbox(user)
 
 
 def test_messages_are_byte_for_byte_the_recorded_ones():
@@ -56,7 +67,7 @@ def test_ids_are_distinct_and_chain():
 
 def test_an_id_depends_on_the_cause():
     def identity(user: User, origin: Origin = ORIGIN) -> str:
-        return orjson.loads(scores_message(user, origin, 0, SCORES, MODEL))['id']
+        return json.loads(scores_messages(user, origin)[0])['id']
 
     ahead, other = shopper(), shopper()
     ahead.next_offset = [31, 4]
@@ -71,10 +82,24 @@ def test_expiry_and_action_come_from_the_policy():
     assert value['action'] == 'recommendation'
 
 
-def test_cloudevents_headers():
-    headers = dict(cloudevents_headers(messages()[2], '/shop/scoring'))
-    value = json.loads(messages()[2])
-    assert headers == {
-        'ce_specversion': b'1.0', 'ce_id': value['id'].encode(), 'ce_type': b'churn.alert',
-        'ce_source': b'/shop/scoring', 'ce_time': b'2023-11-14T22:13:20.123Z', 'ce_subject': 'u-é"<'.encode(),
-        'content-type': b'application/json'}
+@given(st.text(st.characters(exclude_categories=['Cs']), min_size=1, max_size=20),
+       st.lists(st.text(st.characters(exclude_categories=['Cs']), min_size=1, max_size=9), max_size=3),
+       st.integers(0, 10_000), st.floats(0, 1e9), st.integers(-1, 4), st.integers(0, 2**31))
+def test_scores_are_the_json_that_a_library_writes(user_id: str, events: list[str], step: int, spend: float, tier: int,
+                                                   timer_ms: int):
+    user = User(user_id)
+    user.applied, user.next_offset, user.tier = 7, [2**40, 3], tier
+    user.outbox = pack_messages([b'{"first":1}']) + pack_scores(
+        MODEL, 1_700_000_000_123, timer_ms, spend, step, 10_000 - step, 0, [step, 0], events)
+    first, *messages = unpack_outbox(user)
+    assert first == b'{"first":1}'
+    assert [orjson.dumps(orjson.loads(message)) for message in messages] == messages
+    for message, event_id in zip(messages, events or [None], strict=True):
+        value = orjson.loads(message)
+        identity = [user_id, 'scores.updated', event_id or '', timer_ms, 2**40, 3, 7, MODEL.sha256]
+        assert value['id'] == xxh3_128_hexdigest(orjson.dumps(identity))
+        assert (value['user_id'], value.get('event_id')) == (user_id, event_id)
+        assert value['scores'] == {'purchase_intent': step / 10_000, 'purchase_power': (10_000 - step) / 10_000,
+                                   'churn': 0.0, 'expected_spend_90d': spend}
+        assert value['tier'] == (None if tier < 0 else tier)
+        assert value['cause'] == {'clicks_offset': 2**40, 'carts_offset': 3, 'timer_ms': timer_ms or None}

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stream.core.events import Event, EventType, Source
+from stream.core.outbox import pack_messages, unpack_outbox
 from stream.core.user import User, clock_ms, decode, encode, fire_timer, fold, pack_header
 from stream.core.window import (
     DAY_DTYPE,
@@ -18,8 +19,6 @@ from stream.core.window import (
     ROW_DTYPE,
     Fold,
     WindowLimits,
-    pack_outbox,
-    unpack_outbox,
 )
 from stream.errors import StateError
 
@@ -101,7 +100,7 @@ def test_a_run_at_once_is_the_same_as_one_by_one(events: list[Event]):
 @given(event_lists)
 def test_a_record_survives_its_codec(events: list[Event]):
     user, _ = folded(events)
-    user.outbox = pack_outbox([b'one', b'', b'three'])
+    user.outbox = pack_messages([b'one', b'', b'three'])
     user.decision_id, user.model = bytes(range(16)), bytes(range(8))
     user.tier, user.power_grid, user.alerting, user.generation, user.step = 3, 777, 3, 5, 1 << 40
     record = encode(user)
@@ -224,7 +223,9 @@ def test_timers_fire_in_turn_and_an_event_starts_them_anew():
 
 @given(st.lists(st.binary(max_size=40), max_size=5))
 def test_an_outbox_keeps_its_messages(messages: list[bytes]):
-    assert unpack_outbox(pack_outbox(messages)) == messages
+    user = User('u')
+    user.outbox = pack_messages(messages)
+    assert unpack_outbox(user) == messages
 
 
 def test_an_event_of_the_newest_time_does_not_start_the_timers_anew():

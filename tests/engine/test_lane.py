@@ -27,7 +27,8 @@ NOW_MS = 1_770_000_000_000
 RULES = LaneRules(
     limits=WindowLimits(silence_ms=(DAY_MS,)), policy=Policy(), publish='all', reasons_rows_max=0, digest='',
     partitioner='none', partitions=1, wall_clock=False, clock_grace_ms=0, clock_idle_ms_max=0, merge_wait_ms=0,
-    blocks_ahead_max=100, users_cached_bytes=1 << 20, sweep_users_max=3, changelog='changelog', alerts='alerts', scores='scores',
+    blocks_ahead_max=100, users_cached_bytes=1 << 20, sweep_users_max=3,
+    changelog='changelog', alerts='alerts', scores='scores',
     dead_letters='dead', journal='', source='/stream/test')
 
 
@@ -53,6 +54,9 @@ class FakeKafka:
         if topic in self.gates:
             await self.gates[topic].wait()
         return len(self.topics[topic])
+
+    async def send_messages(self, topic: str, partition: int, messages: list[tuple[bytes, bytes]], source: bytes) -> int:
+        return await self.send(topic, partition, [(*pair, []) for pair in messages]) if messages else 0
 
 
 def record(offset: int, user: str, ts_ms: int, value: bytes | None = None) -> ConsumerRecord:

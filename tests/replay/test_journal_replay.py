@@ -27,10 +27,11 @@ from stream.core.journal import (
 )
 from stream.core.lane import Folded, Touched, block_steps, fire
 from stream.core.messages import ModelInfo
+from stream.core.outbox import unpack_outbox
 from stream.core.partitioners import partition
 from stream.core.scores import Outputs
 from stream.core.user import User, decode, encode
-from stream.core.window import DAY_MS, WindowLimits, unpack_outbox
+from stream.core.window import DAY_MS, WindowLimits
 from stream.errors import InputError, UsageError
 from stream.replay.journal import Journal, JournalReplay, RecordedTopics, described, read_journal
 from stream.replay.replay import ReplayRules
@@ -175,7 +176,7 @@ class StandIn:
         self._partial = False
         self._step = newest
         for user in unsent:
-            self.published |= dict.fromkeys(unpack_outbox(user.outbox))
+            self.published |= dict.fromkeys(unpack_outbox(user))
 
     def _block(self) -> bool:
         """Fold a block of one input, or one of each as one run in the order of the records' times."""
@@ -243,7 +244,7 @@ class StandIn:
             self.changelog[entry.user.user_id] = encode(entry.user)
         self._maybe_killed()
         for entry in touched:
-            self.published |= dict.fromkeys(unpack_outbox(entry.user.outbox))
+            self.published |= dict.fromkeys(unpack_outbox(entry.user))
         self._maybe_killed()
 
     def _user(self, user_id: str) -> User:

@@ -9,9 +9,10 @@ from stream.core.decide import Policy
 from stream.core.events import Event, EventType, Source
 from stream.core.features import Batch
 from stream.core.lane import Touched, fold_step
+from stream.core.outbox import unpack_outbox
 from stream.core.scores import Outputs
 from stream.core.user import User, encode
-from stream.core.window import WindowLimits, unpack_outbox
+from stream.core.window import WindowLimits
 from stream.errors import ModelError
 from stream.scoring.scorer import ConstantScorer
 from stream.scoring.step import Publish, Scored, score_step
@@ -82,7 +83,7 @@ def test_events_gives_one_output_per_event_that_names_it():
 def test_the_outbox_holds_the_messages_of_the_newest_step():
     touched = touched_users(a=2)
     scored = run(touched, ScriptedScorer(lambda slots: 0.9))
-    assert unpack_outbox(touched[0].user.outbox) == scored.messages
+    assert unpack_outbox(touched[0].user) == scored.messages
     run(touched, ScriptedScorer(lambda slots: 0.9))
     assert touched[0].user.outbox == b''
 

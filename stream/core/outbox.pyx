@@ -1,0 +1,303 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""A user's outbox: the messages of the user's newest step, compact, from which each is made again byte for byte.
+
+    message     u32 length, then the message as it is published: a decision
+    scores      u32 length with its top bit set, then `ScoresItem`, tier probabilities as u16 each, the model's name and
+                version, and for each event named u16 length and its id: one `scores.updated` message, or one per event
+
+Scores are what a worker says most often, and nearly everything in such a message is in the user's record beside it. So
+a tenth of it is kept, and there is one way to make it, the first time and whenever it has to be sent again.
+
+Numbers are kept in steps of the grid on which scores are published; what they look like in JSON is looked up.
+"""
+cimport cython
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.unicode cimport PyUnicode_AsUTF8AndSize, PyUnicode_DecodeUTF8
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
+from libc.stdlib cimport realloc
+from libc.string cimport memcpy
+
+from stream.core.user cimport User
+
+import orjson
+from xxhash import xxh3_128_digest
+
+from stream.core.scores import STEPS_PER_UNIT
+from stream.core.window import NO_TIER
+
+SCORES_TYPE = 'scores.updated'
+
+cdef enum:
+    GRID_MAX = 10000
+    SCORES_BIT = 0x80000000
+
+cdef packed struct ScoresItem:
+    char sha256[32]
+    int64_t as_of_ms
+    int64_t timer_ms
+    double spend
+    uint16_t intent
+    uint16_t power
+    uint16_t churn
+    uint8_t tiers
+    uint8_t name_size
+    uint8_t version_size
+    uint16_t events
+
+if GRID_MAX != STEPS_PER_UNIT:
+    raise AssertionError('the table of grid values is of another grid: install the package again')
+cdef char GRID[GRID_MAX + 1][8]
+cdef uint8_t GRID_SIZE[GRID_MAX + 1]
+for _step in range(GRID_MAX + 1):
+    _text = orjson.dumps(_step / STEPS_PER_UNIT)
+    if len(_text) > 8:
+        raise AssertionError(f'{_text!r} does not fit its place in the table of grid values')
+    memcpy(GRID[_step], PyBytes_AS_STRING(_text), len(_text))
+    GRID_SIZE[_step] = len(_text)
+cdef bytes HEX = b'0123456789abcdef'
+cdef int NONE = NO_TIER
+
+
+# ---- bytes as they grow ---------------------------------------------------------------------------------------------
+
+cdef struct Buffer:
+    char* data
+    Py_ssize_t size
+    Py_ssize_t room
+
+cdef Buffer TEXT        # of the message that is being made
+cdef Buffer NAME        # of what its id is the hash of
+
+
+cdef int reserve(Buffer* into, Py_ssize_t more) except -1:
+    cdef char* moved
+    if into.size + more > into.room:
+        moved = <char*> realloc(into.data, 2 * (into.size + more) + 256)
+        if moved == NULL:
+            raise MemoryError()
+        into.data, into.room = moved, 2 * (into.size + more) + 256
+    return 0
+
+
+cdef int put(Buffer* into, const char* data, Py_ssize_t size) except -1:
+    reserve(into, size)
+    memcpy(into.data + into.size, data, size)
+    into.size += size
+    return 0
+
+
+cdef int put_bytes(Buffer* into, bytes data) except -1:
+    return put(into, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+
+
+cdef int put_number(Buffer* into, int64_t value) except -1:
+    cdef char digits[20]
+    cdef int at = 20
+    cdef bint negative = value < 0
+    if negative:
+        value = -value
+    while True:
+        at -= 1
+        digits[at] = <char> (48 + value % 10)
+        value //= 10
+        if not value:
+            break
+    if negative:
+        put(into, b'-', 1)
+    return put(into, digits + at, 20 - at)
+
+
+cdef int put_grid(Buffer* into, uint16_t step) except -1:
+    if step > GRID_MAX:
+        raise ValueError(f'{step} is no step of the grid of scores')
+    return put(into, GRID[step], GRID_SIZE[step])
+
+
+cdef int put_string(Buffer* into, str text) except -1:
+    """The text as JSON."""
+    cdef Py_ssize_t size, i
+    cdef const char* data = PyUnicode_AsUTF8AndSize(text, &size)
+    for i in range(size):
+        if data[i] == 0x22 or data[i] == 0x5C or not 0x20 <= <uint8_t> data[i] < 0x7F:
+            return put_bytes(into, orjson.dumps(text))
+    put(into, b'"', 1)
+    put(into, data, size)
+    return put(into, b'"', 1)
+
+
+cdef int put_hex(Buffer* into, const char* data, Py_ssize_t size) except -1:
+    cdef Py_ssize_t i
+    cdef const char* digits = PyBytes_AS_STRING(HEX)
+    reserve(into, 2 * size)
+    for i in range(size):
+        into.data[into.size + 2 * i] = digits[<uint8_t> data[i] >> 4]
+        into.data[into.size + 2 * i + 1] = digits[<uint8_t> data[i] & 15]
+    into.size += 2 * size
+    return 0
+
+
+# ---- the outbox -----------------------------------------------------------------------------------------------------
+
+def pack_messages(messages):
+    """Messages as the outbox keeps them."""
+    cdef uint32_t size
+    cdef bytes message
+    TEXT.size = 0
+    for message in messages:
+        size = <uint32_t> PyBytes_GET_SIZE(message)
+        put(&TEXT, <char*> &size, 4)
+        put_bytes(&TEXT, message)
+    return PyBytes_FromStringAndSize(TEXT.data, TEXT.size)
+
+
+def pack_scores(model, int64_t as_of_ms, int64_t timer_ms, double spend, int intent, int power, int churn, tiers,
+                events):
+    """Scores as the outbox keeps them.
+
+    intent, power, churn, tiers   steps of the grid
+    events   ids of the events that a message each is about; empty: one message is about the user
+    """
+    cdef ScoresItem item
+    cdef bytes name = model.name.encode(), version = model.version.encode(), sha256 = bytes.fromhex(model.sha256)
+    cdef bytes event
+    cdef uint16_t step
+    cdef uint32_t size
+    memcpy(item.sha256, PyBytes_AS_STRING(sha256), sizeof(item.sha256))
+    item.as_of_ms, item.timer_ms, item.spend = as_of_ms, timer_ms, spend
+    item.intent, item.power, item.churn = <uint16_t> intent, <uint16_t> power, <uint16_t> churn
+    item.tiers, item.name_size, item.version_size, item.events = len(tiers), len(name), len(version), len(events)
+    TEXT.size = 0
+    put(&TEXT, <char*> &size, 4)
+    put(&TEXT, <char*> &item, sizeof(item))
+    for tier in tiers:
+        step = <uint16_t> <int> tier
+        put(&TEXT, <char*> &step, 2)
+    put_bytes(&TEXT, name)
+    put_bytes(&TEXT, version)
+    for event_id in events:
+        event = event_id.encode()
+        step = <uint16_t> PyBytes_GET_SIZE(event)
+        put(&TEXT, <char*> &step, 2)
+        put_bytes(&TEXT, event)
+    size = <uint32_t> (TEXT.size - 4) | <uint32_t> SCORES_BIT
+    memcpy(TEXT.data, &size, 4)
+    return PyBytes_FromStringAndSize(TEXT.data, TEXT.size)
+
+
+def unpack_outbox(User user not None):
+    """The messages of the user's newest step, in order."""
+    cdef bytes outbox = user.outbox
+    cdef const char* data = PyBytes_AS_STRING(outbox)
+    cdef Py_ssize_t at = 0, end = PyBytes_GET_SIZE(outbox)
+    cdef uint32_t size
+    cdef list messages = []
+    while at < end:
+        memcpy(&size, data + at, 4)
+        at += 4
+        if size & <uint32_t> SCORES_BIT:
+            size &= ~<uint32_t> SCORES_BIT
+            render(user, data + at, messages)
+        else:
+            messages.append(PyBytes_FromStringAndSize(data + at, size))
+        at += size
+    return messages
+
+
+cdef int render(User user, const char* data, list messages) except -1:
+    """The messages of one scores item."""
+    cdef ScoresItem item
+    cdef const uint16_t* tiers
+    cdef const char* at
+    cdef str name, version, event_id
+    cdef uint16_t size
+    cdef int i
+    memcpy(&item, data, sizeof(item))
+    tiers = <const uint16_t*> (data + sizeof(item))
+    at = data + sizeof(item) + 2 * item.tiers
+    name = PyUnicode_DecodeUTF8(at, item.name_size, NULL)
+    at += item.name_size
+    version = PyUnicode_DecodeUTF8(at, item.version_size, NULL)
+    at += item.version_size
+    if not item.events:
+        messages.append(render_one(user, &item, tiers, name, version, None))
+    for i in range(item.events):
+        memcpy(&size, at, 2)
+        event_id = PyUnicode_DecodeUTF8(at + 2, size, NULL)
+        messages.append(render_one(user, &item, tiers, name, version, event_id))
+        at += 2 + size
+    return 0
+
+
+cdef bytes render_one(User user, ScoresItem* item, const uint16_t* tiers, str name, str version, str event_id):
+    cdef bytes identity
+    cdef int i
+    # The id: which user, in which state, by which model, about which event.
+    NAME.size = 0
+    put(&NAME, b'[', 1)
+    put_string(&NAME, user.user_id)
+    put(&NAME, b',"scores.updated",', 18)
+    put_string(&NAME, '' if event_id is None else event_id)
+    put(&NAME, b',', 1)
+    put_number(&NAME, item.timer_ms)
+    put(&NAME, b',', 1)
+    put_number(&NAME, user._next_offset[0])
+    put(&NAME, b',', 1)
+    put_number(&NAME, user._next_offset[1])
+    put(&NAME, b',', 1)
+    put_number(&NAME, user.applied)
+    put(&NAME, b',"', 2)
+    put_hex(&NAME, item.sha256, sizeof(item.sha256))
+    put(&NAME, b'"]', 2)
+    identity = xxh3_128_digest(PyBytes_FromStringAndSize(NAME.data, NAME.size))
+
+    TEXT.size = 0
+    put(&TEXT, b'{"id":"', 7)
+    put_hex(&TEXT, PyBytes_AS_STRING(identity), PyBytes_GET_SIZE(identity))
+    put(&TEXT, b'","type":"scores.updated","user_id":', 36)
+    put_string(&TEXT, user.user_id)
+    put(&TEXT, b',"as_of_ms":', 12)
+    put_number(&TEXT, item.as_of_ms)
+    put(&TEXT, b',"events_seen":', 15)
+    put_number(&TEXT, user.applied)
+    put(&TEXT, b',"cause":{"clicks_offset":', 26)
+    put_number(&TEXT, user._next_offset[0])
+    put(&TEXT, b',"carts_offset":', 16)
+    put_number(&TEXT, user._next_offset[1])
+    put(&TEXT, b',"timer_ms":', 12)
+    if item.timer_ms:
+        put_number(&TEXT, item.timer_ms)
+    else:
+        put(&TEXT, b'null', 4)
+    put(&TEXT, b'},"model":{"name":', 18)
+    put_string(&TEXT, name)
+    put(&TEXT, b',"version":', 11)
+    put_string(&TEXT, version)
+    put(&TEXT, b',"sha256":"', 11)
+    put_hex(&TEXT, item.sha256, sizeof(item.sha256))
+    put(&TEXT, b'"}', 2)
+    if event_id is not None:
+        put(&TEXT, b',"event_id":', 12)
+        put_string(&TEXT, event_id)
+    put(&TEXT, b',"scores":{"purchase_intent":', 29)
+    put_grid(&TEXT, item.intent)
+    put(&TEXT, b',"purchase_power":', 18)
+    put_grid(&TEXT, item.power)
+    put(&TEXT, b',"churn":', 9)
+    put_grid(&TEXT, item.churn)
+    put(&TEXT, b',"expected_spend_90d":', 22)
+    if item.spend == 0.0:
+        put(&TEXT, b'0.0', 3)
+    else:
+        put_bytes(&TEXT, orjson.dumps(item.spend))
+    put(&TEXT, b'},"tier_probabilities":[', 24)
+    for i in range(item.tiers):
+        if i:
+            put(&TEXT, b',', 1)
+        put_grid(&TEXT, tiers[i])
+    put(&TEXT, b'],"tier":', 9)
+    if user.tier == NONE:
+        put(&TEXT, b'null', 4)
+    else:
+        put_number(&TEXT, user.tier)
+    put(&TEXT, b'}', 1)
+    return PyBytes_FromStringAndSize(TEXT.data, TEXT.size)
