@@ -11,7 +11,7 @@ user's next later event is folded:
 `block_steps` is this cut of a block; the worker's lane and the replay of its journal both walk it. (A replay of files
 also fires by the stream's time between these steps, and so has a loop of its own.)
 """
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 
 import msgspec
@@ -19,7 +19,7 @@ import msgspec
 from stream.core.events import Event
 from stream.core.features import Snapshots
 from stream.core.messages import Origin
-from stream.core.user import User, clock_ms, fire_timer, fold_runs, join
+from stream.core.user import User, clock_ms, fire_timer, fold_runs, join, overdue
 from stream.core.window import Fold, WindowLimits
 
 
@@ -53,29 +53,6 @@ def time_order(clicks_ms: Sequence[int], carts_ms: Sequence[int]) -> list[int]:
     return sorted(range(len(times)), key=times.__getitem__)
 
 
-def overdue(users: Mapping[str, User], events: Sequence[Event]) -> list[User]:
-    """The users whose timer comes before their first new event among `events`, by due time, then id.
-
-    A redelivered event, below the user's stored offset, fires nothing: it did when it came for the first time.
-    """
-    if not events:
-        return []
-    newest_ms = max([event.ts_ms for event in events])
-    waiting = {user_id for user_id, user in users.items() if 0 < user.due_ms <= newest_ms}
-    due = []
-    for event in events:
-        if not waiting:
-            break
-        if event.user_id in waiting:
-            user = users[event.user_id]
-            if event.offset < user.next_offset[event.source]:
-                continue
-            waiting.remove(event.user_id)
-            if user.due_ms <= event.ts_ms:
-                due.append(user)
-    return sorted(due, key=lambda user: (user.due_ms, user.user_id))
-
-
 def fire(users: Iterable[User], limits: WindowLimits) -> list[Touched]:
     """Fire the due timer of each user; they are scored as of the time it was due."""
     return [Touched(user, Origin(due_ms := fire_timer(user, limits), due_ms), []) for user in users]
@@ -91,7 +68,7 @@ def fold_step(users: dict[str, User], events: Iterable[Event], limits: WindowLim
                    for user, applied in runs], counts, rest)
 
 
-def block_steps(users: dict[str, User], events: Sequence[Event], limits: WindowLimits) -> Iterator[Folded]:
+def block_steps(users: dict[str, User], events: list[Event], limits: WindowLimits) -> Iterator[Folded]:
     """Cut a block into its steps, and take each when it is asked for: the steps before it are decided by then.
 
     users    has every user of `events`; what is touched is changed in place
@@ -101,7 +78,7 @@ def block_steps(users: dict[str, User], events: Sequence[Event], limits: WindowL
     """
     while events:
         while due := overdue(users, events):
-            yield Folded(fire(due, limits), [0] * len(Fold), list(events))
+            yield Folded(fire(due, limits), [0] * len(Fold), events)
         folded = fold_step(users, events, limits)
         yield folded
         events = folded.rest

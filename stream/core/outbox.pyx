@@ -17,6 +17,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
 from libc.stdlib cimport realloc
 from libc.string cimport memcpy
 
+from stream.core.parse cimport Event
 from stream.core.user cimport User
 
 import orjson
@@ -65,6 +66,7 @@ cdef struct Buffer:
     Py_ssize_t size
     Py_ssize_t room
 
+cdef Buffer PACKED      # the outbox that is being packed
 cdef Buffer TEXT        # of the message that is being made
 cdef Buffer NAME        # of what its id is the hash of
 
@@ -140,48 +142,87 @@ cdef int put_hex(Buffer* into, const char* data, Py_ssize_t size) except -1:
 
 def pack_messages(messages):
     """Messages as the outbox keeps them."""
+    PACKED.size = 0
+    pack_into(&PACKED, messages)
+    return PyBytes_FromStringAndSize(PACKED.data, PACKED.size)
+
+
+cdef int pack_into(Buffer* into, messages) except -1:
     cdef uint32_t size
     cdef bytes message
-    TEXT.size = 0
     for message in messages:
         size = <uint32_t> PyBytes_GET_SIZE(message)
-        put(&TEXT, <char*> &size, 4)
-        put_bytes(&TEXT, message)
-    return PyBytes_FromStringAndSize(TEXT.data, TEXT.size)
+        put(into, <char*> &size, 4)
+        put_bytes(into, message)
+    return 0
 
 
-def pack_scores(model, int64_t as_of_ms, int64_t timer_ms, double spend, int intent, int power, int churn, tiers,
-                events):
-    """Scores as the outbox keeps them.
+@cython.final
+cdef class ScoresPen:
+    """Writes the scores of one step's users, by one model, into their outboxes.
 
-    intent, power, churn, tiers   steps of the grid
-    events   ids of the events that a message each is about; empty: one message is about the user
+    Arrays   of the step's rows, on the grid: intent, power, churn, spend float64 [N], tiers float64 [N, tiers]
     """
-    cdef ScoresItem item
-    cdef bytes name = model.name.encode(), version = model.version.encode(), sha256 = bytes.fromhex(model.sha256)
-    cdef bytes event
-    cdef uint16_t step
-    cdef uint32_t size
-    memcpy(item.sha256, PyBytes_AS_STRING(sha256), sizeof(item.sha256))
-    item.as_of_ms, item.timer_ms, item.spend = as_of_ms, timer_ms, spend
-    item.intent, item.power, item.churn = <uint16_t> intent, <uint16_t> power, <uint16_t> churn
-    item.tiers, item.name_size, item.version_size, item.events = len(tiers), len(name), len(version), len(events)
-    TEXT.size = 0
-    put(&TEXT, <char*> &size, 4)
-    put(&TEXT, <char*> &item, sizeof(item))
-    for tier in tiers:
-        step = <uint16_t> <int> tier
-        put(&TEXT, <char*> &step, 2)
-    put_bytes(&TEXT, name)
-    put_bytes(&TEXT, version)
-    for event_id in events:
-        event = event_id.encode()
-        step = <uint16_t> PyBytes_GET_SIZE(event)
-        put(&TEXT, <char*> &step, 2)
-        put_bytes(&TEXT, event)
-    size = <uint32_t> (TEXT.size - 4) | <uint32_t> SCORES_BIT
-    memcpy(TEXT.data, &size, 4)
-    return PyBytes_FromStringAndSize(TEXT.data, TEXT.size)
+
+    cdef ScoresItem _item
+    cdef bytes _names
+    cdef const double[:] _intent, _power, _churn, _spend
+    cdef const double[:, :] _tiers
+
+    def __init__(self, model, scores):
+        cdef bytes name = model.name.encode(), version = model.version.encode(), sha256 = bytes.fromhex(model.sha256)
+        if len(sha256) != sizeof(self._item.sha256) or max(len(name), len(version), scores.tiers.shape[1]) > 255:
+            raise ValueError(f'{model} cannot be named in an outbox')
+        memcpy(self._item.sha256, PyBytes_AS_STRING(sha256), sizeof(self._item.sha256))
+        self._item.name_size, self._item.version_size = len(name), len(version)
+        self._item.tiers = scores.tiers.shape[1]
+        self._names = name + version
+        self._intent, self._power, self._churn, self._spend = scores.intent, scores.power, scores.churn, scores.spend
+        self._tiers = scores.tiers
+
+    def write(self, User user not None, list decisions, Py_ssize_t row, int64_t as_of_ms, int64_t timer_ms, list events):
+        """Set the user's outbox to the decisions and the scores of `row`; return the messages.
+
+        decisions  messages that come first, or None
+        events     those that a message each is about; empty or None: one message is about the user
+        """
+        cdef ScoresItem* item = &self._item
+        cdef Py_ssize_t i, before
+        cdef uint32_t size = 0
+        cdef uint16_t step
+        cdef bytes event_id
+        cdef Event event
+        cdef list messages = []
+        PACKED.size = 0
+        if decisions:
+            pack_into(&PACKED, decisions)
+            messages += decisions
+        before = PACKED.size
+        item.as_of_ms, item.timer_ms, item.spend = as_of_ms, timer_ms, self._spend[row]
+        item.intent, item.power, item.churn = on_grid(self._intent[row]), on_grid(self._power[row]), \
+            on_grid(self._churn[row])
+        item.events = len(events) if events is not None else 0
+        put(&PACKED, <char*> &size, 4)
+        put(&PACKED, <char*> item, sizeof(ScoresItem))
+        for i in range(item.tiers):
+            step = on_grid(self._tiers[row, i])
+            put(&PACKED, <char*> &step, 2)
+        put_bytes(&PACKED, self._names)
+        if item.events:
+            for event in events:
+                event_id = event.event_id.encode()
+                step = <uint16_t> PyBytes_GET_SIZE(event_id)
+                put(&PACKED, <char*> &step, 2)
+                put_bytes(&PACKED, event_id)
+        size = <uint32_t> (PACKED.size - before - 4) | <uint32_t> SCORES_BIT
+        memcpy(PACKED.data + before, &size, 4)
+        user.outbox = PyBytes_FromStringAndSize(PACKED.data, PACKED.size)
+        render(user, PACKED.data + before + 4, messages)
+        return messages
+
+
+cdef inline uint16_t on_grid(double value) noexcept:
+    return <uint16_t> <int> (value * GRID_MAX + 0.5)
 
 
 def unpack_outbox(User user not None):

@@ -37,3 +37,11 @@ cdef class User:
     cdef public bytearray rows
     cdef int64_t _next_offset[2]
     cdef uint32_t _counts[14]
+
+
+cdef class Change:
+    cdef public bytes user_id
+    cdef public bytes record
+    cdef public int64_t due_before_ms
+    cdef public int64_t due_ms
+    cdef public bint new

@@ -253,6 +253,44 @@ def fold_runs(dict users not None, events, limits):
     return list(zip(touched, applied)), [counts[i] for i in range(4)], rest
 
 
+def overdue(dict users not None, list events not None):
+    """The users whose timer comes before their first new event among `events`, by due time, then id.
+
+    A redelivered event, below the user's stored offset, fires nothing: it did when it came for the first time.
+    """
+    cdef Event event
+    cdef User user
+    cdef int64_t newest_ms = 0
+    cdef set waiting = set()
+    cdef list due = []
+    for event in events:
+        if event.ts_ms > newest_ms:
+            newest_ms = event.ts_ms
+    for user in users.values():
+        if 0 < user.due_ms <= newest_ms:
+            waiting.add(user.user_id)
+    if waiting:
+        for event in events:
+            if event.user_id in waiting:
+                user = users[event.user_id]
+                if event.offset >= user._next_offset[event.source]:
+                    waiting.discard(event.user_id)
+                    if user.due_ms <= event.ts_ms:
+                        due.append(user)
+    return sorted(due, key=lambda user: (user.due_ms, user.user_id))
+
+
+def newest_ms(list events not None):
+    """The newest time among the events of each source, 0 where there is none."""
+    cdef Event event
+    cdef int64_t newest[2]
+    newest[0] = newest[1] = 0
+    for event in events:
+        if event.ts_ms > newest[event.source]:
+            newest[event.source] = event.ts_ms
+    return [newest[0], newest[1]]
+
+
 cdef int fold_one(User user, Event event, Limits* limits, bint first) except -1:
     cdef int64_t ts_ms = event.ts_ms
     cdef Py_ssize_t events, place
@@ -480,7 +518,7 @@ def pack_header(User user not None):
     return header
 
 
-def encode(User user not None):
+cpdef bytes encode(User user):
     """The user's record as bytes; `decode` is its inverse."""
     cdef Py_ssize_t days = PyByteArray_GET_SIZE(user.days), outbox = PyBytes_GET_SIZE(user.outbox)
     cdef Py_ssize_t ids = PyByteArray_GET_SIZE(user.ids), rows = PyByteArray_GET_SIZE(user.rows)
@@ -546,6 +584,39 @@ def decode(str user_id, record):
 cdef damaged(str user_id, str what):
     return StateError(f'The record of user {user_id!r} is damaged: {what}.',
                       'move the state directory away and rebuild it.')
+
+
+@cython.final
+@cython.no_gc
+@cython.freelist(1024)
+cdef class Change:
+    """A user's record as one step leaves it, with the timer that the index holds and the one that it shall hold.
+
+    new     whether there was no record of the user
+    """
+
+    def __init__(self, bytes user_id, bytes record, int64_t due_before_ms, int64_t due_ms, bint new=False):
+        self.user_id, self.record, self.new = user_id, record, new
+        self.due_before_ms, self.due_ms = due_before_ms, due_ms
+
+
+def change_of(User user not None, bint new=False):
+    """What has to be written of the user now; from then on the index is taken to hold the user's timer."""
+    cdef Change change = Change.__new__(Change)
+    change.user_id, change.record, change.new = user.user_id.encode(), encode(user), new
+    change.due_before_ms, change.due_ms = user.stored_due_ms, user.due_ms
+    user.stored_due_ms = user.due_ms
+    return change
+
+
+def stamp(list users not None, int64_t step, uint32_t generation):
+    """Say in each record which step it is of, and of which owner; return for each whether there was no record before."""
+    cdef User user
+    cdef list new = []
+    for user in users:
+        new.append(user.step == 0)
+        user.step, user.generation = step, generation
+    return new
 
 
 def join(list users not None):

@@ -1,9 +1,11 @@
 """The users of a lane that are kept decoded: those whose newest record is not yet written, and those seen lately.
 
-A user who comes again costs no read and no decoding. What is kept beyond the steps in flight is bounded in bytes; who
-has not been seen for the longest goes first.
+A user who comes again costs no read and no decoding. Two generations stand in for an exact order of use: who is used
+moves to the younger one, and once that is full, the older one goes and the younger takes its place. That costs one
+write to a table per user and step.
 """
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from stream.core.user import User
 
@@ -11,44 +13,36 @@ OBJECT_BYTES = 700      # of a user without events: the object, its three buffer
 
 
 class UserCache:
-    """Users by id, the one that was used last at the end.
+    """Users by id.
 
     bytes_max   what the users that are not in flight may take together, by estimate
     """
 
     def __init__(self, bytes_max: int) -> None:
-        self._bytes_max = bytes_max
-        self._bytes = 0
-        self._users: dict[str, User] = {}
-        self._sizes: dict[str, int] = {}
-
-    def __contains__(self, user_id: str) -> bool:
-        return user_id in self._users
+        self._generation_bytes_max = bytes_max // 2
+        self._young: dict[str, User] = {}
+        self._old: dict[str, User] = {}
+        self._young_bytes = 0.0
 
     def __len__(self) -> int:
-        return len(self._users)
+        return len(self._young.keys() | self._old.keys())
 
-    def find(self, user_ids: Iterable[str]) -> dict[str, User | None]:
+    def find(self, user_ids: Iterable[str]) -> dict[str, Any]:
         """The users, in this order; None for each that is not kept."""
-        users = self._users
-        return {user_id: users.get(user_id) for user_id in user_ids}
+        young, old = self._young, self._old
+        return {user_id: young.get(user_id) or old.get(user_id) for user_id in user_ids}
 
-    def keep(self, user: User, record_bytes: int) -> None:
-        """Keep the user, whose record has that length, as the one that was used last."""
-        user_id, size = user.user_id, record_bytes + OBJECT_BYTES
-        self._bytes += size - self._sizes.pop(user_id, 0)
-        self._users.pop(user_id, None)
-        self._users[user_id], self._sizes[user_id] = user, size
+    def keep(self, users: Sequence[User], records_bytes: int) -> None:
+        """Keep these users, whose records have that length together."""
+        before = len(self._young)
+        self._young.update([(user.user_id, user) for user in users])
+        if users:
+            self._young_bytes += (len(self._young) - before) * (records_bytes / len(users) + OBJECT_BYTES)
 
     def trim(self, step: int) -> None:
-        """Let go of the users beyond the bound that are written: those of steps up to `step`."""
-        if self._bytes <= self._bytes_max:
-            return
-        gone = []
-        for user_id, user in self._users.items():
-            if self._bytes <= self._bytes_max or user.step > step:
-                break       # whoever comes later was used later
-            gone.append(user_id)
-            self._bytes -= self._sizes.pop(user_id)
-        for user_id in gone:
-            del self._users[user_id]
+        """Let go of users beyond the bound whose newest record is written: that of a step up to `step`."""
+        if self._young_bytes > self._generation_bytes_max:
+            in_flight = {user_id: user for generation in (self._old, self._young)
+                         for user_id, user in generation.items() if user.step > step}
+            mean_bytes = self._young_bytes / len(self._young)
+            self._old, self._young, self._young_bytes = self._young, in_flight, len(in_flight) * mean_bytes

@@ -20,7 +20,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -33,14 +33,14 @@ from stream.core.journal import EventsEntry, RecoveredEntry, TimersEntry, encode
 from stream.core.lane import Folded, Touched, block_steps, fire
 from stream.core.outbox import unpack_outbox
 from stream.core.partitioners import PartitionerName, misrouted
-from stream.core.user import User
+from stream.core.user import Change, change_of, newest_ms, stamp
 from stream.core.window import Fold, WindowLimits
 from stream.engine.batch import MESSAGE_TYPE_AT, source_header
 from stream.engine.blocks import Block, FetchedRecord
 from stream.engine.cache import UserCache
 from stream.engine.intake import Intake, in_time_order
 from stream.engine.publisher import Publisher, Record
-from stream.engine.store import LANE_KEY, Change, LaneRecord, Meta, PartitionStore, change_of
+from stream.engine.store import LANE_KEY, LaneRecord, Meta, PartitionStore
 from stream.engine.transport import Consumer
 from stream.errors import ModelError
 from stream.metrics import Metrics
@@ -264,12 +264,23 @@ class Lane:
     async def _fold(self, blocks: tuple[Block, ...]) -> None:
         """Fold the blocks' events, as one run in the order of time, step by step."""
         started = time.perf_counter()
-        events, letters = self._decode(blocks)
+        outcomes, events = self._decode(blocks)
+        users = self._users.find(dict.fromkeys([event.user_id for event in events]))
+        unknown = [user_id for user_id, user in users.items() if user is None]
+        strays = self._strays(unknown)
+        letters = []
+        if strays or len(events) < len(outcomes):
+            letters = self._letters(blocks, outcomes, strays)
+            events = [event for event in events if event.user_id not in strays]
+            unknown = [user_id for user_id in unknown if user_id not in strays]
+            for user_id in strays:
+                del users[user_id]
         metrics = self._tools.metrics
         metrics.blocks.inc(len(blocks))
         metrics.events_read.inc(sum([len(block.records) for block in blocks]))
         metrics.stage('decode', time.perf_counter() - started)
-        users = await self._load(dict.fromkeys([event.user_id for event in events]))
+        if unknown:
+            users.update(await in_thread(self.store.load, unknown))
         journal = []
         if self._rules.journal:
             journal = [encode_entry(EventsEntry(
@@ -282,35 +293,31 @@ class Lane:
             metrics.folded(folded.counts)
             if not folded.rest:
                 done = {self.intake.source(block.topic): block.stop for block in blocks}
-                for event in events:
-                    if event.ts_ms > self._stream_ms[event.source]:
-                        self._stream_ms[event.source] = event.ts_ms
+                self._stream_ms = [max(pair) for pair in zip(self._stream_ms, newest_ms(events), strict=True)]
             await self._take(folded.touched, journal, letters if done else [], oldest_ms, done)
             journal = []
         self._record_ms = max(self._record_ms, *(block.first_ms for block in blocks))
 
-    def _decode(self, blocks: tuple[Block, ...]) -> tuple[list[Event], list[Record]]:
-        """The events of the blocks in the order in which they are folded, and the dead letters."""
-        decoded = [self._tools.decoder.decode_records(block.records, self.intake.source(block.topic))
-                   for block in blocks]
-        outcomes = in_time_order(blocks, decoded)
-        events = [outcome for outcome in outcomes if type(outcome) is Event]
-        strays = self._strays(events)
-        if not strays and len(events) == len(outcomes):
-            return events, []
-        places = in_time_order(blocks, [[(block, record) for record in block.records] for block in blocks])
-        letters = [self._letter(block, record, refusal)
-                   for (block, record), outcome in zip(places, outcomes, strict=True)
-                   if (refusal := outcome if isinstance(outcome, Refusal) else strays.get(outcome.user_id))]
-        return [event for event in events if event.user_id not in strays], letters
+    def _decode(self, blocks: tuple[Block, ...]) -> tuple[Sequence[Event | Refusal], list[Event]]:
+        """What the records are, in the order in which they are folded, and the events among them."""
+        outcomes = in_time_order(blocks, [
+            self._tools.decoder.decode_records(block.records, self.intake.source(block.topic)) for block in blocks])
+        return outcomes, [outcome for outcome in outcomes if type(outcome) is Event]
 
-    def _strays(self, events: Sequence[Event]) -> dict[str, Refusal]:
+    def _strays(self, user_ids: Sequence[str]) -> dict[str, Refusal]:
         """The users who belong on another partition, and why. Who is kept decoded has been looked at before."""
         rules = self._rules
-        unknown = {event.user_id for event in events if event.user_id not in self._users}
         refusals = ((user_id, misrouted(rules.partitioner, user_id.encode(), self.number, rules.partitions))
-                    for user_id in unknown)
+                    for user_id in user_ids)
         return {user_id: refusal for user_id, refusal in refusals if refusal is not None}
+
+    def _letters(self, blocks: tuple[Block, ...], outcomes: Sequence[Event | Refusal],
+                 strays: Mapping[str, Refusal]) -> list[Record]:
+        """The dead letters of the records that are no events, or not of this partition."""
+        places = in_time_order(blocks, [[(block, record) for record in block.records] for block in blocks])
+        return [self._letter(block, record, refusal)
+                for (block, record), outcome in zip(places, outcomes, strict=True)
+                if (refusal := outcome if isinstance(outcome, Refusal) else strays.get(outcome.user_id))]
 
     def _letter(self, block: Block, record: FetchedRecord, refusal: Refusal) -> Record:
         self._tools.metrics.dead_letters.labels(refusal.reason).inc()
@@ -323,31 +330,17 @@ class Lane:
             headers.append(('stream_key', record.key))
         return place.encode(), record.value, headers
 
-    async def _load(self, user_ids: dict[str, None]) -> dict[str, User]:
-        """The users, in this order; those of steps in flight as they will be."""
-        users = self._users.find(user_ids)
-        missing = [user_id for user_id, user in users.items() if user is None]
-        if missing:
-            users.update(await in_thread(self.store.load, missing))
-        return users        # pyright: ignore[reportReturnType] - none is missing now
-
     # ---- one step --------------------------------------------------------------------------------------------------
 
     async def _take(self, touched: Sequence[Touched], journal: list[bytes], letters: list[Record], oldest_ms: int,
                     done: dict[Source, int] | None) -> None:
         """Score a step and hand it over to be published, after the one before it."""
         self._step += 1
-        number, changes = self._step, []
-        new = {entry.user.user_id for entry in touched if not entry.user.step}
-        for entry in touched:
-            entry.user.step = number
-            entry.user.generation = self._generation
+        number, users = self._step, [entry.user for entry in touched]
+        new = stamp(users, number, self._generation)
         scored = await self._score(touched)
-        for entry in touched:
-            user = entry.user
-            change = change_of(user, user.user_id in new)
-            changes.append(change)
-            self._users.keep(user, len(change.record))
+        changes = list(map(change_of, users, new))
+        self._users.keep(users, sum([len(change.record) for change in changes]))
         messages = [(user.user_id.encode(), of_user) for user, of_user in scored.outboxes]
         self._tools.metrics.scored_rows.inc(len(scored.rows) - scored.refused)
         self._tools.metrics.refused_rows.inc(scored.refused)
@@ -483,7 +476,10 @@ class Lane:
         due = await in_thread(self.store.due, clock_ms, self._rules.sweep_users_max)
         if not due:
             return
-        users = await self._load(dict.fromkeys(due))
+        users = self._users.find(due)
+        unknown = [user_id for user_id, user in users.items() if user is None]
+        if unknown:
+            users.update(await in_thread(self.store.load, unknown))
         journal = []
         if self._rules.journal:
             journal = [encode_entry(TimersEntry(

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 from rocksdict import BlockBasedOptions, Cache, Options, Rdict, WriteBatch, WriteBufferManager
 
-from stream.core.user import User, decode, encode
+from stream.core.user import Change, User, decode
 from stream.core.window import HEADER_DTYPE, NO_TIMER_MS
 from stream.errors import StateError, StreamError
 
@@ -91,26 +91,6 @@ class Memory:
         table.set_cache_index_and_filter_blocks(True)
         options.set_block_based_table_factory(table)
         return options
-
-
-class Change(msgspec.Struct):
-    """A user's record as one step leaves it, with the timer that the index holds and the one that it shall hold.
-
-    new     whether there was no record of the user
-    """
-
-    user_id: bytes
-    record: bytes
-    due_before_ms: int
-    due_ms: int
-    new: bool = False
-
-
-def change_of(user: User, new: bool = False) -> Change:
-    """What has to be written of the user now; from then on the index is taken to hold the user's timer."""
-    change = Change(user.user_id.encode(), encode(user), user.stored_due_ms, user.due_ms, new)
-    user.stored_due_ms = user.due_ms
-    return change
 
 
 def _is_damage(text: str) -> bool:

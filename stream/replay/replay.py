@@ -3,7 +3,7 @@
 The same steps as a lane of the worker: decode, fire what is due, fold, score, decide, write, publish. Record numbers of
 the file take the place of offsets: each topic's events are counted from 0. Records of topics keep their own offsets.
 """
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 import msgspec
@@ -11,8 +11,8 @@ import orjson
 
 from stream.core.decide import Policy
 from stream.core.events import SOURCE_OF_TYPE, Event, EventRules
-from stream.core.lane import Touched, fire, fold_step, overdue
-from stream.core.user import User
+from stream.core.lane import Touched, fire, fold_step
+from stream.core.user import User, overdue
 from stream.core.window import DAY_MS, Fold, WindowLimits
 from stream.errors import StateError
 from stream.replay.recording import Block, Recording
@@ -131,7 +131,7 @@ class Replay:
         self.counts.dead += 1
         self.statistics.dead[reason] += 1
 
-    async def _fire_timers(self, clock_ms: int, users: Mapping[str, User], events: Sequence[Event]) -> None:
+    async def _fire_timers(self, clock_ms: int, users: dict[str, User], events: list[Event]) -> None:
         """Fire every timer due at the stream's time, and those of `users` that come before their first event."""
         while True:
             silent = self._state.load(

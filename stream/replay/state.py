@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from stream.core.user import User
+from stream.core.user import User, change_of
 from stream.core.window import NO_TIMER_MS
-from stream.engine.store import Memory, Meta, PartitionStore, change_of
+from stream.engine.store import Memory, Meta, PartitionStore
 from stream.errors import UsageError
 
 _CACHE_MIB, _WRITE_BUFFERS_MIB = 256, 128

@@ -9,9 +9,9 @@ from stream.core.decide import Decision, Kind, Policy, apply, decide
 from stream.core.features import Features, Snapshots, batches, features
 from stream.core.lane import Touched, snapshot
 from stream.core.messages import decision_message
-from stream.core.outbox import pack_messages, pack_scores, unpack_outbox
+from stream.core.outbox import ScoresPen, pack_messages
 from stream.core.reasons import explain, occlude, variants
-from stream.core.scores import STEPS_PER_UNIT, Scores, collect
+from stream.core.scores import Scores, collect
 from stream.core.user import User
 from stream.scoring.scorer import Scorer
 
@@ -64,35 +64,35 @@ async def score_step(
     by_row: dict[int, list[Decision]] = {}
     for decision in decisions:
         by_row.setdefault(decision.row, []).append(decision)
-    outboxes: list[tuple[User, list[bytes]]] = []
     alerts: list[bytes] = []
-    steps = None if publish == 'changes' else _in_steps(scores)
-    for row in range(len(rows)) if steps else sorted(by_row):
-        entry = rows[row]
-        user, origin = entry.user, entry.origin
+    decided: dict[int, list[bytes]] = {}
+    for row, mine in by_row.items():
+        user, origin = rows[row].user, rows[row].origin
         assert origin is not None
-        mine: list[bytes] = []
-        for decision in by_row.get(row, ()):
+        for decision in mine:
             apply(user, decision, float(scores.power[row]), origin.as_of_ms, scorer.model.tag)
             if decision.occasion:
-                mine.append(decision_message(user, decision, decision.occasion, origin, row, scores, scorer.model,
-                                             policy, reasons.get(decision)))
-        alerts += mine
-        user.outbox = pack_messages(mine)
-        if steps and scores.usable[row]:
-            named = [event.event_id for event in entry.applied] if publish == 'events' else []
-            user.outbox += pack_scores(scorer.model, origin.as_of_ms, origin.timer_ms, float(scores.spend[row]),
-                                       *steps[row], named)
-        if user.outbox:
-            outboxes.append((user, unpack_outbox(user)))
+                message = decision_message(user, decision, decision.occasion, origin, row, scores, scorer.model,
+                                           policy, reasons.get(decision))
+                decided.setdefault(row, []).append(message)
+                alerts.append(message)
+    outboxes: list[tuple[User, list[bytes]]] = []
+    if publish == 'changes':
+        for row, messages in decided.items():
+            rows[row].user.outbox = pack_messages(messages)
+            outboxes.append((rows[row].user, messages))
+    else:
+        write, by_event, usable = ScoresPen(scorer.model, scores).write, publish == 'events', scores.usable.tolist()
+        for row, entry in enumerate(rows):
+            user, origin, messages = entry.user, entry.origin, decided.get(row)
+            if usable[row] and origin is not None:
+                messages = write(user, messages, row, origin.as_of_ms, origin.timer_ms,
+                                 entry.applied if by_event else None)
+            elif messages:
+                user.outbox = pack_messages(messages)
+            if messages:
+                outboxes.append((user, messages))
     return Scored(rows, scores, outboxes, alerts, int(np.sum(~scores.usable)))
-
-
-def _in_steps(scores: Scores) -> list[tuple[int, int, int, list[int]]]:
-    """Intent, power, churn and tier probabilities of each row in steps of the grid."""
-    columns = [np.rint(values * STEPS_PER_UNIT).astype(np.int64).tolist()
-               for values in (scores.intent, scores.power, scores.churn, scores.tiers)]
-    return list(zip(*columns, strict=True))
 
 
 async def _score(inputs: Features, scorer: Scorer) -> Scores:

@@ -1,9 +1,9 @@
 import random
 
 from stream.core.events import Event, EventType, Source
-from stream.core.lane import block_steps, fire, fold_step, overdue, snapshot
+from stream.core.lane import block_steps, fire, fold_step, snapshot
 from stream.core.messages import Origin
-from stream.core.user import User
+from stream.core.user import User, overdue
 from stream.core.window import DAY_MS, Fold, WindowLimits
 
 T0_MS = 1_700_000_000_000

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from xxhash import xxh3_128_hexdigest
 
 from stream.core.decide import Decision, Kind, Policy
+from stream.core.events import Event
 from stream.core.messages import ModelInfo, Origin, decision_message
-from stream.core.outbox import pack_messages, pack_scores, unpack_outbox
+from stream.core.outbox import ScoresPen, unpack_outbox
 from stream.core.scores import Scores
 from stream.core.user import User
 from stream.core.window import NO_TIER
@@ -47,10 +48,12 @@ def messages() -> list[bytes]:
     ]
 
 
-def scores_messages(user: User, origin: Origin = ORIGIN, events: Sequence[str] = ()) -> list[bytes]:
-    user.outbox = pack_scores(MODEL, origin.as_of_ms, origin.timer_ms, 12.34, 7312, 3750, 1000, [5000, 2500, 2500],
-                              events)
-    return unpack_outbox(user)
+def scores_messages(user: User, origin: Origin = ORIGIN, events: Sequence[str] = (),
+                    scores: Scores = SCORES) -> list[bytes]:
+    named = [Event(user.user_id, event_id, 0, 0, 1, 0, 0, 0, 0.0, 0) for event_id in events]
+    messages = ScoresPen(MODEL, scores).write(user, None, 0, origin.as_of_ms, origin.timer_ms, named)
+    assert unpack_outbox(user) == messages
+    return messages
 
 
 def test_messages_are_byte_for_byte_the_recorded_ones():
@@ -89,10 +92,9 @@ def test_scores_are_the_json_that_a_library_writes(user_id: str, events: list[st
                                                    timer_ms: int):
     user = User(user_id)
     user.applied, user.next_offset, user.tier = 7, [2**40, 3], tier
-    user.outbox = pack_messages([b'{"first":1}']) + pack_scores(
-        MODEL, 1_700_000_000_123, timer_ms, spend, step, 10_000 - step, 0, [step, 0], events)
-    first, *messages = unpack_outbox(user)
-    assert first == b'{"first":1}'
+    scores = Scores(np.array([True]), np.array([step / 10_000]), np.array([0.0]), np.array([(10_000 - step) / 10_000]),
+                    np.array([[step / 10_000, 0.0]]), np.array([spend]))
+    messages = scores_messages(user, Origin(1_700_000_000_123, timer_ms), events, scores)
     assert [orjson.dumps(orjson.loads(message)) for message in messages] == messages
     for message, event_id in zip(messages, events or [None], strict=True):
         value = orjson.loads(message)

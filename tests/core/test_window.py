@@ -143,7 +143,7 @@ def test_a_window_of_128_events_takes_less_than_4_500_bytes_beside_its_day_bucke
     (lambda record: record[:100], 'damaged'),
     (lambda record: record[:-1], 'damaged'),
     (lambda record: record + b'x', 'damaged'),
-    (lambda record: b'\x02\x00' + record[2:], 'layout 2'),
+    (lambda record: b'\x03\x00' + record[2:], 'layout 3'),
 ])
 def test_a_record_that_cannot_be_trusted_is_refused(spoil, message: str):
     user, _ = folded([event(T0_MS), event(T0_MS + 1)])

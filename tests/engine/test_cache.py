@@ -2,48 +2,58 @@ from stream.core.user import User
 from stream.engine.cache import OBJECT_BYTES, UserCache
 
 
-def kept(*steps: int, bytes_max: int) -> UserCache:
-    cache = UserCache(bytes_max)
+def users(*steps: int) -> list[User]:
+    made = []
     for number, step in enumerate(steps):
         user = User(f'u{number}')
         user.step = step
-        cache.keep(user, 300)
-    return cache
+        made.append(user)
+    return made
+
+
+def kept(cache: UserCache, *numbers: int) -> list[bool]:
+    return [user is not None for user in cache.find([f'u{number}' for number in numbers]).values()]
 
 
 def test_users_are_found_in_the_order_of_the_question():
-    cache = kept(1, 1, bytes_max=10_000)
-    found = cache.find(['u1', 'x', 'u0'])
-    assert list(found) == ['u1', 'x', 'u0']
-    assert found['x'] is None
-    assert found['u0'] is cache.find(['u0'])['u0']
+    cache = UserCache(10_000)
+    both = users(1, 1)
+    cache.keep(both, 600)
+    assert cache.find(['u1', 'x', 'u0']) == {'u1': both[1], 'x': None, 'u0': both[0]}
 
 
-def test_who_was_used_last_stays():
-    cache = kept(1, 1, 1, bytes_max=2 * (OBJECT_BYTES + 300))
-    first = cache.find(['u0'])['u0']
-    assert first is not None
-    cache.keep(first, 300)
+def test_who_is_used_stays_and_who_is_not_goes():
+    cache = UserCache(4 * (OBJECT_BYTES + 300))
+    everybody = users(*[1] * 5)
+    cache.keep(everybody[:3], 900)
     cache.trim(1)
-    assert [user_id in cache for user_id in ('u0', 'u1', 'u2')] == [True, False, True]
+    assert kept(cache, 0, 1, 2) == [True, True, True]
+    cache.keep([everybody[0], *everybody[3:]], 900)
+    cache.trim(1)
+    assert kept(cache, 0, 1, 2, 3, 4) == [True, False, False, True, True]
 
 
 def test_what_is_not_written_stays_whatever_the_bound():
-    cache = kept(1, 2, 3, bytes_max=0)
-    cache.trim(2)
-    assert [user_id in cache for user_id in ('u0', 'u1', 'u2')] == [False, False, True]
-    cache.trim(3)
-    assert len(cache) == 0
+    cache = UserCache(0)
+    everybody = users(1, 2, 3)
+    cache.keep(everybody, 900)
+    for _ in range(3):
+        cache.keep(users(1), 300)
+        cache.trim(2)
+    assert kept(cache, 1, 2) == [False, True]
+    for _ in range(2):
+        cache.keep(users(1), 300)
+        cache.trim(3)
+    assert kept(cache, 2) == [False]
 
 
-def test_a_user_who_grows_counts_once():
-    cache = kept(1, bytes_max=OBJECT_BYTES + 400)
-    user = cache.find(['u0'])['u0']
-    assert user is not None
-    for size in (350, 400):
-        cache.keep(user, size)
-        cache.trim(1)
-    assert len(cache) == 1
-    cache.keep(user, 401)
-    cache.trim(1)
-    assert len(cache) == 0
+def test_what_is_kept_is_bounded():
+    cache = UserCache(100 * (OBJECT_BYTES + 300))
+    for step in range(1, 50):
+        fresh = [User(f'{step}-{number}') for number in range(20)]
+        for user in fresh:
+            user.step = step
+        cache.keep(fresh, 300 * len(fresh))
+        cache.trim(step)
+        assert len(cache) <= 120
+    assert len(cache) >= 50

@@ -55,7 +55,9 @@ class FakeKafka:
             await self.gates[topic].wait()
         return len(self.topics[topic])
 
-    async def send_messages(self, topic: str, partition: int, messages: list[tuple[bytes, bytes]], source: bytes) -> int:
+    async def send_messages(
+        self, topic: str, partition: int, messages: list[tuple[bytes, bytes]], source: bytes,
+    ) -> int:
         return await self.send(topic, partition, [(*pair, []) for pair in messages]) if messages else 0
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from stream.core.user import User, encode
-from stream.engine.store import LANE_KEY, Change, LaneRecord, Memory, Meta, PartitionStore
+from stream.core.user import Change, User, encode
+from stream.engine.store import LANE_KEY, LaneRecord, Memory, Meta, PartitionStore
 from stream.errors import StateError
 
 

@@ -14,7 +14,8 @@ from stream.core.decide import Policy
 from stream.core.events import SOURCE_OF_TYPE, Decoder, Event, EventRules
 from stream.core.features import COUNTER_NAMES, Batch
 from stream.core.scores import Outputs
-from stream.core.user import User, encode, fire_timer, fold
+from stream.core.outbox import unpack_outbox
+from stream.core.user import User, decode, encode, fire_timer, fold
 from stream.core.window import DAY_MS, WindowLimits
 from stream.errors import UsageError
 from stream.replay.recording import Recording
@@ -243,4 +244,12 @@ def test_a_recorded_replay_gives_the_recorded_bytes():
     _, outputs, dead_letters = replayed(recorded / 'events.jsonl', ReplayRules(publish='all'), state=state)
     assert outputs == (recorded / 'messages.jsonl').read_bytes()
     assert dead_letters == (recorded / 'dead.jsonl').read_bytes()
-    assert encode(state.load(['ada'])['ada']) == (recorded / 'ada.record').read_bytes()
+    assert encode(state.load(['ada'])['ada']) == (recorded / 'ada.layout-2.record').read_bytes()
+
+
+def test_a_record_of_the_first_layout_is_still_read():
+    recorded = Path(__file__).parents[1] / 'golden' / 'replay'
+    first, second = (decode('ada', (recorded / f'ada.layout-{layout}.record').read_bytes()) for layout in (1, 2))
+    assert unpack_outbox(first) == unpack_outbox(second) != []
+    first.outbox = second.outbox
+    assert encode(first) == encode(second)
