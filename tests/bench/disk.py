@@ -1,0 +1,90 @@
+"""Bytes on disk per user with a full window, after every user has been rewritten several times.
+
+    python -m tests.bench.disk [--users 50000 --updates 20]
+
+The users' windows are full of 128 simulated events each (random ids, hashes, times); the worker reads them back from
+its changelog, then folds live events that touch each user `updates` times on average, so that RocksDB holds old
+versions beside new ones as it does after months. Then the worker is stopped, and everything below `users-N` counts, in
+blocks of the file system.
+"""
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+from stream.engine.store import Memory, PartitionStore
+from tests.bench.common import (
+    MIB,
+    Pool,
+    Report,
+    Shoppers,
+    Templates,
+    broker,
+    cpu_s,
+    disk_bytes,
+    drain_s,
+    fill_changelog,
+    main,
+    make_topics,
+    memory_mib,
+    parser,
+    say,
+    shop,
+)
+
+WINDOW = 128
+
+
+def bench(options: argparse.Namespace) -> int:
+    report = Report('disk', options)
+    with broker() as (brokers, folder), shop(brokers, folder, options, session_timeout_ms=120_000) as of:
+        make_topics(of)
+        pool, shoppers = Pool(WINDOW), Shoppers(options.users, of.partitions)
+        fill_changelog(of, shoppers, pool, options.users, step_users=150)
+        state = Path(of.settings['state_dir'])
+        worker = of.worker()
+        say(f'{options.users:,} users read back, {disk_bytes(state) / MIB:,.0f} MiB on disk')
+        began = time.monotonic()
+        templates = Templates(of, shoppers, each=12)
+        events, seconds, cpu = drain_s(of, [worker], templates, options.users * options.updates)
+        say(f'{events:,} events folded in {seconds:.1f} s ({time.monotonic() - began:.1f} s with their making)')
+        running = disk_bytes(state)
+        peak, whole = memory_mib(worker, 'VmHWM'), cpu_s(worker)
+        assert worker.stop() == 0, worker.said()[-3000:]
+        folders = sorted(state.glob('users-*'))
+        stopped = sum(map(disk_bytes, folders))
+        lengths, windows = [], []
+        for directory in folders:
+            store = PartitionStore(directory, Memory(16, 16))
+            for key, record in store._db.items():       # the records as they are
+                if key < b'\xff':
+                    lengths.append(len(record))
+                    windows.append(int.from_bytes(record[2:4], 'little'))
+            store.close()
+        assert len(lengths) == options.users and min(windows) == WINDOW, 'not every user has a full window'
+        say('    ' + ', '.join(f'{kind or "no suffix"} {size / MIB:,.0f} MiB' for kind, size in _by_kind(folders)))
+        report.add('bytes of a record', statistics.fmean(lengths), 'B')
+        report.add('bytes on disk per user while it runs', running / options.users, 'B')
+        report.add('bytes on disk per user, stopped', stopped / options.users, 'B', at_most=4_500)
+        report.add('of the record', stopped / sum(lengths), '1')
+        report.add('events a second meanwhile', events / seconds, 'events/s')
+        report.add('CPU per million events meanwhile', cpu / events * 1e6, 's')
+        report.add('CPU of the whole process', whole, 's')
+        report.add('peak memory', peak, 'MiB')
+    return report.end()
+
+
+def _by_kind(folders: list[Path]) -> list[tuple[str, int]]:
+    """Bytes by the files' suffixes, the largest first."""
+    sizes: dict[str, int] = {}
+    for directory in folders:
+        for path in directory.iterdir():
+            sizes[path.suffix] = sizes.get(path.suffix, 0) + path.stat().st_blocks * 512
+    return sorted(sizes.items(), key=lambda entry: -entry[1])
+
+
+if __name__ == '__main__':
+    made = parser(__doc__)
+    made.add_argument('--users', type=int, default=50_000)
+    made.add_argument('--updates', type=int, default=20, help='events per user after the window is full')
+    main(bench, made.parse_args())

@@ -1,0 +1,63 @@
+"""What an event costs with 1, 2 and 4 workers: seconds of CPU of all of them per million events.
+
+    python -m tests.bench.scaling [--events 1000000 --users 20000 --runs 3]
+
+The constant scorer: what is measured is the pipeline. The workers own all partitions and stand still (SIGSTOP) while
+the same backlog is put into the inputs; CPU counts from when they go on until everything is committed. On a machine
+with fewer cores than workers the rate says little; the cost says what each event would cost on machines of their own.
+"""
+import argparse
+
+from tests.bench.common import (
+    Report,
+    Shoppers,
+    Templates,
+    broker,
+    drain_s,
+    main,
+    make_topics,
+    parser,
+    say,
+    shop,
+    wait_balanced,
+)
+
+
+def bench(options: argparse.Namespace) -> int:
+    report = Report('scaling', options)
+    counts = [int(text) for text in options.workers.split(',')]
+    costs: dict[int, list[float]] = {count: [] for count in counts}
+    rates: dict[int, list[float]] = {count: [] for count in counts}
+    for run in range(options.runs):
+        for count in counts:
+            with broker() as (brokers, folder), \
+                    shop(brokers, folder, options, session_timeout_ms=120_000) as of:
+                make_topics(of)
+                shoppers = Shoppers(options.users, of.partitions)
+                templates = Templates(of, shoppers)
+                workers = [of.worker(ready=False, state_dir=str(folder / f'state-{number}')) for number in range(count)]
+                wait_balanced(workers, of.partitions)
+                drain_s(of, workers, templates, options.warm_events)
+                events, seconds, cpu = drain_s(of, workers, templates, options.events)
+                assert sum(worker.metric('stream_dead_letters_total') for worker in workers) == 0
+                costs[count].append(cpu / events * 1e6)
+                rates[count].append(events / seconds)
+                say(f'run {run + 1}, {count} workers: {events:,} events in {seconds:.1f} s, '
+                    f'{costs[count][-1]:.1f} s of CPU per million')
+    for count in counts:
+        report.spread(f'{count} workers: rate on this machine', rates[count], 'events/s')
+        report.spread(f'{count} workers: CPU per million events', costs[count], 's')
+    for count in counts[1:]:
+        growth = [100 * (more / one - 1) for one, more in zip(costs[counts[0]], costs[count], strict=True)]
+        report.spread(f'{count} workers: cost per event more than with {counts[0]}', growth, '%', at_most=10)
+    return report.end()
+
+
+if __name__ == '__main__':
+    made = parser(__doc__)
+    made.add_argument('--workers', default='1,2,4')
+    made.add_argument('--events', type=int, default=1_000_000)
+    made.add_argument('--warm-events', type=int, default=100_000, help='before, so that users and caches are there')
+    made.add_argument('--users', type=int, default=20_000)
+    made.add_argument('--runs', type=int, default=3)
+    main(bench, made.parse_args())
