@@ -1,0 +1,210 @@
+"""From an event's appending to that of its output, by the broker's clock, at half of the worker's own highest rate.
+
+    python -m tests.bench.latency --scorer constant|embedded|triton [--seconds 60 --warm-s 10 --users 100000]
+
+1. The highest rate: a backlog is worked off, events a second until the last commit (`--rate` skips this).
+2. An open loop sends at half of it, evenly over users and so over partitions; it never waits for the worker, so that a
+   worker that falls behind shows it. The loop's own delay is printed beside.
+3. With `publish = all` each scored user gives an output that says how far its inputs were folded: an event's latency is
+   the time until the first output of its user that covers it.
+
+With Triton also the same requests straight to Triton: as many rows, at the same moments, with the windows that the
+worker had at the end, through the same client library. The worker's p99 beside Triton's own is what the worker adds.
+"""
+import argparse
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stream.core.features import Batch, Snapshots, batches, features
+from stream.core.scores import OUTPUT_NAMES
+from stream.core.window import User, pack_header
+from stream.scoring.make import ROOT
+from tests.bench.common import (
+    APPEND_TIME,
+    Output,
+    Pool,
+    Report,
+    Sent,
+    Shoppers,
+    Templates,
+    broker,
+    cpu_s,
+    drain_s,
+    drive,
+    fill_changelog,
+    latencies_ms,
+    main,
+    make_topics,
+    memory_mib,
+    output_topics,
+    parser,
+    read_outputs,
+    say,
+    shop,
+    wait_done,
+)
+from tests.integration.running import Shop
+
+BACKLOG = {'constant': 200_000, 'embedded': 20_000, 'triton': 20_000}
+ROWS_MAX = 256
+
+
+def percentiles(report: Report, name: str, values_ms: np.ndarray, p99_at_most: float | None = None) -> float:
+    """p50, p99 and p99.9 as figures; returns p99."""
+    p50, p99, p999 = np.percentile(values_ms, (50, 99, 99.9))
+    report.add(f'{name}: p50', p50, 'ms')
+    report.add(f'{name}: p99', p99, 'ms', at_most=p99_at_most)
+    report.add(f'{name}: p99.9', p999, 'ms')
+    return float(p99)
+
+
+@contextlib.contextmanager
+def triton(folder: Path, wanted: bool) -> Iterator[str]:
+    """Its address, or '' where none is wanted."""
+    if not wanted:
+        yield ''
+        return
+    from parts import Triton  # pyright: ignore[reportMissingImports] - in deploy/local
+    with Triton(folder / 'triton') as served:
+        yield served.address
+
+
+def steps_of(outputs: list[Output], from_ms: float) -> list[tuple[int, int]]:
+    """(ms, rows) of each step: outputs of one step are appended together, so neighbours of one time are one step."""
+    scores = [output for output in outputs if output.at_ms >= from_ms]
+    return sorted((at_ms, len(list(run))) for (_, at_ms), run
+                  in groupby(scores, key=lambda output: (output.partition, output.at_ms)))
+
+
+async def triton_alone_ms(address: str, steps: list[tuple[int, int]], users: list[User]) -> np.ndarray:
+    """Milliseconds of the same requests, sent at the same moments whether earlier ones are answered or not."""
+    from tritonclient.grpc import InferInput, InferRequestedOutput
+    from tritonclient.grpc.aio import InferenceServerClient
+    kinds = {'categories': 'INT32', 'numbers': 'FP32', 'counters': 'FP32', 'row_id': 'INT64'}
+    wanted = [InferRequestedOutput(name) for name in OUTPUT_NAMES]
+    rng, taken = np.random.default_rng(1), []
+
+    def inputs(batch: Batch) -> list[Any]:
+        return [InferInput(name, getattr(batch, name).shape, kind).set_data_from_numpy(getattr(batch, name))
+                for name, kind in kinds.items()]
+
+    async def ask(client: InferenceServerClient, whose: list[User]) -> None:
+        inputs_of = features(Snapshots.join(
+            [pack_header(user) for user in whose], [user.days for user in whose], [user.rows for user in whose],
+            [user.last_seen_ms for user in whose]))
+        requests = [inputs(batch) for batch in batches(inputs_of, ROWS_MAX)]
+        began = time.perf_counter()
+        await asyncio.gather(*(client.infer('shopper', request, '1', wanted) for request in requests))
+        taken.append((time.perf_counter() - began) * 1000)
+
+    async with InferenceServerClient(address) as client:
+        await ask(client, users[:8])
+        taken.clear()
+        tasks, began = [], time.monotonic()
+        for at_ms, rows in steps:
+            await asyncio.sleep(max(began + (at_ms - steps[0][0]) / 1000 - time.monotonic(), 0))
+            drawn = rng.integers(0, len(users), rows)
+            tasks.append(asyncio.create_task(ask(client, [users[index] for index in drawn])))
+        await asyncio.gather(*tasks)
+    return np.array(taken)
+
+
+def measure(of: Shop, shoppers: Shoppers, options: argparse.Namespace, report: Report) -> tuple[Sent, list[Output]]:
+    """The highest rate, and the open loop at half of it; what was sent, and what came out of that."""
+    worker = of.worker()
+    rate, numbers = options.rate, 0
+    if not rate:
+        templates = Templates(of, shoppers, each=8)
+        backlog = options.backlog or BACKLOG[options.scorer]
+        drain_s(of, [worker], templates, max(backlog // 10, 1))
+        events, seconds, _ = drain_s(of, [worker], templates, backlog)
+        numbers = templates.numbers
+        report.add('highest rate', events / seconds, 'events/s')
+        rate = events / seconds * options.share
+    before = cpu_s(worker), worker.metric('stream_steps_total'), worker.metric('stream_scored_rows_total')
+    sent = asyncio.run(drive(of, shoppers, rate, options.warm_s + options.seconds, numbers, seed=2))
+    lasted = options.warm_s + options.seconds
+    cpu, steps, rows = cpu_s(worker), worker.metric('stream_steps_total'), worker.metric('stream_scored_rows_total')
+    asyncio.run(wait_done(of))
+    report.add('rate', sent.events / lasted, 'events/s')
+    report.add("the loop's own delay: p99", float(np.percentile(sent.late_ms, 99)), 'ms')
+    report.add("the worker's share of a core", (cpu - before[0]) / lasted, '1')
+    report.add('steps a second', (steps - before[1]) / lasted, '1/s')
+    report.add('windows scored a step', (rows - before[2]) / max(steps - before[1], 1), '1')
+    report.add('peak memory', memory_mib(worker, 'VmHWM'), 'MiB')
+    say('    stages, mean ms a step: ' + ', '.join(_stages(worker)))
+    assert worker.metric('stream_dead_letters_total') == 0
+    assert worker.stop() == 0, worker.said()[-3000:]
+    first_ms = min(batch[3] for batch in sent.batches)
+    return sent, [output for output in read_outputs(of, output_topics(of)) if output.at_ms >= first_ms]
+
+
+def _stages(worker: Any) -> list[str]:
+    import urllib.request
+    with urllib.request.urlopen(worker.url + '/metrics', timeout=5) as answer:
+        lines = answer.read().decode().splitlines()
+    sums = {line.split('"')[1]: float(line.rpartition(' ')[2]) for line in lines
+            if line.startswith('stream_stage_seconds_sum')}
+    counts = {line.split('"')[1]: float(line.rpartition(' ')[2]) for line in lines
+              if line.startswith('stream_stage_seconds_count')}
+    return [f'{stage} {sums[stage] / max(counts[stage], 1) * 1000:.1f}' for stage in sums]
+
+
+def bench(options: argparse.Namespace) -> int:
+    report = Report('latency', options)
+    with broker() as (brokers, folder), triton(folder, options.scorer == 'triton') as address:
+        more = {'triton': address} if address else {}
+        with shop(brokers, folder, options, publish='all', scorer=options.scorer, session_timeout_ms=120_000,
+                  model=str(ROOT / 'triton_models/shopper/1'), **more) as of:
+            make_topics(of, input=APPEND_TIME, alerts=APPEND_TIME, scores=APPEND_TIME)
+            shoppers = Shoppers(options.users, of.partitions)
+            fill_changelog(of, shoppers, Pool(options.window), options.users)
+            sent, outputs = measure(of, shoppers, options, report)
+            found, missing = latencies_ms(sent, outputs, options.warm_s)
+            assert not missing, f'{missing:,} events have no output'
+            p99 = percentiles(report, 'event to output', found, 150)
+            alerts = [output for output in outputs if output.topic == of.settings['alerts_topic']]
+            if alerts:
+                percentiles(report, f'event to decision, {len(alerts):,} decisions', decisions_ms(sent, alerts))
+            if address:
+                from_ms = min(batch[3] for batch in sent.batches) + options.warm_s * 1000
+                steps = steps_of([output for output in outputs if output.topic == of.settings['scores_topic']], from_ms)
+                users = list(of.users().values())[:20_000]
+                alone = percentiles(report, "Triton's alone", asyncio.run(triton_alone_ms(address, steps, users)))
+                report.add("event to output, p99, in p99 of Triton's alone", p99 / alone, '1', at_most=3)
+    return report.end()
+
+
+def decisions_ms(sent: Sent, alerts: list[Output]) -> np.ndarray:
+    """For each decision of events, from the appending of the newest event that it names to its own."""
+    at_ms = [{}, {}]
+    for source, partition, offset, when, users in sent.batches:
+        for place in range(len(users)):
+            at_ms[source][partition, offset + place + 1] = when
+    found = []
+    for output in alerts:
+        times = [at_ms[source].get((output.partition, upto), 0) for source, upto
+                 in ((0, output.clicks), (1, output.carts))]
+        if max(times) and not output.timer:
+            found.append(output.at_ms - max(times))
+    return np.array(found or [0.0])
+
+
+if __name__ == '__main__':
+    made = parser(__doc__)
+    made.add_argument('--scorer', choices=('constant', 'embedded', 'triton'), default='constant')
+    made.add_argument('--seconds', type=float, default=60)
+    made.add_argument('--warm-s', type=float, default=10)
+    made.add_argument('--users', type=int, default=100_000)
+    made.add_argument('--window', type=int, default=22, help='events of each user at the beginning')
+    made.add_argument('--backlog', type=int, default=0, help='events whose working off shows the highest rate')
+    made.add_argument('--share', type=float, default=0.5, help='of the highest rate')
+    made.add_argument('--rate', type=float, default=0, help='events a second; 0: a share of the highest rate')
+    main(bench, made.parse_args())
