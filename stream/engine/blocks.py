@@ -47,6 +47,10 @@ class Block(msgspec.Struct, gc=False):
                 return here, rest
         return self, None
 
+    def joined(self, after: 'Block') -> 'Block':
+        """This block and the one that begins where it ends, as one."""
+        return Block(self.topic, self.partition, after.epoch, self.start, after.stop, [*self.records, *after.records])
+
 
 def cut(block: Block, events_max: int) -> Iterator[Block]:
     """The block in blocks of at most `events_max` records, which together span the same positions."""

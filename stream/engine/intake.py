@@ -38,16 +38,18 @@ class Intake:
     """The blocks of both topics of one partition number that wait to be folded.
 
     ahead_max       blocks of a topic that wait here
+    events_max      of a block: what comes while a lane is busy is joined up to so many, and folded as one
     merge_wait_ms   how long events of one topic wait for those of the other that are known to exist
     arrived         called when a block was taken
     """
 
-    def __init__(self, tps: tuple[TP, TP], fetches: Fetches, ahead_max: int, merge_wait_ms: int,
+    def __init__(self, tps: tuple[TP, TP], fetches: Fetches, ahead_max: int, events_max: int, merge_wait_ms: int,
                  arrived: Callable[[], None], metrics: Metrics) -> None:
         self.expected = [fetches.starts[tp] for tp in tps]
         self._tps = tps
         self._fetches = fetches
         self._ahead_max = ahead_max
+        self._events_max = events_max
         self._merge_wait_s = merge_wait_ms / 1000
         self._arrived = arrived
         self._metrics = metrics
@@ -71,7 +73,11 @@ class Intake:
             self._fetches.seek_now(tp, expected)
             return
         self.expected[source] = block.stop
-        self._queues[source].append(block)
+        queue = self._queues[source]
+        if queue and len(queue[-1].records) + len(block.records) <= self._events_max:
+            queue.append(queue.pop().joined(block))
+        else:
+            queue.append(block)
         if source is self._waited_in_vain:
             self._waited_in_vain = None
         self._arrived()

@@ -74,6 +74,7 @@ class LaneRules:
     merge_wait_ms: int
     blocks_ahead_max: int
     users_cached_bytes: int
+    block_events_max: int
     sweep_users_max: int
     changelog: str
     alerts: str
@@ -146,8 +147,8 @@ class Lane:
         self._tools = tools
         self._rules = tools.rules
         self._wake = asyncio.Event()
-        self.intake = Intake(tps, tools.consumer, tools.rules.blocks_ahead_max, tools.rules.merge_wait_ms,
-                             self._wake.set, tools.metrics)
+        self.intake = Intake(tps, tools.consumer, tools.rules.blocks_ahead_max, tools.rules.block_events_max,
+                             tools.rules.merge_wait_ms, self._wake.set, tools.metrics)
         self.done = list(self.intake.expected)
         self._stopping = False
         self._step = 0

@@ -89,6 +89,7 @@ def _lanes(settings: Settings, partitions: int, app: Any, scorer: Scorer, metric
         clock_grace_ms=settings.clock_grace_ms, clock_idle_ms_max=settings.clock_idle_ms_max,
         merge_wait_ms=settings.merge_wait_ms, blocks_ahead_max=settings.blocks_ahead_max,
         users_cached_bytes=(settings.users_cached_mib << 20) // partitions,
+        block_events_max=settings.block_events_max,
         sweep_users_max=settings.sweep_users_max, changelog=changelog_topic(settings),
         alerts=settings.alerts_topic, scores=settings.scores_topic, dead_letters=settings.dead_letters_topic,
         journal=settings.journal_topic, source=f'/stream/{settings.group}')
