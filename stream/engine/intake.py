@@ -96,6 +96,12 @@ class Intake:
         """Blocks that wait here."""
         return sum(map(len, self._queues))
 
+    @property
+    def plenty(self) -> bool:
+        """Whether waiting would not make the next block much larger."""
+        return any(len(queue) > 1 or (queue and len(queue[0].records) > self._events_max // 2)
+                   for queue in self._queues)
+
     def queued(self, source: Source) -> bool:
         """Whether a block of this topic waits here."""
         return bool(self._queues[source])

@@ -249,6 +249,12 @@ class Lane:
             self._wake.clear()
             if self._publishing is not None and self._publishing.done():
                 await self._published()
+            if self._publishing is not None and not self.intake.plenty:
+                # It could not be published before that step anyway. What comes meanwhile joins it: each step costs
+                # as much as the folding of many events.
+                await self._woken(CLOCK_LOOK_S)
+                waited_since = time.monotonic()
+                continue
             blocks = self.intake.take(time.monotonic() - waited_since)
             if blocks or (not self.intake.blocks and not self.store.none_due(self.clock_ms())):
                 return blocks

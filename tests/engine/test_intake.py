@@ -53,7 +53,7 @@ def fetches() -> FakeFetches:
 
 @pytest.fixture
 def intake(fetches: FakeFetches) -> Intake:
-    return Intake((CLICKS, CARTS), fetches, 2, 500, lambda: None, Metrics())
+    return Intake((CLICKS, CARTS), fetches, 2, 1, 500, lambda: None, Metrics())
 
 
 def test_blocks_that_follow_one_another_are_taken(intake: Intake, fetches: FakeFetches):
@@ -73,6 +73,31 @@ def test_a_missing_block_is_read_again_and_what_was_fetched_before_is_dropped(in
     intake.admit(block(CLICKS, 1, [2, 3, 4, 5], epoch=2))
     intake.admit(block(CLICKS, 5, [6], epoch=2))
     assert intake.expected == [6, 0]
+
+
+def test_what_waits_is_joined_up_to_the_size_of_a_block(fetches: FakeFetches):
+    intake = Intake((CLICKS, CARTS), fetches, 2, 4, 500, lambda: None, Metrics())
+    for start in range(4):
+        assert intake.wants(Source.CLICKS)
+        intake.admit(block(CLICKS, start, [start]))
+        assert intake.plenty == (start > 1)
+    intake.admit(block(CLICKS, 4, [], stop=7))
+    intake.admit(block(CLICKS, 7, [7]))
+    assert not intake.wants(Source.CLICKS)
+    taken = [intake.take(0)[0] for _ in range(2)]
+    assert [(part.start, part.stop, len(part.records)) for part in taken] == [(0, 7, 4), (7, 8, 1)]
+    assert fetches.sought == []
+
+
+def test_what_is_joined_is_folded_as_far_as_both_topics_reach(fetches: FakeFetches):
+    intake = Intake((CLICKS, CARTS), fetches, 2, 4, 500, lambda: None, Metrics())
+    intake.admit(block(CLICKS, 0, [1, 3]))
+    intake.admit(block(CARTS, 0, [2]))
+    intake.admit(block(CLICKS, 2, [5]))
+    assert drawn(intake.take(0)) == 'c1 k2'
+    intake.admit(block(CLICKS, 3, [6]))
+    intake.admit(block(CARTS, 1, [7]))
+    assert drawn(intake.take(0)) == 'c3 c5 c6'
 
 
 def test_gaps_between_offsets_are_no_loss(intake: Intake, fetches: FakeFetches):

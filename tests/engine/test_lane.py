@@ -3,6 +3,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ NOW_MS = 1_770_000_000_000
 RULES = LaneRules(
     limits=WindowLimits(silence_ms=(DAY_MS,)), policy=Policy(), publish='all', reasons_rows_max=0, digest='',
     partitioner='none', partitions=1, wall_clock=False, clock_grace_ms=0, clock_idle_ms_max=0, merge_wait_ms=0,
-    blocks_ahead_max=100, users_cached_bytes=1 << 20, sweep_users_max=3,
+    blocks_ahead_max=100, block_events_max=1, users_cached_bytes=1 << 20, sweep_users_max=3,
     changelog='changelog', alerts='alerts', scores='scores',
     dead_letters='dead', journal='', source='/stream/test')
 
@@ -80,8 +81,9 @@ def blocks() -> list[Block]:
     return made
 
 
-def lane_on(kafka: Any, store: PartitionStore, scorer: ConstantScorer | None = None) -> Lane:
-    tools = Tools(RULES, Decoder(EventRules()), scorer or ConstantScorer(), kafka, Metrics(), kafka)
+def lane_on(kafka: Any, store: PartitionStore, scorer: ConstantScorer | None = None,
+            rules: LaneRules = RULES) -> Lane:
+    tools = Tools(rules, Decoder(EventRules()), scorer or ConstantScorer(), kafka, Metrics(), kafka)
     return Lane(0, 1, store, tools, (CLICKS, CARTS))
 
 
@@ -133,6 +135,22 @@ async def test_the_changelog_of_the_next_step_waits_for_the_outputs_of_this_one(
         gate.set()
         await until(lambda: lane.done == [16, 0])
         assert kafka.sends.count('changelog') > 2
+
+
+@on_a_loop
+async def test_what_comes_while_a_step_is_under_way_is_folded_as_one(store: PartitionStore):
+    kafka = FakeKafka()
+    kafka.gates['changelog'] = asyncio.Event()
+    lane = lane_on(kafka, store, rules=replace(RULES, block_events_max=100))
+    async with running(lane):
+        for offset in range(4):
+            lane.admit(Block('clicks', 0, 1, offset, offset + 1, [record(offset, f'u{offset}', NOW_MS)]))
+            await until(lambda: kafka.sends)
+        assert len(kafka.topics['changelog']) == 2      # a user, and the lane's own
+        kafka.gates['changelog'].set()
+        await until(lambda: lane.done == [4, 0])
+        assert kafka.sends == ['changelog', 'scores'] * 2
+        assert store.meta.newest == 2
 
 
 @on_a_loop
