@@ -57,6 +57,7 @@ sys.path.insert(0, str(ROOT / 'deploy' / 'local'))
 MIB = 1 << 20
 BATCH_BYTES_MAX = 900_000
 CARTS_SHARE = 0.2           # of all events
+OPEN_SHARE = 0.02           # of made-up users: those who may get an alert of a kind at once
 APPEND_TIME = {'message.timestamp.type': 'LogAppendTime'}
 _TICKS_A_SECOND = os.sysconf('SC_CLK_TCK')
 
@@ -412,7 +413,8 @@ class Pool:
 
     A copy has ids of its own; its items and baskets are those of the original, moved by a number of its own, so that
     what repeats within a user repeats still; its times are moved by whole days. Hashes stay hashes: nothing of it can
-    be compressed better than the original.
+    be compressed better than the original. It has a tier, and has had its alerts, so that it does not get them all when
+    it is scored for the first time: `OPEN_SHARE` of the cool-downs are over.
 
     record_bytes   mean length of a record
     """
@@ -474,6 +476,9 @@ class Pool:
         for name in ('first_seen_ms', 'last_seen_ms', 'last_order_ms', 'due_ms'):
             header[name] += np.where(header[name] == 0, 0, shift_ms)
         header['next_offset'] = 0
+        header['tier'] = 1          # by no model: the first one that scores sets it anew, silently
+        for name, cooldown_ms in (('intent_at_ms', DAY_MS), ('churn_at_ms', 7 * DAY_MS)):
+            header[name] = newest_ms - rng.integers(0, round(cooldown_ms / (1 - OPEN_SHARE)), count)
         header['step'] = step
         text = data.tobytes()
         return [text[at:at + width] for at in range(0, len(text), width)]

@@ -122,9 +122,8 @@ def measure(of: Shop, shoppers: Shoppers, options: argparse.Namespace, report: R
     rate, numbers = options.rate, 0
     if not rate:
         templates = Templates(of, shoppers, each=8)
-        backlog = options.backlog or BACKLOG[options.scorer]
-        drain_s(of, [worker], templates, max(backlog // 10, 1))
-        events, seconds, _ = drain_s(of, [worker], templates, backlog)
+        drain_s(of, [worker], templates, max(options.backlog // 5, 1))
+        events, seconds, _ = drain_s(of, [worker], templates, options.backlog)
         numbers = templates.numbers
         report.add('highest rate', events / seconds, 'events/s')
         rate = events / seconds * options.share
@@ -171,6 +170,7 @@ def bench(options: argparse.Namespace) -> int:
             assert not missing, f'{missing:,} events have no output'
             p99 = percentiles(report, 'event to output', found, 150)
             alerts = [output for output in outputs if output.topic == of.settings['alerts_topic']]
+            report.add('decisions per 1,000 events, warm-up included', 1000 * len(alerts) / sent.events, '1')
             if alerts:
                 percentiles(report, f'event to decision, {len(alerts):,} decisions', decisions_ms(sent, alerts))
             if address:
@@ -204,7 +204,10 @@ if __name__ == '__main__':
     made.add_argument('--warm-s', type=float, default=10)
     made.add_argument('--users', type=int, default=100_000)
     made.add_argument('--window', type=int, default=22, help='events of each user at the beginning')
-    made.add_argument('--backlog', type=int, default=0, help='events whose working off shows the highest rate')
+    made.add_argument('--backlog', type=int, default=0, help='events whose working off shows the highest rate; 0: by '
+                      'scorer')
     made.add_argument('--share', type=float, default=0.5, help='of the highest rate')
     made.add_argument('--rate', type=float, default=0, help='events a second; 0: a share of the highest rate')
-    main(bench, made.parse_args())
+    given = made.parse_args()
+    given.backlog = given.backlog or BACKLOG[given.scorer]
+    main(bench, given)
