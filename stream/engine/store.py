@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from rocksdict import BlockBasedOptions, Cache, Options, Rdict, WriteBatch, WriteBufferManager
+from rocksdict import BlockBasedOptions, Cache, DBCompressionType, Options, Rdict, WriteBatch, WriteBufferManager
 
 from stream.core.user import Change, User, decode
 from stream.core.window import HEADER_DTYPE, NO_TIMER_MS
@@ -72,7 +72,7 @@ class Memory:
     def __init__(self, cache_mib: int, write_buffers_mib: int) -> None:
         self.cache = Cache(cache_mib * _MIB)
         self.write_buffers = WriteBufferManager(write_buffers_mib * _MIB, False)
-        self.write_buffer_bytes = max(1, write_buffers_mib // 8) * _MIB
+        self.write_buffer_bytes = max(1, write_buffers_mib // 16) * _MIB
 
     def options(self) -> Options:
         """The options of one column family of one partition."""
@@ -85,6 +85,12 @@ class Memory:
         options.set_max_open_files(256)
         options.set_keep_log_file_num(2)
         options.set_max_total_wal_size(64 * _MIB)
+        # Disk: a record is rewritten all the time, so the newest level, rewritten soonest, is packed fast, what lies
+        # below small; and small files and levels keep few old versions beside the new ones.
+        options.set_compression_per_level([DBCompressionType.lz4(), *[DBCompressionType.zstd()] * 6])
+        options.set_compression_options(-14, 1, 0, 0)       # zstd's level 1
+        options.set_max_bytes_for_level_base(64 * _MIB)
+        options.set_target_file_size_base(16 * _MIB)
         table = BlockBasedOptions()
         table.set_block_cache(self.cache)
         table.set_bloom_filter(10, False)
