@@ -436,15 +436,17 @@ class Triton(Part):
 
     version_dir         folder of an exported version
     queue_requests_max  beyond so many waiting requests it answers UNAVAILABLE; 0: no bound
+    python_model        what the Python backend runs
     """
 
     name = 'triton'
 
     def __init__(self, folder: Path, version_dir: Path = SHIPPED, tied: bool = True,
-                 queue_requests_max: int = 0) -> None:
+                 queue_requests_max: int = 0, python_model: Path = HERE / 'model.py') -> None:
         super().__init__(folder, tied)
         self.version_dir = version_dir
         self.queue_requests_max = queue_requests_max
+        self.python_model = python_model
         self._installed = install_triton()
         self._choose_ports()
 
@@ -458,7 +460,7 @@ class Triton(Part):
 
     def _command(self) -> tuple[list[str], dict[str, str]]:
         models = self.folder / 'models'
-        render(self.version_dir, models, 'python', HERE / 'model.py', self.queue_requests_max)
+        render(self.version_dir, models, 'python', self.python_model, self.queue_requests_max)
         server = self._installed / 'server'
         arguments = {
             'model-repository': models, 'backend-directory': self._installed / 'backends',
