@@ -12,6 +12,7 @@ A server that was never asked, or comes back, first has to prove itself: live, m
 its configuration tells, the same weights. It does so on a connection of its own: an old one may hang for minutes.
 """
 import asyncio
+import functools
 import itertools
 import random
 import time
@@ -19,11 +20,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import grpc
 import msgspec
 import numpy as np
-from tritonclient.grpc import InferInput, InferRequestedOutput, InferResult
-from tritonclient.grpc.aio import InferenceServerClient
-from tritonclient.utils import InferenceServerException
+from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 from stream.core.features import COUNTERS, SLOT_NUMBERS, Batch
 from stream.core.scores import OUTPUT_NAMES, Outputs
@@ -43,9 +43,11 @@ QUEUE_FULL = 'Exceeds maximum queue size'       # with which Triton says UNAVAIL
 RETRIED = frozenset({'UNAVAILABLE', 'DEADLINE_EXCEEDED', EXHAUSTED, 'NOT_FOUND', 'INTERNAL', 'UNKNOWN', 'CANCELLED',
                      'ABORTED'})
 
-_TYPES = {'INT64': np.dtype('<i8'), 'FP32': np.dtype('<f4')}      # of the outputs
+_TYPES = {'INT32': np.dtype('<i4'), 'INT64': np.dtype('<i8'), 'FP32': np.dtype('<f4')}
 _INPUTS = {'categories': ('INT32', (-1, -1, 3)), 'numbers': ('FP32', (-1, -1, SLOT_NUMBERS)),
            'counters': ('FP32', (-1, COUNTERS)), 'row_id': ('INT64', (-1, 1))}
+_INFER = f'/{service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name}/ModelInfer'
+_CONTENTS = b'\x3a'             # tag of a request's `raw_input_contents`, field 7; length and bytes follow
 _CHANNEL = [
     ('grpc.max_send_message_length', -1),
     ('grpc.max_receive_message_length', -1),
@@ -110,7 +112,6 @@ class TritonScorer:
         tiers = len(self.tier_names)
         self._wanted = {name: (('INT64', (-1, 1)) if name == 'row_id_out' else
                                ('FP32', (-1, tiers if name == 'tier_probabilities' else 1))) for name in OUTPUT_NAMES}
-        self._requested = [InferRequestedOutput(name) for name in OUTPUT_NAMES]
 
     @property
     def statistics(self) -> Statistics:
@@ -177,38 +178,35 @@ class TritonScorer:
             except ScorerUnavailable as error:
                 well = False
                 self._why_away = (error.problem, error.do)
-            except InferenceServerException as error:
+            except grpc.aio.AioRpcError as error:
                 well = False
-                self._is_away(_status(error), error)
+                self._is_away(error.code().name, error)
             finally:
                 self._breaker.probed(well)
             if not well:
                 raise self._unavailable()
 
-    def _client(self) -> InferenceServerClient:
-        return InferenceServerClient(self.address, channel_args=_CHANNEL)
+    def _client(self) -> '_Client':
+        return _Client(self.address, self.model.name, self.model.version)
 
-    async def _verify(self, client: InferenceServerClient) -> None:
+    async def _verify(self, client: '_Client') -> None:
         """The checks of the module's docstring. Not `server ready`: that waits for other people's models too."""
         name, version = self.model.name, self.model.version
         deadline = _Deadline(self._clock, min(self._timeout_s, PROBE_TIMEOUT_MS / 1000))
         deadline.start()
-        if not await client.is_server_live(client_timeout=deadline.left_s()):
+        if not await client.is_server_live(deadline.left_s()):
             raise ScorerUnavailable(f'Triton at {self.address} is not live.', 'see its log.', 0)
-        if not await client.is_model_ready(name, version, client_timeout=deadline.left_s()):
+        if not await client.is_model_ready(deadline.left_s()):
             raise ScorerUnavailable(
                 f'Triton at {self.address} has no model {name} version {version} ready.',
                 'put the model folder into its repository and load it, or set `model` to the one that it serves.', 0)
-        metadata = await client.get_model_metadata(name, version, client_timeout=deadline.left_s())
-        assert metadata is not None
+        metadata = await client.model_metadata(deadline.left_s())
         for what, wanted, tensors in (('inputs', _INPUTS, metadata.inputs),
                                       ('outputs', self._wanted, metadata.outputs)):
             served = {tensor.name: (tensor.datatype, tuple(tensor.shape)) for tensor in tensors}
             if served != wanted:
                 raise self._other_model(f'has the {what} {served}, expected {wanted}')
-        described = await client.get_model_config(name, version, client_timeout=deadline.left_s())
-        assert described is not None
-        config = described.config
+        config = await client.model_config(deadline.left_s())
         if config.max_batch_size < self.rows_max:
             raise ModelError(
                 f'Triton at {self.address} takes batches of {config.max_batch_size} rows, these have up to '
@@ -224,21 +222,21 @@ class TritonScorer:
         async with line.slots:
             deadline = _Deadline(self._clock, self._timeout_s)
             deadline.start()
-            inputs = _inputs(batch)
+            request = request_bytes(self.model.name, self.model.version, batch)
             refused = 0
             for attempt in itertools.count():
                 if self._breaker.state != 'closed':
                     raise self._unavailable()
                 limit = line.slots.limit
                 try:
-                    outputs = await self._ask(line, inputs, batch, deadline)
+                    outputs = await self._ask(line, request, batch, deadline)
                 except ResponseRefused as error:
                     refused += 1
                     self._statistics.refused += 1
                     if refused == REFUSALS_MAX:
                         raise
                     self._why_away = (error.problem, error.do)
-                except InferenceServerException as error:
+                except grpc.aio.AioRpcError as error:
                     self._judge(error, batch, line.slots, limit)
                 else:
                     self._breaker.answered()
@@ -251,7 +249,7 @@ class TritonScorer:
                 await asyncio.sleep(pause_s)
         raise AssertionError('unreachable')
 
-    async def _ask(self, line: '_Line', inputs: list[InferInput], batch: Batch, deadline: '_Deadline') -> Outputs:
+    async def _ask(self, line: '_Line', request: bytes, batch: Batch, deadline: '_Deadline') -> Outputs:
         assert line.client is not None
         left_s = deadline.left_s()
         started_s = self._clock()
@@ -259,26 +257,23 @@ class TritonScorer:
         self._statistics.in_flight += 1
         try:
             # Half of what is left: a call that hangs leaves time to ask again.
-            result = await line.client.infer(
-                self.model.name, inputs, self.model.version, self._requested,
-                client_timeout=max(left_s / 2, min(left_s, ATTEMPT_S_MIN)))
+            response = await line.client.infer(request, max(left_s / 2, min(left_s, ATTEMPT_S_MIN)))
         finally:
             self._statistics.in_flight -= 1
-        assert result is not None
-        outputs = self._checked(result, batch)
+        outputs = self._checked(response, batch)
         self._statistics.windows += len(batch)
         self._statistics.request_seconds += self._clock() - started_s
         return outputs
 
-    def _judge(self, error: InferenceServerException, batch: Batch, slots: Slots, limit: int) -> None:
+    def _judge(self, error: grpc.aio.AioRpcError, batch: Batch, slots: Slots, limit: int) -> None:
         """What a failed request means for the next ones. Errors: ModelError where asking again is of no use."""
-        status = _status(error)
-        if QUEUE_FULL in error.message():
+        status = error.code().name
+        if QUEUE_FULL in (error.details() or ''):
             status = EXHAUSTED
         self._statistics.failures[status] = self._statistics.failures.get(status, 0) + 1
         if status not in RETRIED:
             raise ModelError(
-                f'The model cannot run a batch of {batch.categories.shape}: {status}, {error.message()}.',
+                f'The model cannot run a batch of {batch.categories.shape}: {status}, {error.details()}.',
                 'check that Triton serves the model that this version was exported for, and see its log.') from error
         self._is_away(status, error)
         if status == EXHAUSTED:
@@ -286,9 +281,8 @@ class TritonScorer:
         else:
             self._breaker.failed()
 
-    def _checked(self, result: InferResult, batch: Batch) -> Outputs:
+    def _checked(self, response: service_pb2.ModelInferResponse, batch: Batch) -> Outputs:
         """The answer's tensors. Numbers are judged later, row by row (`stream.core.scores.collect`)."""
-        response = result.get_response()
         model = (response.model_name, response.model_version)
         if model != (self.model.name, self.model.version):
             self._refuse(f'comes from {model[0]} version {model[1]}')
@@ -318,8 +312,8 @@ class TritonScorer:
         return ModelError(f'{self.model.name} version {self.model.version} at {self.address} {why}.',
                           'serve the folder that `model` names, or set `model` to a copy of the one that is served.')
 
-    def _is_away(self, status: str, error: InferenceServerException) -> None:
-        self._why_away = (f'Triton at {self.address} does not answer: {status}, {error.message()}.',
+    def _is_away(self, status: str, error: grpc.aio.AioRpcError) -> None:
+        self._why_away = (f'Triton at {self.address} does not answer: {status}, {error.details()}.',
                           'start it, or see its log.')
 
     def _unavailable(self) -> ScorerUnavailable:
@@ -334,7 +328,43 @@ class _Line:
         self.loop = loop
         self.slots = slots
         self.proving = asyncio.Lock()
-        self.client: InferenceServerClient | None = None
+        self.client: _Client | None = None
+
+
+class _Client:
+    """One connection to Triton, and what is asked over it about one version of a model.
+
+    Not tritonclient's own: that builds each request of Python objects, copies each array three times and wraps each
+    answer. Its messages and service are used. Timeouts are seconds. Errors: AioRpcError of gRPC.
+    """
+
+    def __init__(self, address: str, name: str, version: str) -> None:
+        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._infer = self._channel.unary_unary(
+            _INFER, response_deserializer=service_pb2.ModelInferResponse.FromString)
+        self._model = {'name': name, 'version': version}
+
+    # Each is a coroutine that holds `self` while it waits: a channel that nobody holds is closed, with its calls.
+    async def is_server_live(self, timeout_s: float) -> bool:
+        return (await self._stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=timeout_s)).live
+
+    async def is_model_ready(self, timeout_s: float) -> bool:
+        return (await self._stub.ModelReady(service_pb2.ModelReadyRequest(**self._model), timeout=timeout_s)).ready
+
+    async def model_metadata(self, timeout_s: float) -> service_pb2.ModelMetadataResponse:
+        return await self._stub.ModelMetadata(service_pb2.ModelMetadataRequest(**self._model), timeout=timeout_s)
+
+    async def model_config(self, timeout_s: float) -> model_config_pb2.ModelConfig:
+        request = service_pb2.ModelConfigRequest(**self._model)
+        return (await self._stub.ModelConfig(request, timeout=timeout_s)).config
+
+    async def infer(self, request: bytes, timeout_s: float) -> service_pb2.ModelInferResponse:
+        """The answer to a serialized ModelInferRequest."""
+        return await self._infer(request, timeout=timeout_s)
+
+    async def close(self) -> None:
+        await self._channel.close()
 
 
 class _Deadline:
@@ -353,14 +383,35 @@ class _Deadline:
         return self._span_s if self._end_s is None else max(0.0, self._end_s - self._clock())
 
 
-def _inputs(batch: Batch) -> list[InferInput]:
-    """The request's tensors; each array is copied once, into bytes."""
-    inputs = []
-    for name, (kind, _) in _INPUTS.items():
-        array = getattr(batch, name)
-        inputs.append(InferInput(name, array.shape, kind).set_data_from_numpy(array))
-    return inputs
+def request_bytes(name: str, version: str, batch: Batch) -> bytes:
+    """A serialized ModelInferRequest for all outputs; each array is copied once.
+
+    Source   Protocol Buffers' encoding: fields come in any order, and repeated ones in theirs. `raw_input_contents`
+             holds rows in C order, little-endian (Triton's grpc_service.proto).
+    """
+    arrays = [np.ascontiguousarray(getattr(batch, tensor), _TYPES[kind]) for tensor, (kind, _) in _INPUTS.items()]
+    parts: list[bytes | memoryview] = [_request_head(name, version, tuple(array.shape for array in arrays))]
+    for array in arrays:
+        parts += (_CONTENTS, _varint(array.nbytes), array.data)
+    return b''.join(parts)
 
 
-def _status(error: InferenceServerException) -> str:
-    return str(error.status()).removeprefix('StatusCode.')
+@functools.lru_cache(4 * 256)       # one for each length and number of rows
+def _request_head(name: str, version: str, shapes: tuple[tuple[int, ...], ...]) -> bytes:
+    """All of a request but the contents of its tensors."""
+    request = service_pb2.ModelInferRequest(model_name=name, model_version=version)
+    for (tensor, (kind, _)), shape in zip(_INPUTS.items(), shapes, strict=True):
+        request.inputs.add(name=tensor, datatype=kind, shape=shape)
+    for output in OUTPUT_NAMES:
+        request.outputs.add(name=output)
+    return request.SerializeToString()
+
+
+def _varint(number: int) -> bytes:
+    """Seven bits a byte, the lowest first; the eighth says that more follow."""
+    encoded = bytearray()
+    while number > 0x7F:
+        encoded.append(number & 0x7F | 0x80)
+        number >>= 7
+    encoded.append(number)
+    return bytes(encoded)

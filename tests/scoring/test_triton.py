@@ -351,7 +351,7 @@ def test_a_connection_that_falls_silent_is_left_for_a_new_one(stub: StubTriton):
             silence()
             client = scorer._line.client        # type: ignore[union-attr]
             old = weakref.ref(client)
-            hanging = asyncio.create_task(client.is_server_live(client_timeout=60))     # keeps the connection busy
+            hanging = asyncio.create_task(client.is_server_live(60))     # keeps the connection busy
             del client
             with pytest.raises(ScorerUnavailable, match='DEADLINE_EXCEEDED'):
                 await scorer.score(batches)
