@@ -47,7 +47,9 @@ _TYPES = {'INT32': np.dtype('<i4'), 'INT64': np.dtype('<i8'), 'FP32': np.dtype('
 _INPUTS = {'categories': ('INT32', (-1, -1, 3)), 'numbers': ('FP32', (-1, -1, SLOT_NUMBERS)),
            'counters': ('FP32', (-1, COUNTERS)), 'row_id': ('INT64', (-1, 1))}
 _INFER = f'/{service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name}/ModelInfer'
-_CONTENTS = b'\x3a'             # tag of a request's `raw_input_contents`, field 7; length and bytes follow
+# Tags of a request's `raw_input_contents`, field 7, and of an answer's `raw_output_contents`, field 6, on the wire: the
+# number of bytes and the bytes follow.
+_CONTENTS, _CONTENTS_OUT = b'\x3a', b'\x32'
 _CHANNEL = [
     ('grpc.max_send_message_length', -1),
     ('grpc.max_receive_message_length', -1),
@@ -109,6 +111,7 @@ class TritonScorer:
         self._in_flight_max = in_flight_max
         self._why_away = (f'Triton at {address} has not answered yet.', '')
         self._line: _Line | None = None
+        self._layouts: dict[int, _Layout | None] = {}       # by the number of rows
         tiers = len(self.tier_names)
         self._wanted = {name: (('INT64', (-1, 1)) if name == 'row_id_out' else
                                ('FP32', (-1, tiers if name == 'tier_probabilities' else 1))) for name in OUTPUT_NAMES}
@@ -257,10 +260,10 @@ class TritonScorer:
         self._statistics.in_flight += 1
         try:
             # Half of what is left: a call that hangs leaves time to ask again.
-            response = await line.client.infer(request, max(left_s / 2, min(left_s, ATTEMPT_S_MIN)))
+            answer = await line.client.infer(request, max(left_s / 2, min(left_s, ATTEMPT_S_MIN)))
         finally:
             self._statistics.in_flight -= 1
-        outputs = self._checked(response, batch)
+        outputs = self._checked(answer, batch)
         self._statistics.windows += len(batch)
         self._statistics.request_seconds += self._clock() - started_s
         return outputs
@@ -281,8 +284,22 @@ class TritonScorer:
         else:
             self._breaker.failed()
 
-    def _checked(self, response: service_pb2.ModelInferResponse, batch: Batch) -> Outputs:
-        """The answer's tensors. Numbers are judged later, row by row (`stream.core.scores.collect`)."""
+    def _checked(self, answer: bytes, batch: Batch) -> Outputs:
+        """The answer's tensors. Numbers are judged later, row by row (`stream.core.scores.collect`).
+
+        An answer that begins byte for byte as one to as many rows that was read and found right is right too: what
+        follows are the contents, and the row ids among them are compared again.
+        """
+        rows = len(batch)
+        layout = self._layouts.get(rows)
+        outputs = layout.outputs(answer, rows, batch.row_id) if layout else None
+        if outputs is None:
+            outputs = self._read(answer, batch)
+        return outputs
+
+    def _read(self, answer: bytes, batch: Batch) -> Outputs:
+        """An answer of whatever form, every part of it checked; its layout is kept for the next ones."""
+        response = service_pb2.ModelInferResponse.FromString(answer)
         model = (response.model_name, response.model_version)
         if model != (self.model.name, self.model.version):
             self._refuse(f'comes from {model[0]} version {model[1]}')
@@ -300,6 +317,7 @@ class TritonScorer:
             parts[output.name] = np.frombuffer(content, _TYPES[kind]).reshape(shape)
         if not np.array_equal(parts['row_id_out'], batch.row_id):
             self._refuse('is for other rows than it was asked about')
+        self._layouts[len(batch)] = _Layout.of(answer, response, self._wanted)
         return Outputs(**parts)
 
     def _refuse(self, why: str) -> NoReturn:
@@ -341,8 +359,7 @@ class _Client:
     def __init__(self, address: str, name: str, version: str) -> None:
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        self._infer = self._channel.unary_unary(
-            _INFER, response_deserializer=service_pb2.ModelInferResponse.FromString)
+        self._infer = self._channel.unary_unary(_INFER)
         self._model = {'name': name, 'version': version}
 
     # Each is a coroutine that holds `self` while it waits: a channel that nobody holds is closed, with its calls.
@@ -359,12 +376,53 @@ class _Client:
         request = service_pb2.ModelConfigRequest(**self._model)
         return (await self._stub.ModelConfig(request, timeout=timeout_s)).config
 
-    async def infer(self, request: bytes, timeout_s: float) -> service_pb2.ModelInferResponse:
-        """The answer to a serialized ModelInferRequest."""
+    async def infer(self, request: bytes, timeout_s: float) -> bytes:
+        """A serialized ModelInferResponse to a serialized ModelInferRequest."""
         return await self._infer(request, timeout=timeout_s)
 
     async def close(self) -> None:
         await self._channel.close()
+
+
+class _Layout:
+    """Where the contents of an answer's tensors lie, once one with as many rows was read: all such are alike.
+
+    Source   Protocol Buffers' encoding; `raw_output_contents` is the last field of Triton's ModelInferResponse.
+    """
+
+    def __init__(self, head: bytes, marks: list[tuple[int, bytes]], tensors: list[tuple[str, np.dtype, int, int]],
+                 length: int) -> None:
+        self._head = head           # the fields before the contents
+        self._marks = marks         # where each content begins, and the tag and length that stand before it
+        self._tensors = tensors     # name, type, numbers a row, where it begins
+        self._length = length
+
+    @classmethod
+    def of(cls, answer: bytes, response: service_pb2.ModelInferResponse,
+           wanted: dict[str, tuple[str, tuple[int, int]]]) -> '_Layout | None':
+        """The layout of an answer that was read and is right; None where its fields come in another order."""
+        marks, tensors, end = [], [], len(answer)
+        for output, content in reversed(list(zip(response.outputs, response.raw_output_contents, strict=True))):
+            kind, (_, width) = wanted[output.name]
+            begin = end - len(content)
+            mark = _CONTENTS_OUT + _varint(len(content))
+            if answer[begin - len(mark):begin] != mark:
+                return None
+            marks.append((begin, mark))
+            tensors.append((output.name, _TYPES[kind], width, begin))
+            end = begin - len(mark)
+        return cls(answer[:end], marks, tensors, len(answer))
+
+    def outputs(self, answer: bytes, rows: int, row_id: np.ndarray) -> Outputs | None:
+        """The tensors of an answer to so many rows, read-only; None where it is laid out otherwise, or others'."""
+        if len(answer) != self._length or not answer.startswith(self._head):
+            return None
+        for begin, mark in self._marks:
+            if not answer.endswith(mark, 0, begin):
+                return None
+        parts = {name: np.frombuffer(answer, kind, rows * width, begin).reshape(rows, width)
+                 for name, kind, width, begin in self._tensors}
+        return Outputs(**parts) if parts['row_id_out'].tobytes() == row_id.tobytes() else None
 
 
 class _Deadline:
