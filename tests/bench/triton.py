@@ -37,8 +37,9 @@ from tritonclient.grpc.aio import InferenceServerClient
 
 sys.path.insert(0, str(Path(__file__).parents[2] / 'deploy' / 'local'))
 
-from parts import SHIPPED, Kafka, Part, Triton
+from parts import HOST, SHIPPED, Kafka, Part, Triton, answers
 
+from stream.config import Settings
 from stream.core.features import Batch
 from stream.core.scores import OUTPUT_NAMES, Outputs
 from stream.replay.simulator import SimulatorOptions, simulate
@@ -46,11 +47,10 @@ from stream.scoring.artefact import MANIFEST, WEIGHTS
 from stream.scoring.embedded import EmbeddedScorer
 from stream.scoring.repository import LABELS_FILE
 from stream.scoring.triton import TritonScorer
-from tests.integration.running import Shop, Worker
+from tests.integration.running import Shop, Worker, wait_for
 from tests.scoring.stub_triton import StubTriton
 
 IDENTITY_MIN, BARE_MIN = 0.8, 0.9
-IN_FLIGHT = 4                   # the default of `triton_in_flight_max`
 LANES = 8                       # steps that are scored at once: partitions of the inputs
 DEADLINE_S = 120.0
 LOOK_S = 0.05
@@ -109,8 +109,9 @@ def identity_triton(folder: Path) -> Triton:
 
 def windows_served(triton: Triton) -> int:
     """Windows that the server has answered since it started: `nv_inference_count` of its metrics."""
-    connection = http.client.HTTPConnection('127.0.0.1', triton.metrics_port, timeout=5)
-    with contextlib.closing(connection):
+    # It is ready a moment before its metrics are.
+    wait_for(lambda: answers(f'http://{HOST}:{triton.metrics_port}/metrics'), "Triton's metrics", 10)
+    with contextlib.closing(http.client.HTTPConnection(HOST, triton.metrics_port, timeout=5)) as connection:
         connection.request('GET', '/metrics')
         lines = connection.getresponse().read().decode().splitlines()
     return sum(int(float(line.rpartition(' ')[2])) for line in lines if line.startswith('nv_inference_count{'))
@@ -209,7 +210,7 @@ def recorded(backlog: Backlog) -> list[Batch]:
 
     stub = StubTriton(answer)
     try:
-        backlog.work_off(None, scorer='triton', triton=stub.address, model=str(SHIPPED))
+        backlog.work_off(None, scorer='triton', triton=stub.address, model=str(SHIPPED), triton_timeout_ms=60_000)
     finally:
         stub.stop()
     return kept
@@ -217,7 +218,7 @@ def recorded(backlog: Backlog) -> list[Batch]:
 
 # ---- clients ---------------------------------------------------------------------------------------------------------
 
-async def bare(triton: Triton, batches: Sequence[Batch], name: str) -> float:
+async def bare(triton: Triton, batches: Sequence[Batch], name: str, in_flight: int) -> float:
     """Seconds in which a client that checks nothing has an answer to each batch."""
     left = iter(batches)
     requested = [InferRequestedOutput(output) for output in OUTPUT_NAMES]
@@ -236,17 +237,17 @@ async def bare(triton: Triton, batches: Sequence[Batch], name: str) -> float:
             getattr(batches[0], tensor)) for tensor, kind in KINDS.items()])
         began = time.perf_counter()
         async with asyncio.TaskGroup() as group:
-            for _ in range(IN_FLIGHT):
+            for _ in range(in_flight):
                 group.create_task(ask())
         return time.perf_counter() - began
     finally:
         await client.close()
 
 
-async def scored(triton: Triton, batches: Sequence[Batch]) -> float:
+async def scored(triton: Triton, batches: Sequence[Batch], in_flight: int) -> float:
     """Seconds of the same batches through `TritonScorer`, by as many lanes as a worker has, some batches a step."""
     steps = iter([batches[at:at + 4] for at in range(0, len(batches), 4)])
-    scorer = TritonScorer(triton.address, triton.version_dir, in_flight_max=IN_FLIGHT)
+    scorer = TritonScorer(triton.address, triton.version_dir, in_flight_max=in_flight)
 
     async def lane() -> None:
         for step in steps:
@@ -317,14 +318,16 @@ def describe(batches: Sequence[Batch]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--only', choices=('identity', 'scorer', 'worker'))
-    parser.add_argument('--events', type=int, default=100_000, help='of the backlog of `identity`')
-    parser.add_argument('--model-events', type=int, default=30_000, help='of the backlog of `scorer` and `worker`')
+    parser.add_argument('--events', type=int, default=200_000, help='of the backlog of `identity`')
+    parser.add_argument('--model-events', type=int, default=60_000, help='of the backlog of `scorer` and `worker`')
     parser.add_argument('--events-per-shopper', type=int, default=30, help='of these so many shoppers are simulated')
     parser.add_argument('--runs', type=int, default=3)
+    parser.add_argument('--in-flight', type=int, default=Settings.model_fields['triton_in_flight_max'].default,
+                        help='requests of each client at once')
     parser.add_argument('--set', action='append', default=[], metavar='NAME=VALUE', help="worker's setting, for trials")
     parser.add_argument('--json', type=Path, metavar='FILE')
     options = parser.parse_args()
-    more = dict(setting.split('=', 1) for setting in options.set)
+    more = {'triton_in_flight_max': options.in_flight} | dict(setting.split('=', 1) for setting in options.set)
     figures = Figures()
 
     with TemporaryDirectory() as path, Kafka(Path(path) / 'kafka') as kafka:
@@ -344,11 +347,12 @@ def main() -> None:
             print(f'{len(batches)} batches, {sum(map(len, batches)):,} windows: {describe(batches)}', flush=True)
             with Triton(folder / 'triton') as triton:
                 theirs = ('bare client', lambda: client_run(
-                    triton, batches, lambda: asyncio.run(bare(triton, batches, 'shopper'))))
+                    triton, batches, lambda: asyncio.run(bare(triton, batches, 'shopper', options.in_flight))))
                 theirs[1]()     # warm
                 if options.only != 'worker':
                     figures.compare('scorer', 'windows', BARE_MIN, ('TritonScorer', lambda: client_run(
-                        triton, batches, lambda: asyncio.run(scored(triton, batches)))), theirs, options.runs)
+                        triton, batches, lambda: asyncio.run(scored(triton, batches, options.in_flight)))),
+                        theirs, options.runs)
                 if options.only != 'scorer':
                     figures.compare('worker', 'windows', BARE_MIN, ('worker', lambda: backlog.work_off(
                         triton, [triton], scorer='triton', triton=triton.address, model=str(SHIPPED), **more)),

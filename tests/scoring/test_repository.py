@@ -52,6 +52,11 @@ def test_the_queue_has_a_bound_only_where_one_is_asked_for(tmp_path: Path):
     assert config.HasField('dynamic_batching') and not config.dynamic_batching.HasField('default_queue_policy')
 
 
+def test_without_a_bound_the_python_backend_has_no_batcher(tmp_path: Path):
+    """Its model runs each request alone, and the batcher's thread spins while requests wait."""
+    assert not parsed(rendered('python', tmp_path)).HasField('dynamic_batching')
+
+
 def test_the_committed_configuration_is_the_onnxruntime_one(tmp_path: Path):
     assert (rendered('onnxruntime', tmp_path) / 'config.pbtxt').read_text() == (
         SHIPPED.parent / 'config.pbtxt').read_text()

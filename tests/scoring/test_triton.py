@@ -17,7 +17,7 @@ from stream.core.scores import Outputs, collect
 from stream.errors import ModelError, ResponseRefused, ScorerUnavailable
 from stream.scoring.artefact import load_artefact
 from stream.scoring.breaker import Breaker
-from stream.scoring.triton import REFUSALS_MAX, RETRIED, TritonScorer
+from stream.scoring.triton import REFUSALS_MAX, RETRIED, TritonScorer, request_bytes
 from tests.scoring import stub_triton as lies
 from tests.scoring.stub_triton import Fault, StubTriton, put, status
 
@@ -124,6 +124,34 @@ def test_a_lie_is_refused_and_the_question_asked_again(stub: StubTriton, lie: Fa
             assert_answered(batches, await scorer.score(batches))
             assert (scorer.statistics.refused, scorer.statistics.retries, stub.asked) == (1, 1, 4)
     run(test)
+
+
+@pytest.mark.parametrize('lie', STRUCTURAL_LIES, ids=lambda lie: lie.__name__)
+def test_a_lie_among_answers_of_a_known_layout_is_refused(stub: StubTriton, lie: Fault):
+    async def test() -> None:
+        async with scorer_of(stub) as scorer:
+            batches = made_up_batches(3)
+            for _ in range(2):
+                assert_answered(batches, await scorer.score(batches))
+            stub.faults.append(lie)
+            assert_answered(batches, await scorer.score(batches))
+            assert (scorer.statistics.refused, stub.asked) == (1, 10)
+    run(test)
+
+
+@pytest.mark.parametrize(('rows', 'length'), [(1, 8), (4, 16), (256, 64)])
+def test_a_request_is_what_the_protocol_says(rows: int, length: int):
+    batch = made_up_batch(rows, length)
+    batch.numbers = batch.numbers[::-1]         # no contiguous array
+    request = lies.Request.FromString(request_bytes('shopper', '1', batch))
+    assert (request.model_name, request.model_version) == ('shopper', '1')
+    assert [output.name for output in request.outputs] == list(Outputs.__dataclass_fields__)
+    for tensor, content in zip(request.inputs, request.raw_input_contents, strict=True):
+        kind, _ = lies.INPUTS[tensor.name]
+        assert tensor.datatype == kind
+        sent = np.frombuffer(content, lies.DTYPES[kind]).reshape(tensor.shape)
+        assert np.array_equal(sent, getattr(batch, tensor.name))
+    assert [tensor.name for tensor in request.inputs] == list(lies.INPUTS)
 
 
 @pytest.mark.parametrize('lie', STRUCTURAL_LIES, ids=lambda lie: lie.__name__)
