@@ -18,12 +18,12 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import grpc
 import msgspec
 import numpy as np
-from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from stream.core.features import COUNTERS, SLOT_NUMBERS, Batch
 from stream.core.scores import OUTPUT_NAMES, Outputs
@@ -46,6 +46,7 @@ RETRIED = frozenset({'UNAVAILABLE', 'DEADLINE_EXCEEDED', EXHAUSTED, 'NOT_FOUND',
 _TYPES = {'INT32': np.dtype('<i4'), 'INT64': np.dtype('<i8'), 'FP32': np.dtype('<f4')}
 _INPUTS = {'categories': ('INT32', (-1, -1, 3)), 'numbers': ('FP32', (-1, -1, SLOT_NUMBERS)),
            'counters': ('FP32', (-1, COUNTERS)), 'row_id': ('INT64', (-1, 1))}
+_messages: Any = service_pb2     # made when it is imported: a type checker sees nothing in it
 _INFER = f'/{service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name}/ModelInfer'
 # Tags of a request's `raw_input_contents`, field 7, and of an answer's `raw_output_contents`, field 6, on the wire: the
 # number of bytes and the bytes follow.
@@ -299,7 +300,7 @@ class TritonScorer:
 
     def _read(self, answer: bytes, batch: Batch) -> Outputs:
         """An answer of whatever form, every part of it checked; its layout is kept for the next ones."""
-        response = service_pb2.ModelInferResponse.FromString(answer)
+        response = _messages.ModelInferResponse.FromString(answer)
         model = (response.model_name, response.model_version)
         if model != (self.model.name, self.model.version):
             self._refuse(f'comes from {model[0]} version {model[1]}')
@@ -364,16 +365,16 @@ class _Client:
 
     # Each is a coroutine that holds `self` while it waits: a channel that nobody holds is closed, with its calls.
     async def is_server_live(self, timeout_s: float) -> bool:
-        return (await self._stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=timeout_s)).live
+        return (await self._stub.ServerLive(_messages.ServerLiveRequest(), timeout=timeout_s)).live
 
     async def is_model_ready(self, timeout_s: float) -> bool:
-        return (await self._stub.ModelReady(service_pb2.ModelReadyRequest(**self._model), timeout=timeout_s)).ready
+        return (await self._stub.ModelReady(_messages.ModelReadyRequest(**self._model), timeout=timeout_s)).ready
 
-    async def model_metadata(self, timeout_s: float) -> service_pb2.ModelMetadataResponse:
-        return await self._stub.ModelMetadata(service_pb2.ModelMetadataRequest(**self._model), timeout=timeout_s)
+    async def model_metadata(self, timeout_s: float) -> Any:
+        return await self._stub.ModelMetadata(_messages.ModelMetadataRequest(**self._model), timeout=timeout_s)
 
-    async def model_config(self, timeout_s: float) -> model_config_pb2.ModelConfig:
-        request = service_pb2.ModelConfigRequest(**self._model)
+    async def model_config(self, timeout_s: float) -> Any:
+        request = _messages.ModelConfigRequest(**self._model)
         return (await self._stub.ModelConfig(request, timeout=timeout_s)).config
 
     async def infer(self, request: bytes, timeout_s: float) -> bytes:
@@ -398,8 +399,7 @@ class _Layout:
         self._length = length
 
     @classmethod
-    def of(cls, answer: bytes, response: service_pb2.ModelInferResponse,
-           wanted: dict[str, tuple[str, tuple[int, int]]]) -> '_Layout | None':
+    def of(cls, answer: bytes, response: Any, wanted: dict[str, tuple[str, tuple[int, int]]]) -> '_Layout | None':
         """The layout of an answer that was read and is right; None where its fields come in another order."""
         marks, tensors, end = [], [], len(answer)
         for output, content in reversed(list(zip(response.outputs, response.raw_output_contents, strict=True))):
@@ -457,7 +457,7 @@ def request_bytes(name: str, version: str, batch: Batch) -> bytes:
 @functools.lru_cache(4 * 256)       # one for each length and number of rows
 def _request_head(name: str, version: str, shapes: tuple[tuple[int, ...], ...]) -> bytes:
     """All of a request but the contents of its tensors."""
-    request = service_pb2.ModelInferRequest(model_name=name, model_version=version)
+    request = _messages.ModelInferRequest(model_name=name, model_version=version)
     for (tensor, (kind, _)), shape in zip(_INPUTS.items(), shapes, strict=True):
         request.inputs.add(name=tensor, datatype=kind, shape=shape)
     for output in OUTPUT_NAMES:
