@@ -110,7 +110,7 @@ class Settings(BaseSettings):
         60_000, description='how far the time of day stays behind with `clock = wall`')
     clock_idle_ms_max: Milliseconds = Field(
         3_600_000, description='with `clock = wall`: the time of day counts only while the newest event is not older')
-    blocks_ahead_max: int = Field(4, ge=1, le=100, description='blocks of a topic partition that wait in memory')
+    blocks_ahead_max: int = Field(2, ge=1, le=100, description='blocks of a topic partition that wait in memory')
     sweep_users_max: int = Field(500, ge=1, le=100_000, description='silence timers fired in one step')
     state_dir: Path = Field(Path('state'), description="folder of the worker's RocksDB databases")
     users_cached_mib: int = Field(

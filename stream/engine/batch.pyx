@@ -8,12 +8,37 @@ Source   Kafka protocol guide, "Record Batch"; CloudEvents 1.0.2, Kafka protocol
 """
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
-from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndSize
+from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndSize, PyByteArray_Resize
 from libc.stdint cimport int16_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free, realloc
 from libc.string cimport memchr, memcmp, memcpy
 
 from aiokafka.record.util import calc_crc32c
+
+cdef extern from *:
+    """
+    #if defined(__x86_64__) && defined(__GNUC__)
+    #include <nmmintrin.h>
+    #include <string.h>
+    static int crc32c_is_fast(void) { return __builtin_cpu_supports("sse4.2"); }
+    __attribute__((target("sse4.2"))) static uint32_t crc32c_fast(const char* at, size_t size) {
+        uint64_t crc = 0xFFFFFFFFu, word;
+        for (; size >= 8; size -= 8, at += 8) {
+            memcpy(&word, at, 8);
+            crc = _mm_crc32_u64(crc, word);
+        }
+        for (; size; size--, at++)
+            crc = _mm_crc32_u8((uint32_t)crc, (unsigned char)*at);
+        return (uint32_t)crc ^ 0xFFFFFFFFu;
+    }
+    #else
+    static int crc32c_is_fast(void) { return 0; }
+    static uint32_t crc32c_fast(const char* at, size_t size) { return 0; }
+    #endif
+    """
+    bint crc32c_is_fast() nogil
+    uint32_t crc32c_fast(const char* at, size_t size) nogil
+
+cdef bint CRC_IS_FAST = crc32c_is_fast()
 
 cdef enum:
     BATCH_HEADER_BYTES = 61
@@ -105,24 +130,22 @@ cdef class Batch:
     timestamp_ms  of all its records
     """
 
-    cdef char* _data
+    cdef bytearray _bytes
     cdef Py_ssize_t _size, _room, _bytes_max
     cdef int32_t _records
     cdef int64_t _timestamp_ms
     cdef int64_t _producer_id
     cdef int16_t _producer_epoch
     cdef int32_t _base_sequence
-    cdef bint _closed
-    cdef bytearray _built
+    cdef bint _closed, _built
 
     def __cinit__(self, Py_ssize_t bytes_max, int64_t timestamp_ms):
         self._bytes_max, self._timestamp_ms = bytes_max, timestamp_ms
         self._size = BATCH_HEADER_BYTES
+        self._room = 1 << 16
+        self._bytes = PyByteArray_FromStringAndSize(NULL, self._room)
         self._producer_id = -1
         self._producer_epoch = -1
-
-    def __dealloc__(self):
-        free(self._data)
 
     cdef char* _open(self, Py_ssize_t body, bytes key, value) except? NULL:
         """Begin a record: room for `body` bytes of headers, with the count of them; NULL where the batch is full."""
@@ -130,19 +153,15 @@ cdef class Batch:
         cdef Py_ssize_t value_size = -1 if value is None else PyBytes_GET_SIZE(value)
         cdef Py_ssize_t size = (2 + varint_size(self._records) + varint_size(key_size) + max(key_size, 0)
                                 + varint_size(value_size) + max(value_size, 0) + body)
-        cdef char* moved
         cdef char* at
         if self._closed or (self._records and self._size + varint_size(size) + size > self._bytes_max):
             self._closed = True
             return NULL
         if self._size + size + RECORD_HEADER_BYTES > self._room:
-            self._room = 2 * (self._size + size + RECORD_HEADER_BYTES) + 4096
-            moved = <char*> realloc(self._data, self._room)
-            if moved == NULL:
-                raise MemoryError()
-            self._data = moved
-        at = varint(self._data + self._size, size)
-        self._size = at - self._data + size
+            self._room = max(4 * self._room, self._size + size + RECORD_HEADER_BYTES)
+            PyByteArray_Resize(self._bytes, self._room)
+        at = varint(PyByteArray_AS_STRING(self._bytes) + self._size, size)
+        self._size = at - PyByteArray_AS_STRING(self._bytes) + size
         at[0] = at[1] = 0       # attributes, timestamp delta
         at = varint(at + 2, self._records)
         self._records += 1
@@ -156,12 +175,20 @@ cdef class Batch:
             at += value_size
         return at
 
-    def add(self, bytes key, bytes value, headers):
-        """Add a record; False where it does not fit any more.
+    def add_records(self, list records not None, Py_ssize_t at):
+        """Add records from the one at index `at` on; return the index of the first that does not fit any more.
 
-        headers   pairs of a name and bytes, or None
+        records   key, value, and headers: pairs of a name and bytes, or None
         """
-        cdef bytes written = b''.join([
+        while at < len(records):
+            key, value, headers = <tuple> records[at]
+            if not self._add(key, value, headers):
+                break
+            at += 1
+        return at
+
+    cdef bint _add(self, bytes key, bytes value, headers) except -1:
+        cdef bytes written = b'' if not headers else b''.join([
             sized(name.encode()) + (NO_VALUE if content is None else sized(content)) for name, content in headers])
         cdef Py_ssize_t size = PyBytes_GET_SIZE(written), count = len(headers)
         cdef char* at = self._open(varint_size(count) + size, key, value)
@@ -171,11 +198,21 @@ cdef class Batch:
         memcpy(at, PyBytes_AS_STRING(written), size)
         return True
 
-    def add_message(self, bytes key not None, bytes message not None, bytes source not None):
-        """Add a message of `stream.core.messages`, about the user whose id `key` is, with its CloudEvents headers.
+    def add_messages(self, list pairs not None, Py_ssize_t at, bytes source not None):
+        """Add messages from the one at index `at` on; return the index of the first that does not fit any more.
 
+        pairs    ids of users in UTF-8, each with a message of `stream.core.messages` about that user
         source   the header `ce_source`, as `source_header` writes it
         """
+        while at < len(pairs):
+            key, message = <tuple> pairs[at]
+            if not self._add_message(key, message, source):
+                break
+            at += 1
+        return at
+
+    cdef bint _add_message(self, bytes key, bytes message, bytes source) except -1:
+        """Add a message with its CloudEvents headers; False where it does not fit any more."""
         cdef const char* data = PyBytes_AS_STRING(message)
         cdef Py_ssize_t size = PyBytes_GET_SIZE(message), key_size = PyBytes_GET_SIZE(key), type_size, body
         cdef const char* end = data + size
@@ -241,11 +278,10 @@ cdef class Batch:
         """The batch's bytes; the producer's state has been set by then."""
         cdef char* at
         self._closed = True
-        if self._built is None:
-            self._built = PyByteArray_FromStringAndSize(self._data, self._size)
-            free(self._data)
-            self._data = NULL
-            at = PyByteArray_AS_STRING(self._built)
+        if not self._built:
+            self._built = True
+            PyByteArray_Resize(self._bytes, self._size)
+            at = PyByteArray_AS_STRING(self._bytes)
             big_endian(at, 0, 8)                            # base offset
             big_endian(at + 8, self._size - 12, 4)          # length of what follows
             big_endian(at + 12, 0, 4)                       # leader epoch, the broker's
@@ -258,8 +294,9 @@ cdef class Batch:
             big_endian(at + 51, <uint64_t> <int64_t> self._producer_epoch, 2)
             big_endian(at + 53, <uint64_t> <int64_t> self._base_sequence, 4)
             big_endian(at + 57, self._records, 4)
-            big_endian(at + 17, calc_crc32c(memoryview(self._built)[FROM_CRC:]), 4)
-        return self._built
+            big_endian(at + 17, crc32c_fast(at + FROM_CRC, self._size - FROM_CRC) if CRC_IS_FAST
+                       else calc_crc32c(memoryview(self._bytes)[FROM_CRC:]), 4)
+        return self._bytes
 
 
 cdef inline char* copied(char* at, bytes data) noexcept:
@@ -267,6 +304,24 @@ cdef inline char* copied(char* at, bytes data) noexcept:
     return at + PyBytes_GET_SIZE(data)
 
 
+def by_topic(messages):
+    """Decisions and scores apart: pairs of a user's id and a message, in order.
+
+    messages   pairs of a user's id in UTF-8 and that user's messages
+    """
+    cdef list decisions = [], scores = []
+    cdef bytes message
+    for key, of_user in messages:
+        for message in of_user:
+            pair = (key, message)
+            if (PyBytes_GET_SIZE(message) > TYPE_AT + 15
+                    and memcmp(PyBytes_AS_STRING(message) + TYPE_AT, b'scores.updated"', 15) == 0):
+                scores.append(pair)
+            else:
+                decisions.append(pair)
+    return decisions, scores
+
+
 def source_header(str source not None):
-    """The header `ce_source` as `Batch.add_message` takes it."""
+    """The header `ce_source` as `Batch.add_messages` takes it."""
     return sized(b'ce_source') + sized(source.encode())

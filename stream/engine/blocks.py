@@ -25,6 +25,7 @@ class Block(msgspec.Struct, gc=False):
     """The records at fetch positions [start, stop) of a topic partition; there may be none.
 
     epoch       of the assignment under which it was fetched: older ones are worthless
+    times_ms    the records' timestamps
     """
 
     topic: str
@@ -33,23 +34,30 @@ class Block(msgspec.Struct, gc=False):
     start: int
     stop: int
     records: Sequence[FetchedRecord]
+    times_ms: list[int] = []
+
+    def __post_init__(self) -> None:
+        if not self.times_ms:
+            self.times_ms = [record.timestamp for record in self.records]
 
     @property
     def first_ms(self) -> int:
-        return self.records[0].timestamp if self.records else 0
+        return self.times_ms[0] if self.times_ms else 0
 
     def upto(self, horizon_ms: int) -> tuple['Block', 'Block | None']:
         """The block's part before its first record after `horizon_ms`, and the rest, if there is one."""
-        for at, record in enumerate(self.records):
-            if record.timestamp > horizon_ms:
-                here = Block(self.topic, self.partition, self.epoch, self.start, record.offset, self.records[:at])
-                rest = Block(self.topic, self.partition, self.epoch, record.offset, self.stop, self.records[at:])
-                return here, rest
-        return self, None
+        if max(self.times_ms, default=horizon_ms) <= horizon_ms:
+            return self, None
+        at = next(index for index, ts_ms in enumerate(self.times_ms) if ts_ms > horizon_ms)
+        split = self.records[at].offset
+        here = Block(self.topic, self.partition, self.epoch, self.start, split, self.records[:at], self.times_ms[:at])
+        rest = Block(self.topic, self.partition, self.epoch, split, self.stop, self.records[at:], self.times_ms[at:])
+        return here, rest
 
     def joined(self, after: 'Block') -> 'Block':
         """This block and the one that begins where it ends, as one."""
-        return Block(self.topic, self.partition, after.epoch, self.start, after.stop, [*self.records, *after.records])
+        return Block(self.topic, self.partition, after.epoch, self.start, after.stop, [*self.records, *after.records],
+                     self.times_ms + after.times_ms)
 
 
 def cut(block: Block, events_max: int) -> Iterator[Block]:
@@ -58,7 +66,8 @@ def cut(block: Block, events_max: int) -> Iterator[Block]:
     for at in range(0, max(len(records), 1), events_max):
         part = records[at:at + events_max]
         stop = block.stop if at + events_max >= len(records) else part[-1].offset + 1
-        yield Block(block.topic, block.partition, block.epoch, start, stop, part)
+        yield Block(block.topic, block.partition, block.epoch, start, stop, part,
+                    block.times_ms[at:at + events_max])
         start = stop
 
 

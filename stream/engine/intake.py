@@ -137,7 +137,7 @@ class Intake:
             self._queues[1 - empty].appendleft(heads[1 - empty])
             return (heads[empty],)
         # The one that ends first goes whole, whatever the order of its records' times.
-        horizon_ms = min(max([record.timestamp for record in head.records]) for head in heads)
+        horizon_ms = min(max(head.times_ms) for head in heads)
         run = []
         for queue, head in zip(self._queues, heads, strict=True):
             here, rest = head.upto(horizon_ms)
@@ -157,6 +157,4 @@ def in_time_order(blocks: tuple[Block, ...], parts: Sequence[Sequence[T]]) -> Se
         return parts[0]
     clicks, carts = blocks
     both = [*parts[0], *parts[1]]
-    order = time_order([record.timestamp for record in clicks.records],
-                       [record.timestamp for record in carts.records])
-    return [both[index] for index in order]
+    return [both[index] for index in time_order(clicks.times_ms, carts.times_ms)]

@@ -35,7 +35,7 @@ from stream.core.outbox import unpack_outbox
 from stream.core.partitioners import PartitionerName, misrouted
 from stream.core.user import Change, change_of, newest_ms, stamp
 from stream.core.window import Fold, WindowLimits
-from stream.engine.batch import MESSAGE_TYPE_AT, source_header
+from stream.engine.batch import MESSAGE_TYPE_AT, by_topic, source_header
 from stream.engine.blocks import Block, FetchedRecord
 from stream.engine.cache import UserCache
 from stream.engine.intake import Intake, in_time_order
@@ -50,7 +50,6 @@ from stream.scoring.step import Publish, Scored, score_step
 log = logging.getLogger(__name__)
 T = TypeVar('T')
 HOLD_RETRY_S = 1.0
-_SCORES = b'scores.updated"'
 CLOCK_LOOK_S = 1.0          # how often an idle lane looks at the time of day
 MERGE_LOOK_S = 0.05         # how often a waiting one looks whether the other topic has more
 ENTRY_USERS_MAX = 500       # users whom one journal entry names
@@ -438,24 +437,16 @@ class Lane:
     async def _send_messages(self, messages: Sequence[tuple[bytes, list[bytes]]]) -> None:
         """Decisions go to the topic of alerts, scores to that of scores; a user's in order."""
         rules, metrics = self._rules, self._tools.metrics
-        by_topic: dict[str, list[tuple[bytes, bytes]]] = {rules.alerts: [], rules.scores: []}
-        alerts, scores = by_topic[rules.alerts], by_topic[rules.scores]
-        decisions: list[bytes] = []
-        for user_id, of_user in messages:
-            for message in of_user:
-                if message.startswith(_SCORES, MESSAGE_TYPE_AT):
-                    scores.append((user_id, message))
-                else:
-                    alerts.append((user_id, message))
-                    decisions.append(message)
+        decisions, scores = by_topic(messages)
         send = self._tools.publisher.send_messages
-        await asyncio.gather(*(send(topic, self.number, pairs, self._source) for topic, pairs in by_topic.items()))
-        metrics.messages.labels(Kind.SCORES).inc(sum([len(of_user) for _, of_user in messages]) - len(decisions))
-        kinds = Counter([message[MESSAGE_TYPE_AT:message.index(b'"', MESSAGE_TYPE_AT)] for message in decisions])
+        await asyncio.gather(send(rules.alerts, self.number, decisions, self._source),
+                             send(rules.scores, self.number, scores, self._source))
+        metrics.messages.labels(Kind.SCORES).inc(len(scores))
+        kinds = Counter([message[MESSAGE_TYPE_AT:message.index(b'"', MESSAGE_TYPE_AT)] for _, message in decisions])
         for kind, count in kinds.items():
             metrics.messages.labels(kind.decode()).inc(count)
 
-    async def _send(self, topic: str, records: Sequence[Record]) -> int:
+    async def _send(self, topic: str, records: list[Record]) -> int:
         return await self._tools.publisher.send(topic, self.number, records)
 
     async def _write(self, step: Step, changelog: int) -> None:

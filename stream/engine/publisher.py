@@ -2,7 +2,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from aiokafka.errors import KafkaError as DriverError
 from aiokafka.errors import MessageSizeTooLargeError
@@ -11,7 +11,6 @@ from stream.engine.batch import Batch
 from stream.engine.transport import BATCH_BYTES_MAX, Producer
 from stream.errors import KafkaError
 
-T = TypeVar('T')
 Header = tuple[str, bytes | None]
 Record = tuple[bytes, bytes | None, Sequence[Header]]       # key, value, headers
 
@@ -23,36 +22,34 @@ class Publisher:
         self._producer = producer
         self._partitions: dict[str, int] = {}
 
-    async def send(self, topic: str, partition: int, records: Sequence[Record]) -> int:
+    async def send(self, topic: str, partition: int, records: list[Record]) -> int:
         """Send the records; return the offset after the last one, once all of them are acknowledged (0 for none).
 
         partition   taken modulo the topic's partitions
         Errors      KafkaError where one was not acknowledged within `send_timeout_ms`, or never can be.
         """
-        return await self._send(topic, partition, records, lambda batch, record: batch.add(*record))
+        return await self._send(topic, partition, len(records), lambda batch, at: batch.add_records(records, at))
 
-    async def send_messages(self, topic: str, partition: int, messages: Sequence[tuple[bytes, bytes]],
+    async def send_messages(self, topic: str, partition: int, messages: list[tuple[bytes, bytes]],
                             source: bytes) -> int:
         """The same, of pairs of a user's id and a message, with CloudEvents headers.
 
         source   as `batch.source_header` writes it
         """
-        return await self._send(topic, partition, messages, lambda batch, pair: batch.add_message(*pair, source))
+        return await self._send(topic, partition, len(messages),
+                                lambda batch, at: batch.add_messages(messages, at, source))
 
-    async def _send(self, topic: str, partition: int, items: Sequence[T], add: Callable[[Batch, T], bool]) -> int:
-        if not items:
+    async def _send(self, topic: str, partition: int, count: int, add: Callable[[Batch, int], int]) -> int:
+        if not count:
             return 0
         try:
             partition %= await self._partitions_of(topic)
             now_ms = int(time.time() * 1000)
-            sent = []
-            batch = Batch(BATCH_BYTES_MAX, now_ms)
-            for item in items:
-                if not add(batch, item):
-                    sent.append((batch.record_count(), await self._hand_over(batch, topic, partition)))
-                    batch = Batch(BATCH_BYTES_MAX, now_ms)
-                    add(batch, item)
-            sent.append((batch.record_count(), await self._hand_over(batch, topic, partition)))
+            sent, at = [], 0
+            while at < count:
+                batch = Batch(BATCH_BYTES_MAX, now_ms)
+                at = add(batch, at)
+                sent.append((batch.record_count(), await self._hand_over(batch, topic, partition)))
             acknowledged = await asyncio.gather(*(future for _, future in sent))
         except MessageSizeTooLargeError as error:
             raise KafkaError(f'A record for {topic} is larger than the topic takes: {error}.',

@@ -30,7 +30,7 @@ class ReplayRules(msgspec.Struct, frozen=True):
     limits: WindowLimits = WindowLimits()
     policy: Policy = Policy()
     publish: Publish = 'changes'
-    block_events_max: int = 2_000
+    block_events_max: int = 8_000
     block_span_ms_max: int = DAY_MS
     reasons_rows_max: int = 2_048
 

@@ -7,7 +7,7 @@ from aiokafka.record.memory_records import MemoryRecords
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream.engine.batch import Batch, source_header
+from stream.engine.batch import Batch, by_topic, source_header
 
 NAME = st.text(st.characters(exclude_categories=['Cs']), max_size=9)
 BYTES = st.none() | st.binary(max_size=300)
@@ -31,7 +31,7 @@ def message(user_id: str, as_of_ms: int = 1_700_000_000_123, kind: str = 'scores
 @given(st.lists(st.tuples(BYTES, BYTES, st.lists(st.tuples(NAME, BYTES), max_size=3)), min_size=1, max_size=200))
 def test_records_come_back(records: list[tuple[bytes | None, bytes | None, list[tuple[str, bytes | None]]]]):
     batch = Batch(1 << 20, 1_700_000_000_000)
-    assert all(batch.add(*record) for record in records)
+    assert batch.add_records(records, 0) == len(records)
     assert batch.record_count() == len(records)
     batch._set_producer_state(2**40, 3, 77)
     first, found = read(batch)
@@ -44,20 +44,20 @@ def test_records_come_back(records: list[tuple[bytes | None, bytes | None, list[
 
 def test_without_a_producer_of_its_own_it_says_so():
     batch = Batch(1000, 0)
-    batch.add(b'k', b'v', [])
+    batch.add_records([(b'k', b'v', [])], 0)
     first, _ = read(batch)
     assert (first.producer_id, first.producer_epoch) == (-1, -1)
 
 
 def test_a_full_batch_takes_nothing_more_but_the_first_record_always():
     batch = Batch(1000, 0)
-    assert batch.add(b'k', bytes(5000), [])
-    assert not batch.add(b'k', b'', [])
+    assert batch.add_records([(b'k', bytes(5000), []), (b'k', b'', [])], 0) == 1
     assert batch.closed()
     assert batch.record_count() == 1
     batch = Batch(1000, 0)
-    while batch.add(b'key', bytes(50), []):
-        assert batch.size() <= 1000
+    records: list[Any] = [(b'key', bytes(50), [])] * 100
+    added = batch.add_records(records, 50) - 50
+    assert added == batch.record_count() < 50
     assert 1000 - batch.size() < 70
     assert len(batch._build()) == batch.size() <= 1000
 
@@ -68,7 +68,8 @@ def test_a_full_batch_takes_nothing_more_but_the_first_record_always():
 ])
 def test_a_message_gets_cloudevents_headers(as_of_ms: int, time: bytes):
     batch = Batch(1 << 20, 0)
-    assert batch.add_message(b'u1', message('u1', as_of_ms, 'churn.alert'), source_header('/shop/scoring'))
+    pair = (b'u1', message('u1', as_of_ms, 'churn.alert'))
+    assert batch.add_messages([pair], 0, source_header('/shop/scoring')) == 1
     _, (record,) = read(batch)
     assert (record.key, record.value) == (b'u1', message('u1', as_of_ms, 'churn.alert'))
     assert list(record.headers) == [
@@ -80,7 +81,7 @@ def test_a_message_gets_cloudevents_headers(as_of_ms: int, time: bytes):
 @given(st.text(st.characters(exclude_categories=['Cs']), min_size=1, max_size=256))
 def test_whatever_the_user_is_called(user_id: str):
     batch = Batch(1 << 20, 0)
-    assert batch.add_message(user_id.encode(), message(user_id), source_header('s'))
+    assert batch.add_messages([(user_id.encode(), message(user_id))], 0, source_header('s')) == 1
     _, (record,) = read(batch)
     headers = dict(record.headers)
     assert (headers['ce_subject'], headers['ce_time']) == (user_id.encode(), b'2023-11-14T22:13:20.123Z')
@@ -89,4 +90,9 @@ def test_whatever_the_user_is_called(user_id: str):
 @pytest.mark.parametrize('value', [b'', b'{}', message('u')[:60], b'x' * 200, message('u').replace(b'as_of', b'as-of')])
 def test_what_is_no_message_is_told(value: bytes):
     with pytest.raises(ValueError, match='no message'):
-        Batch(1000, 0).add_message(b'u', value, source_header('s'))
+        Batch(1000, 0).add_messages([(b'u', value)], 0, source_header('s'))
+
+
+def test_decisions_and_scores_go_apart_in_order():
+    one, two, three = message('u'), message('u', kind='churn.alert'), message('v')
+    assert by_topic([(b'u', [two, one]), (b'v', [three])]) == ([(b'u', two)], [(b'u', one), (b'v', three)])

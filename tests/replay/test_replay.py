@@ -13,8 +13,8 @@ import pytest
 from stream.core.decide import Policy
 from stream.core.events import SOURCE_OF_TYPE, Decoder, Event, EventRules
 from stream.core.features import COUNTER_NAMES, Batch
-from stream.core.scores import Outputs
 from stream.core.outbox import unpack_outbox
+from stream.core.scores import Outputs
 from stream.core.user import User, decode, encode, fire_timer, fold
 from stream.core.window import DAY_MS, WindowLimits
 from stream.errors import UsageError
