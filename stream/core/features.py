@@ -12,6 +12,7 @@ Amounts and time spans enter as log(1 + x), spans in days. Everything is as of a
 """
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from stream.core.window import DAY_DTYPE, DAY_MS, HEADER_DTYPE, MINUTE_MS, ROW_D
 
 SLOTS_MAX = 64
 LENGTHS = (8, 16, 32, 64)
+PADDING_SLOTS_MAX = 256             # that a bucket of windows may cost more to save a request
 TYPE_VOCABULARY = TYPES + 1         # 0 is padding
 ITEM_BUCKETS = 4096                 # 0 is absent
 CATEGORY_BUCKETS = 1024             # 0 is absent
@@ -106,9 +108,16 @@ def features(snapshots: Snapshots) -> Features:
 
 
 def batches(inputs: Features, rows_max: int) -> Iterator[Batch]:
-    """Cut into padded batches of at most `rows_max` rows, one length bucket each, shortest bucket first."""
-    lengths = np.diff(inputs.starts)
-    bucket = np.searchsorted(LENGTHS, lengths)
+    """Cut into padded batches of at most `rows_max` rows, one length bucket each, shortest bucket first.
+
+    Few rows join those of the next length where there are any: a request costs more than a little padding.
+    """
+    bucket = np.searchsorted(LENGTHS, np.diff(inputs.starts))
+    rows_of = np.bincount(bucket, minlength=len(LENGTHS)).tolist()
+    for index, (length, longer) in enumerate(pairwise(LENGTHS)):
+        if 0 < rows_of[index] * (longer - length) <= PADDING_SLOTS_MAX and any(rows_of[index + 1:]):
+            bucket[bucket == index] = index + 1
+            rows_of[index + 1] += rows_of[index]
     for index, length in enumerate(LENGTHS):
         members = np.flatnonzero(bucket == index)
         for at in range(0, len(members), rows_max):
