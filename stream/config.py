@@ -57,7 +57,7 @@ class Settings(BaseSettings):
     batch_rows_max: int = Field(256, ge=1, le=256, description='windows in one request to the model')
     triton: Address = Field('127.0.0.1:8001', description="host:port of Triton's gRPC service")
     triton_timeout_ms: Milliseconds = Field(10_000, description='for one batch, with all retries')
-    triton_in_flight_max: int = Field(4, ge=1, le=64, description='requests in flight to Triton at once')
+    triton_in_flight_max: int = Field(16, ge=1, le=64, description='requests in flight to Triton at once')
     fallback: Literal['hold', 'embedded'] = Field(
         'hold', description='while Triton is away: hold the events, or score with the embedded copy of the same model')
     publish: Publish = Field(

@@ -34,6 +34,7 @@ from aiokafka.record.util import calc_crc32c
 
 from stream.config import Settings
 from stream.core.events import Decoder, Event, EventRules, Source
+from stream.core.user import User, encode, fold
 from stream.core.window import (
     DAY_DTYPE,
     DAY_MS,
@@ -41,10 +42,7 @@ from stream.core.window import (
     HEADER_DTYPE,
     HOUR_MS,
     ROW_DTYPE,
-    User,
     WindowLimits,
-    encode,
-    fold,
 )
 from stream.engine.store import LANE_KEY, LaneRecord
 from stream.engine.topics import changelog_topic, wanted_topics
@@ -340,22 +338,25 @@ def _after(text: bytes, what: bytes, width: int) -> np.ndarray:
 
 
 class Templates:
-    """Templates for all topic partitions, so that all users are drawn evenly. Carts have `CARTS_SHARE` of the events.
+    """Templates for all topic partitions. Carts have `CARTS_SHARE` of the events.
 
+    skew     users are drawn with weight 1 / rank**skew; 0: evenly
     numbers  event ids handed out so far
     """
 
     def __init__(self, of: Shop, shoppers: Shoppers, batch_events: int = 1_000, each: int = 4, seed: int = 1,
-                 numbers: int = 0) -> None:
+                 numbers: int = 0, skew: float = 0.0) -> None:
         rng = random.Random(seed)
         draw = np.random.default_rng(seed)
+        weights = [np.arange(1, len(users) + 1) ** -skew for users in shoppers.of]
         self.numbers = numbers
         self._topics = of.inputs
         self._turn = 0
         carts = max(round(batch_events * CARTS_SHARE / (1 - CARTS_SHARE)), 1)
         sizes = {Source.CLICKS: batch_events, Source.CARTS: carts}
         self._templates = [
-            [(source, partition, Template([shoppers.ids[index] for index in draw.choice(shoppers.of[partition], size)],
+            [(source, partition, Template([shoppers.ids[index] for index in draw.choice(
+                shoppers.of[partition], size, p=weights[partition] / weights[partition].sum())],
                                           source, rng))
              for partition in range(of.partitions) for source, size in sizes.items()] for _ in range(each)]
         self.round_events = sum(template.records for _, _, template in self._templates[0])

@@ -24,7 +24,7 @@ import numpy as np
 
 from stream.core.features import Batch, Snapshots, batches, features
 from stream.core.scores import OUTPUT_NAMES
-from stream.core.window import User, pack_header
+from stream.core.user import User, pack_header
 from stream.scoring.make import ROOT
 from tests.bench.common import (
     APPEND_TIME,

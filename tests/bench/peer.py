@@ -1,0 +1,91 @@
+"""Our worker as a peer of the peers' harness: the same process as `stream worker`, with the lines that it listens for.
+
+    JOB=full     our message per scored user; decoding, outbox, metrics, everything on
+    JOB=events   our message per event
+    JOB=peers    the peers' job and message: a window of 64 events, {user_id, n, last_ts}; no scores, all else as it is
+
+The harness hands settings over in the environment: APP_ID, STATE_DIR, EVENTS, COMMIT_S, KAFKA. Its topics are read and
+written under their own names; ours, of alerts and dead letters, and the changelog are named after APP_ID.
+"""
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import orjson
+
+from stream.cli_shared import collect_seldom
+from stream.config import load_settings
+from stream.core.lane import Touched
+from stream.core.outbox import pack_messages
+from stream.engine import lane as lane_module
+from stream.engine import worker
+from stream.engine.blocks import Block
+from stream.engine.lane import Lane, Step
+from stream.scoring.step import Scored
+
+JOB, APP, EVENTS = os.environ['JOB'], os.environ['APP_ID'], int(os.environ['EVENTS'])
+PUBLISH = {'full': 'all', 'events': 'events', 'peers': 'all'}[JOB]
+
+
+class TellingLane(Lane):
+    """Says when the first event is taken up, and when the last one is done."""
+
+    told: ClassVar[dict[str, float]] = {}
+    handled = 0
+
+    def admit(self, block: Block) -> None:
+        self.tell('first')
+        super().admit(block)
+
+    def _done(self, step: Step) -> None:
+        before = sum(self.done)
+        super()._done(step)
+        TellingLane.handled += sum(self.done) - before
+        if TellingLane.handled >= EVENTS:
+            self.tell('handled')
+
+    def tell(self, what: str) -> None:
+        if what not in self.told:
+            self.told[what] = time.time()
+            sys.stdout.write(f'@{json.dumps({what: self.told[what]})}\n')
+            sys.stdout.flush()
+
+
+class PeersLane(TellingLane):
+    """Sends the peers' message as it is, without headers."""
+
+    async def _send_messages(self, messages: Sequence[tuple[bytes, list[bytes]]]) -> None:
+        await self._send(self._rules.scores, [(key, message, ()) for key, of_user in messages for message in of_user])
+
+
+async def peers_message(touched: Sequence[Touched], *_: Any) -> Scored:
+    """In the place of `score_step`: what the peers say of a window."""
+    outboxes = []
+    for entry in touched:
+        user = entry.user
+        messages = [orjson.dumps({'user_id': user.user_id, 'n': len(user.ids) // 8, 'last_ts': user.last_seen_ms})]
+        user.outbox = pack_messages(messages)
+        outboxes.append((user, messages))
+    return Scored([], None, outboxes, [], 0)
+
+
+def main() -> None:
+    from stream.engine import lanes
+    lanes.Lane = PeersLane if JOB == 'peers' else TellingLane
+    if JOB == 'peers':
+        lane_module.score_step = peers_message
+    settings = load_settings(
+        brokers=os.environ['KAFKA'], group=APP, clicks_topic='bench.clicks', carts_topic='bench.carts',
+        alerts_topic=f'{APP}-alerts', scores_topic='bench.updates', dead_letters_topic=f'{APP}-dead', scorer='constant',
+        publish=PUBLISH, state_dir=os.environ['STATE_DIR'], admin_port=0,
+        commit_interval_ms=int(float(os.environ['COMMIT_S']) * 1000), window_events_max=64 if JOB == 'peers' else 128)
+    collect_seldom()
+    asyncio.run(worker.run(settings))
+
+
+if __name__ == '__main__':
+    main()
