@@ -1,7 +1,7 @@
 """Compiles the modules of the package that are written in Cython, whenever the package is built or installed.
 
 The machine's C compiler is used; where there is none, one comes from the package index (the wheel of Zig brings clang)
-and goes with the build's environment.
+and goes with the build's environment. What is compiled runs on every processor of the machine's family.
 """
 import os
 import shlex
@@ -14,24 +14,35 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-FLAGS = ('-O3', '-DNDEBUG', '-fPIC', '-shared', '-fno-strict-aliasing', '-fno-sanitize=undefined', '-w')
-ZIG = 'ziglang==0.15.2'
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from stream.native import source_hash
+
+CYTHON, ZIG = 'cython==3.3.1', 'ziglang==0.15.2'
+FLAGS = ('-O3', '-DNDEBUG', '-fPIC', '-shared', '-fno-strict-aliasing', '-w')
+# Zig's clang compiles for the machine that it runs on, and checks for undefined behaviour, unless it is told otherwise.
+ZIG_FLAGS = ('-mcpu=baseline', '-fno-sanitize=undefined')
+DARWIN_FLAGS = ('-undefined', 'dynamic_lookup')
 
 
 class NativeHook(BuildHookInterface):
     """Hatchling's hook of the name `custom`."""
 
     def dependencies(self) -> list[str]:
-        return ['cython==3.3.1'] + ([] if _compiler() else [ZIG])
+        return [CYTHON] + ([] if _compiler() else [ZIG])
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        headers = Path(sysconfig.get_path('include'))
+        if not (headers / 'Python.h').exists():
+            raise SystemExit(f"{headers} has no Python.h, so that the package's compiled modules cannot be made. "
+                             'Do: install the headers of this Python (Debian: apt-get install python3-dev).')
         for source in sorted((Path(self.root) / 'stream').rglob('*.pyx')):
-            compile_module(source)
+            compile_module(source, headers)
         build_data['pure_python'] = False
         build_data['infer_tag'] = True
 
 
-def compile_module(source: Path) -> None:
+def compile_module(source: Path, headers: Path) -> None:
     """`name.pyx` to `name.<platform>.so` beside it, whole or not at all.
 
     Errors   CalledProcessError, with the compiler's words on stderr.
@@ -39,11 +50,13 @@ def compile_module(source: Path) -> None:
     generated = source.with_suffix('.c')
     target = source.with_suffix(sysconfig.get_config_var('EXT_SUFFIX'))
     half = target.with_suffix(f'.{os.getpid()}')
+    compiler = _compiler() or (sys.executable, '-m', 'ziglang', 'cc', *ZIG_FLAGS)
+    flags = (*FLAGS, *(DARWIN_FLAGS if sys.platform == 'darwin' else ()),
+             f'-DSOURCE_HASH="{source_hash(source)}"', f'-I{headers}')
     try:
         subprocess.run([sys.executable, '-m', 'cython', '-3', '--output-file', str(generated), str(source)],
                        check=True, cwd=source.parents[2])
-        subprocess.run([*(_compiler() or (sys.executable, '-m', 'ziglang', 'cc')), *FLAGS,
-                        f'-I{sysconfig.get_path("include")}', str(generated), '-o', str(half)], check=True)
+        subprocess.run([*compiler, *flags, str(generated), '-o', str(half)], check=True)
         half.replace(target)
     finally:
         generated.unlink(missing_ok=True)

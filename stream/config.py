@@ -115,7 +115,7 @@ class Settings(BaseSettings):
     state_dir: Path = Field(Path('state'), description="folder of the worker's RocksDB databases")
     users_cached_mib: int = Field(
         64, ge=0, description="users kept decoded, over all partitions and beyond steps in flight")
-    rocksdb_cache_mib: int = Field(256, ge=8, description='block cache over all partitions')
+    rocksdb_cache_mib: int = Field(128, ge=8, description='block cache over all partitions')
     rocksdb_write_buffers_mib: int = Field(128, ge=8, description='write buffers over all partitions')
     admin_host: str = Field('127.0.0.1', description='where health and metrics are served')
     admin_port: int = Field(9108, ge=0, le=65_535, description='0: any free port')

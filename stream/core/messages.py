@@ -16,7 +16,6 @@ from stream.core.scores import Scores
 from stream.core.user import User
 from stream.core.window import NO_TIER
 
-SPEC_VERSION = '1.0'
 _STATES: Mapping[Occasion, str] = {'intent': 'raised', 'churn_raised': 'raised', 'churn_cleared': 'cleared'}
 
 

@@ -5,7 +5,7 @@ from stream.core.parse import Event
 from stream.core.scores import Scores
 from stream.core.user import User
 
-SCORES_TYPE: str
+SOURCE_HASH: str
 
 def pack_messages(messages: Iterable[bytes]) -> bytes: ...
 class ScoresPen:

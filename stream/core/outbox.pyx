@@ -2,14 +2,22 @@
 """A user's outbox: the messages of the user's newest step, compact, from which each is made again byte for byte.
 
     message     u32 length, then the message as it is published: a decision
-    scores      u32 length with its top bit set, then `ScoresItem`, tier probabilities as u16 each, the model's name and
-                version, and for each event named u16 length and its id: one `scores.updated` message, or one per event
+    scores      u32 length with its top bit set, then, little-endian: SHA-256 of the model, 32 bytes; as-of time and
+                timer in ms, i64; expected spend, f64; purchase intent, purchase power and churn, u16; number of tiers,
+                length of the model's name and of its version, u8; number of events, u32; the tiers' probabilities, u16;
+                name and version in UTF-8; for each event the length of its id, u16, and the id. It stands for one
+                `scores.updated` message, or, where there are events, for one about each
 
 Scores are what a worker says most often, and nearly everything in such a message is in the user's record beside it. So
 a tenth of it is kept, and there is one way to make it, the first time and whenever it has to be sent again.
 
 Numbers are kept in steps of the grid on which scores are published; what they look like in JSON is looked up.
 """
+cdef extern from *:
+    const char* _SOURCE_HASH "SOURCE_HASH"
+
+SOURCE_HASH = _SOURCE_HASH.decode()
+
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_AsUTF8AndSize, PyUnicode_DecodeUTF8
@@ -25,8 +33,7 @@ from xxhash import xxh3_128_digest
 
 from stream.core.scores import STEPS_PER_UNIT
 from stream.core.window import NO_TIER
-
-SCORES_TYPE = 'scores.updated'
+from stream.errors import StateError
 
 cdef enum:
     GRID_MAX = 10000
@@ -43,7 +50,7 @@ cdef packed struct ScoresItem:
     uint8_t tiers
     uint8_t name_size
     uint8_t version_size
-    uint16_t events
+    uint32_t events
 
 if GRID_MAX != STEPS_PER_UNIT:
     raise AssertionError('the table of grid values is of another grid: install the package again')
@@ -110,8 +117,6 @@ cdef int put_number(Buffer* into, int64_t value) except -1:
 
 
 cdef int put_grid(Buffer* into, uint16_t step) except -1:
-    if step > GRID_MAX:
-        raise ValueError(f'{step} is no step of the grid of scores')
     return put(into, GRID[step], GRID_SIZE[step])
 
 
@@ -217,7 +222,7 @@ cdef class ScoresPen:
         size = <uint32_t> (PACKED.size - before - 4) | <uint32_t> SCORES_BIT
         memcpy(PACKED.data + before, &size, 4)
         user.outbox = PyBytes_FromStringAndSize(PACKED.data, PACKED.size)
-        render(user, PACKED.data + before + 4, messages)
+        render(user, PACKED.data + before + 4, PACKED.size - before - 4, messages)
         return messages
 
 
@@ -232,28 +237,52 @@ def unpack_outbox(User user not None):
     cdef Py_ssize_t at = 0, end = PyBytes_GET_SIZE(outbox)
     cdef uint32_t size
     cdef list messages = []
+    cdef bint scores
     while at < end:
+        if end - at < 4:
+            raise damaged(user)
         memcpy(&size, data + at, 4)
         at += 4
-        if size & <uint32_t> SCORES_BIT:
-            size &= ~<uint32_t> SCORES_BIT
-            render(user, data + at, messages)
+        scores = (size & <uint32_t> SCORES_BIT) != 0
+        size &= ~<uint32_t> SCORES_BIT
+        if size > end - at:
+            raise damaged(user)
+        if scores:
+            try:
+                render(user, data + at, size, messages)
+            except UnicodeDecodeError as error:
+                raise damaged(user) from error
         else:
             messages.append(PyBytes_FromStringAndSize(data + at, size))
         at += size
     return messages
 
 
-cdef int render(User user, const char* data, list messages) except -1:
-    """The messages of one scores item."""
+cdef damaged(User user):
+    return StateError(f'The outbox of user {user.user_id!r} is damaged.',
+                      'move the state directory away: it is filled again from the changelog.')
+
+
+cdef int render(User user, const char* data, Py_ssize_t whole, list messages) except -1:
+    """The messages of one scores item of `whole` bytes. Errors: StateError where it is not one."""
     cdef ScoresItem item
     cdef const uint16_t* tiers
     cdef const char* at
     cdef str name, version, event_id
+    cdef const char* end = data + whole
     cdef uint16_t size
-    cdef int i
+    cdef uint32_t i
+    if whole < <Py_ssize_t> sizeof(item):
+        raise damaged(user)
     memcpy(&item, data, sizeof(item))
     tiers = <const uint16_t*> (data + sizeof(item))
+    if whole - <Py_ssize_t> sizeof(item) < 2 * item.tiers + item.name_size + item.version_size:
+        raise damaged(user)
+    for i in range(item.tiers):
+        if tiers[i] > GRID_MAX:
+            raise damaged(user)
+    if item.intent > GRID_MAX or item.power > GRID_MAX or item.churn > GRID_MAX:
+        raise damaged(user)
     at = data + sizeof(item) + 2 * item.tiers
     name = PyUnicode_DecodeUTF8(at, item.name_size, NULL)
     at += item.name_size
@@ -262,10 +291,16 @@ cdef int render(User user, const char* data, list messages) except -1:
     if not item.events:
         messages.append(render_one(user, &item, tiers, name, version, None))
     for i in range(item.events):
+        if end - at < 2:
+            raise damaged(user)
         memcpy(&size, at, 2)
+        if end - at - 2 < size:
+            raise damaged(user)
         event_id = PyUnicode_DecodeUTF8(at + 2, size, NULL)
         messages.append(render_one(user, &item, tiers, name, version, event_id))
         at += 2 + size
+    if at != end:
+        raise damaged(user)
     return 0
 
 

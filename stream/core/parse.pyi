@@ -1,6 +1,8 @@
 from collections.abc import Iterable
 from typing import Any
 
+SOURCE_HASH: str
+
 class Event:
     user_id: str
     event_id: str

@@ -12,6 +12,11 @@ Numbers  up to 15 digits, of which up to 15 behind the point: mantissa and power
 Hashes   XXH3 of up to 64 bytes with seed 0, after the format's description (Collet, xxhash_spec.md); longer ids go the
          other way.
 """
+cdef extern from *:
+    const char* _SOURCE_HASH "SOURCE_HASH"
+
+SOURCE_HASH = _SOURCE_HASH.decode()
+
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_DecodeASCII

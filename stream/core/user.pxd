@@ -35,6 +35,7 @@ cdef class User:
     cdef public bytes outbox
     cdef public bytearray ids
     cdef public bytearray rows
+    cdef Py_ssize_t _kept_bytes
     cdef int64_t _next_offset[2]
     cdef uint32_t _counts[14]
 

@@ -3,11 +3,12 @@
 
 Compiled, since all throughput ends here. The layout is `stream.core.window`'s; the structs below repeat it for the
 compiler, and are compared with it when this module is imported.
-
-Time is event time throughout. The window is the newest `events_max` events not older than `span_ms` before the newest
-one. An event older than a full window, or than the span, is late: counted as late and nothing else, so that the window
-is the same in whatever order its events arrive. The counters are a fold in arrival order.
 """
+cdef extern from *:
+    const char* _SOURCE_HASH "SOURCE_HASH"
+
+SOURCE_HASH = _SOURCE_HASH.decode()
+
 cimport cython
 from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndSize, PyByteArray_GET_SIZE, \
     PyByteArray_Resize
@@ -550,7 +551,7 @@ def decode(str user_id, record):
         raise StateError(
             f'The record of user {user_id!r} has layout {header.format}, this version reads layout '
             f'{" and ".join(map(str, FORMATS_READ))}.',
-            'run the version that wrote it, or move the state directory away and rebuild it.')
+            'run the version that wrote it, on all workers of the group: the changelog has records of it too.')
     days, ids, rows = header.days * sizeof(Day), header.events * ID_BYTES, header.events * sizeof(Row)
     if size != <Py_ssize_t> sizeof(Header) + days + header.outbox_bytes + ids + rows:
         raise damaged(user_id, f'{size} bytes, its header says '
@@ -617,6 +618,22 @@ def stamp(list users not None, int64_t step, uint32_t generation):
         new.append(user.step == 0)
         user.step, user.generation = step, generation
     return new
+
+
+def keep(dict kept not None, list users not None, list changes not None, Py_ssize_t object_bytes):
+    """Put the users into `kept`, by id; return by how many bytes it has grown.
+
+    changes       of the users: a user takes as much as the record, and `object_bytes`
+    """
+    cdef User user
+    cdef Change change
+    cdef Py_ssize_t grown = 0, size
+    for user, change in zip(users, changes):
+        size = PyBytes_GET_SIZE(change.record) + object_bytes
+        grown += size - user._kept_bytes if user.user_id in kept else size
+        user._kept_bytes = size
+        kept[user.user_id] = user
+    return grown
 
 
 def join(list users not None):

@@ -1,5 +1,7 @@
 from collections.abc import Iterable, Sequence
 
+SOURCE_HASH: str
+
 MESSAGE_TYPE_AT: int
 
 class Batch:

@@ -6,6 +6,11 @@ record; a message's CloudEvents headers are written from the message's own bytes
 
 Source   Kafka protocol guide, "Record Batch"; CloudEvents 1.0.2, Kafka protocol binding, binary mode.
 """
+cdef extern from *:
+    const char* _SOURCE_HASH "SOURCE_HASH"
+
+SOURCE_HASH = _SOURCE_HASH.decode()
+
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndSize, PyByteArray_Resize

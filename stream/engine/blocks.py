@@ -26,6 +26,7 @@ class Block(msgspec.Struct, gc=False):
 
     epoch       of the assignment under which it was fetched: older ones are worthless
     times_ms    the records' timestamps
+    bytes       of the records' values
     """
 
     topic: str
@@ -35,10 +36,13 @@ class Block(msgspec.Struct, gc=False):
     stop: int
     records: Sequence[FetchedRecord]
     times_ms: list[int] = []
+    bytes: int = -1
 
     def __post_init__(self) -> None:
         if not self.times_ms:
             self.times_ms = [record.timestamp for record in self.records]
+        if self.bytes < 0:
+            self.bytes = sum([len(record.value or b'') for record in self.records])
 
     @property
     def first_ms(self) -> int:
@@ -57,7 +61,7 @@ class Block(msgspec.Struct, gc=False):
     def joined(self, after: 'Block') -> 'Block':
         """This block and the one that begins where it ends, as one."""
         return Block(self.topic, self.partition, after.epoch, self.start, after.stop, [*self.records, *after.records],
-                     self.times_ms + after.times_ms)
+                     self.times_ms + after.times_ms, self.bytes + after.bytes)
 
 
 def cut(block: Block, events_max: int) -> Iterator[Block]:

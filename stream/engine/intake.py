@@ -18,6 +18,7 @@ from stream.metrics import Metrics
 
 log = logging.getLogger(__name__)
 T = TypeVar('T')
+JOINED_BYTES_MAX = 2 << 20      # of the records' values in blocks that are joined
 
 
 class Fetches(Protocol):
@@ -74,7 +75,7 @@ class Intake:
             return
         self.expected[source] = block.stop
         queue = self._queues[source]
-        if queue and len(queue[-1].records) + len(block.records) <= self._events_max:
+        if queue and self._join(queue[-1], block):
             queue.append(queue.pop().joined(block))
         else:
             queue.append(block)
@@ -96,11 +97,16 @@ class Intake:
         """Blocks that wait here."""
         return sum(map(len, self._queues))
 
+    def _join(self, block: Block, after: Block) -> bool:
+        """Whether two blocks become one: nothing is missing between them, and it is not too large."""
+        return (block.stop == after.start and len(block.records) + len(after.records) <= self._events_max
+                and block.bytes + after.bytes <= JOINED_BYTES_MAX)
+
     @property
     def plenty(self) -> bool:
         """Whether waiting would not make the next block much larger."""
-        return any(len(queue) > 1 or (queue and len(queue[0].records) > self._events_max // 2)
-                   for queue in self._queues)
+        return any(len(queue) > 1 or (queue and (2 * len(queue[0].records) > self._events_max
+                                                 or 2 * queue[0].bytes > JOINED_BYTES_MAX)) for queue in self._queues)
 
     def queued(self, source: Source) -> bool:
         """Whether a block of this topic waits here."""

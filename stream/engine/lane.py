@@ -155,6 +155,7 @@ class Lane:
         self._record_ms = 0             # newest timestamp of a block's first record
         self._signed: LaneRecord | None = None      # of the newest step that is done
         self._source = source_header(tools.rules.source)
+        self._foreign: set[str] = set()     # users of another partition who are in the state, and had a timer
         self._users = UserCache(tools.rules.users_cached_bytes)
         self._publishing: asyncio.Task | None = None
         self._task: asyncio.Task | None = None
@@ -273,7 +274,7 @@ class Lane:
         outcomes, events = self._decode(blocks)
         users = self._users.find(dict.fromkeys([event.user_id for event in events]))
         unknown = [user_id for user_id, user in users.items() if user is None]
-        strays = self._strays(unknown)
+        strays = self._strays([*unknown, *self._foreign.intersection(users)])
         letters = []
         if strays or len(events) < len(outcomes):
             letters = self._letters(blocks, outcomes, strays)
@@ -311,7 +312,10 @@ class Lane:
         return outcomes, [outcome for outcome in outcomes if type(outcome) is Event]
 
     def _strays(self, user_ids: Sequence[str]) -> dict[str, Refusal]:
-        """The users who belong on another partition, and why. Who is kept decoded has been looked at before."""
+        """Who of these users belongs on another partition, and why.
+
+        Who is kept decoded has been looked at before: when events brought them here, or, if a timer did, in `_foreign`.
+        """
         rules = self._rules
         refusals = ((user_id, misrouted(rules.partitioner, user_id.encode(), self.number, rules.partitions))
                     for user_id in user_ids)
@@ -346,7 +350,7 @@ class Lane:
         new = stamp(users, number, self._generation)
         scored = await self._score(touched)
         changes = list(map(change_of, users, new))
-        self._users.keep(users, sum([len(change.record) for change in changes]))
+        self._users.keep(users, changes)
         messages = [(user.user_id.encode(), of_user) for user, of_user in scored.outboxes]
         self._tools.metrics.scored_rows.inc(len(scored.rows) - scored.refused)
         self._tools.metrics.refused_rows.inc(scored.refused)
@@ -477,6 +481,7 @@ class Lane:
         users = self._users.find(due)
         unknown = [user_id for user_id, user in users.items() if user is None]
         if unknown:
+            self._foreign.update(self._strays(unknown))
             users.update(await in_thread(self.store.load, unknown))
         journal = []
         if self._rules.journal:

@@ -207,7 +207,7 @@ class Lanes:
         return ''
 
     def _stale(self, lane: Lane, source: Source) -> bool:
-        """Whether the fetches of a partition that is not paused are no longer answered."""
+        """Whether the fetches of a partition whose lane has room are no longer answered."""
         ago_ms = self._tools.consumer.fetched_ms_ago(lane.tps[source], int(time.time() * 1000))
         return lane.intake.wants(source) and ago_ms is not None and ago_ms > FETCH_FRESH_MS
 

@@ -6,7 +6,7 @@ when flow resumes. Here a block may still get lost on its way through Faust's qu
 that and seeks back. What a lane has not admitted is not tracked, and what it has not finished is not committed.
 
 The consumer runs on the event loop of the worker (not in Faust's thread): nothing of the worker blocks it, and a
-partition that is paused is still polled, so that the worker stays in its group for as long as it holds.
+client is polled whether lanes have room or not, so that the worker stays in its group for as long as it holds.
 """
 import asyncio
 import logging
@@ -41,6 +41,7 @@ from stream.errors import StateError
 
 log = logging.getLogger(__name__)
 POLL_MS = 200
+NOWHERE = aiokafka.TopicPartition('', 0)     # no topic has this name: of it nothing comes
 ROOM_LOOK_MS = 10        # while a lane has no room, until one may have
 REBALANCE_MORE_MS = 10_000      # beyond `drain_timeout_ms`: for the commit, and for the group to answer
 BATCH_BYTES_MAX = 900_000       # below the broker's default for one batch, 1 MiB
@@ -219,14 +220,13 @@ class Consumer(FaustConsumer):
     async def _drain_messages(self, fetcher: Any) -> None:
         driver, events_max = self.driver, self._settings.block_events_max
         while not (self.should_stop or fetcher.should_stop):
+            # What has come of partitions without room stays with the client, and nothing more of them is fetched. The
+            # client is asked even where none has room: the group has to see this member, and this member its errors.
             wanted = [_driver_tp(tp) for tp in self.positions if self.owner.wants(tp)]
+            all_wanted = len(wanted) == len(self.positions)
             try:
-                if wanted or not self.positions:
-                    # What has come of the others stays with the client, and nothing more of them is fetched.
-                    fetched = await driver.getmany(
-                        *wanted, timeout_ms=POLL_MS if len(wanted) == len(self.positions) else ROOM_LOOK_MS)
-                else:
-                    fetched = await self._no_room()
+                fetched = await driver.getmany(*(wanted or ([] if all_wanted else [NOWHERE])),
+                                               timeout_ms=POLL_MS if all_wanted else ROOM_LOOK_MS)
             except ConsumerStoppedError:
                 return
             except NoOffsetForPartitionError:
@@ -246,12 +246,6 @@ class Consumer(FaustConsumer):
                 for block in cut(span, events_max):
                     await self.callback(self._message(block))
             await asyncio.sleep(0)
-
-    async def _no_room(self) -> Mapping[Any, Sequence[Any]]:
-        """Nothing is taken, but the group is told that this member lives."""
-        with self.driver._subscription.fetch_context():
-            await asyncio.sleep(ROOM_LOOK_MS / 1000)
-        return {}
 
     async def _out_of_range(self, positions: Mapping[Any, int]) -> None:
         """Records were deleted before they were read: told, with their number. Or the topic is another one: fatal."""

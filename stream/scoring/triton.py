@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import grpc
 import msgspec
 import numpy as np
+from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from stream.core.features import COUNTERS, SLOT_NUMBERS, Batch
@@ -300,7 +301,10 @@ class TritonScorer:
 
     def _read(self, answer: bytes, batch: Batch) -> Outputs:
         """An answer of whatever form, every part of it checked; its layout is kept for the next ones."""
-        response = _messages.ModelInferResponse.FromString(answer)
+        try:
+            response = _messages.ModelInferResponse.FromString(answer)
+        except DecodeError as error:
+            self._refuse(f'cannot be read ({error})')
         model = (response.model_name, response.model_version)
         if model != (self.model.name, self.model.version):
             self._refuse(f'comes from {model[0]} version {model[1]}')

@@ -15,7 +15,7 @@ LAYOUT = 2
 _HEADER = struct.Struct('<HHHBbIIqqqIIIqq14IddIIqIddqBiqqqI16s8s32s')
 _DAY = struct.Struct('<HHHHf')
 _ROW_BYTES, _ID_BYTES = 24, 8
-_SCORES = struct.Struct('<32sqqdHHHBBBH')
+_SCORES = struct.Struct('<32sqqdHHHBBBI')
 _SCORES_BIT = 1 << 31
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import orjson
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from xxhash import xxh3_128_hexdigest
@@ -11,10 +12,11 @@ from xxhash import xxh3_128_hexdigest
 from stream.core.decide import Decision, Kind, Policy
 from stream.core.events import Event
 from stream.core.messages import ModelInfo, Origin, decision_message
-from stream.core.outbox import ScoresPen, unpack_outbox
+from stream.core.outbox import ScoresPen, pack_messages, unpack_outbox
 from stream.core.scores import Scores
 from stream.core.user import User
 from stream.core.window import NO_TIER
+from stream.errors import StateError
 
 GOLDEN = Path(__file__).parents[1] / 'golden' / 'messages.jsonl'
 MODEL = ModelInfo('shopper', '1', 'ab' * 32)
@@ -105,3 +107,40 @@ def test_scores_are_the_json_that_a_library_writes(user_id: str, events: list[st
                                    'churn': 0.0, 'expected_spend_90d': spend}
         assert value['tier'] == (None if tier < 0 else tier)
         assert value['cause'] == {'clicks_offset': 2**40, 'carts_offset': 3, 'timer_ms': timer_ms or None}
+
+
+def outbox_of_everything() -> User:
+    user = shopper()
+    scores_messages(user, events=('e9', 'e10'))
+    user.outbox = pack_messages([b'{"first":1}']) + user.outbox
+    return user
+
+
+def test_an_outbox_that_is_cut_is_refused():
+    whole = outbox_of_everything().outbox
+    for size in range(1, len(whole)):
+        user = shopper()
+        user.outbox = whole[:size]
+        if size == 15:      # behind the first message
+            assert unpack_outbox(user) == [b'{"first":1}']
+        else:
+            with pytest.raises(StateError, match='damaged'):
+                unpack_outbox(user)
+
+
+@given(st.data())
+def test_a_damaged_outbox_never_gives_what_is_not_in_it(data: st.DataObject):
+    whole = bytearray(outbox_of_everything().outbox)
+    for _ in range(data.draw(st.integers(1, 3))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    user = shopper()
+    user.outbox = bytes(whole)
+    try:
+        messages = unpack_outbox(user)
+    except StateError:
+        return
+    assert sum(map(len, messages)) < 10 * len(whole) + 1_000
+
+
+def test_more_events_than_sixteen_bits_count_have_a_message_each():
+    assert len(scores_messages(shopper(), events=[f'e{number}' for number in range(70_000)])) == 70_000

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,8 @@ def test_the_images_get_what_they_copy():
     for source in copied:
         assert (ROOT / source).exists()
         assert any(fnmatch.fnmatch(f'!{source}', pattern) for pattern in ignored[1:]), source
+    build = tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['hatch']['build']
+    assert build['hooks']['custom']['path'] in copied
     assert {'stream', 'triton_models', 'deploy/local', 'pyproject.toml', 'README.md', 'LICENSE'} <= copied
     assert instruction('stream', 'USER') == 'stream' and instruction('triton', 'USER') == 'triton'
 

@@ -89,6 +89,25 @@ def test_what_waits_is_joined_up_to_the_size_of_a_block(fetches: FakeFetches):
     assert fetches.sought == []
 
 
+def test_nothing_is_joined_over_positions_that_are_lost(fetches: FakeFetches):
+    intake = Intake((CLICKS, CARTS), fetches, 2, 4, 500, lambda: None, Metrics())
+    intake.admit(block(CLICKS, 0, [1]))
+    intake.skip(Source.CLICKS, 1, 5)
+    intake.admit(block(CLICKS, 5, [2]))
+    assert [(part.start, part.stop) for part in (*intake.take(0), *intake.take(0))] == [(0, 1), (5, 6)]
+
+
+def test_what_is_joined_is_bounded_in_bytes(fetches: FakeFetches, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr('stream.engine.intake.JOINED_BYTES_MAX', 10)
+    intake = Intake((CLICKS, CARTS), fetches, 3, 100, 500, lambda: None, Metrics())
+    for start, size in enumerate((4, 6, 1)):
+        part = block(CLICKS, start, [start])
+        intake.admit(Block(part.topic, 0, part.epoch, part.start, part.stop, part.records, bytes=size))
+    assert intake.plenty
+    taken = [*intake.take(0), *intake.take(0)]
+    assert [(part.start, part.stop, part.bytes) for part in taken] == [(0, 2, 10), (2, 3, 1)]
+
+
 def test_what_is_joined_is_folded_as_far_as_both_topics_reach(fetches: FakeFetches):
     intake = Intake((CLICKS, CARTS), fetches, 2, 4, 500, lambda: None, Metrics())
     intake.admit(block(CLICKS, 0, [1, 3]))

@@ -13,12 +13,13 @@ from faust.types import TP
 
 from stream.core.decide import Policy
 from stream.core.events import Decoder, EventRules
-from stream.core.user import encode
+from stream.core.partitioners import partition
+from stream.core.user import Change, User, encode
 from stream.core.window import DAY_MS, WindowLimits
 from stream.engine.blocks import Block
 from stream.engine.lane import Lane, LaneRules, Tools
 from stream.engine.publisher import Record
-from stream.engine.store import Memory, PartitionStore
+from stream.engine.store import LaneRecord, Memory, Meta, PartitionStore
 from stream.errors import ScorerUnavailable
 from stream.metrics import Metrics
 from stream.scoring.scorer import ConstantScorer
@@ -151,6 +152,23 @@ async def test_what_comes_while_a_step_is_under_way_is_folded_as_one(store: Part
         await until(lambda: lane.done == [4, 0])
         assert kafka.sends == ['changelog', 'scores'] * 2
         assert store.meta.newest == 2
+
+
+@on_a_loop
+async def test_whoever_belongs_elsewhere_is_refused_with_a_timer_fired_before_or_not(store: PartitionStore):
+    foreign = next(f'u{number}' for number in range(99) if partition('murmur2', b'u%d' % number, 2))
+    user = User(foreign)
+    user.step, user.last_seen_ms, user.due_ms = 1, NOW_MS - 2 * DAY_MS, NOW_MS - DAY_MS
+    store.write([Change(foreign.encode(), encode(user), 0, user.due_ms, new=True)], Meta(0, LaneRecord(1), 1, []))
+    native = next(f'u{number}' for number in range(99) if not partition('murmur2', b'u%d' % number, 2))
+    kafka = FakeKafka()
+    lane = lane_on(kafka, store, rules=replace(RULES, partitioner='murmur2', partitions=2))
+    async with running(lane):
+        lane.admit(Block('clicks', 0, 1, 0, 1, [record(0, native, NOW_MS)]))
+        await until(lambda: lane.done == [1, 0] and store.none_due(NOW_MS))
+        lane.admit(Block('clicks', 0, 1, 1, 2, [record(1, foreign, NOW_MS + 1)]))
+        await until(lambda: lane.done == [2, 0])
+    assert [key for key, _, _ in kafka.topics['dead']] == [b'clicks-0-1']
 
 
 @on_a_loop
