@@ -5,7 +5,7 @@ CONSTRAINTS := deploy/constraints.txt
 NATIVE := $(wildcard stream/*/*.pyx stream/*/*.pxd) deploy/build_native.py
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint $(CONSTRAINTS)
 
-.PHONY: help demo up down test chaos check train clean
+.PHONY: help demo up down test chaos bench check train clean
 .DELETE_ON_ERROR:
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo 'make up      a real Kafka and Triton, a worker, and simulated shoppers publishing; make down stops them'
 	@echo 'make test    all tests (installs torch for the training tests)'
 	@echo 'make chaos   kill workers and a broker over a million events, twice, and audit (SEED=n repeats a run)'
+	@echo 'make bench   the figures of the README; PEERS=DIR joins the harness of its peers, ONLY=names chooses'
 	@echo 'make check   lint and types'
 	@echo 'make train   train the shipped model anew and export it into triton_models/'
 	@echo 'make clean   remove the environment and what the demo wrote'
@@ -32,6 +33,9 @@ test: .venv/test
 
 chaos: .venv/test
 	@$(BIN)/python -m tests.chaos.run --publish both --scorer mix $(if $(SEED),--seed $(SEED)) $(CHAOS)
+
+bench: .venv/test
+	@$(BIN)/python -m tests.bench.run $(if $(PEERS),--peers $(PEERS)) $(if $(ONLY),--only $(ONLY))
 
 check: .venv/test
 	@$(BIN)/ruff check stream tests deploy

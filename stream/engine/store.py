@@ -84,7 +84,7 @@ class Memory:
         options.set_max_write_buffer_number(2)
         options.set_max_open_files(256)
         options.set_keep_log_file_num(2)
-        options.set_max_total_wal_size(64 * _MIB)
+        options.set_max_total_wal_size(16 * _MIB)
         # Disk: a record is rewritten all the time, so the newest level, rewritten soonest, is packed fast, what lies
         # below small; and small files and levels keep few old versions beside the new ones.
         options.set_compression_per_level([DBCompressionType.lz4(), *[DBCompressionType.zstd()] * 6])

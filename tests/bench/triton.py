@@ -47,6 +47,7 @@ from stream.scoring.artefact import MANIFEST, WEIGHTS
 from stream.scoring.embedded import EmbeddedScorer
 from stream.scoring.repository import LABELS_FILE
 from stream.scoring.triton import TritonScorer
+from tests.bench.common import Report, main, parser, say
 from tests.integration.running import Shop, Worker, wait_for
 from tests.scoring.stub_triton import StubTriton
 
@@ -276,67 +277,41 @@ def client_run(triton: Triton, batches: Sequence[Batch], seconds: Callable[[], f
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
-def spread(values: Sequence[float], digits: int = 0) -> str:
-    """Median, smallest and largest."""
-    return f'{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} .. {max(values):,.{digits}f})'
-
-
-class Figures:
-    """What the runs gave; `part` is the name of a comparison."""
-
-    def __init__(self) -> None:
-        self.all: dict[str, Any] = {}
-
-    def compare(self, part: str, unit: str, wanted: float, ours: tuple[str, Callable[[], Run]],
-                theirs: tuple[str, Callable[[], Run]], runs: int) -> None:
-        """Interleaved runs; prints each, and then the medians beside the target."""
-        mine, other = [], []
-        for number in range(runs):
-            other.append(theirs[1]())
-            mine.append(ours[1]())
-            for name, run in ((theirs[0], other[-1]), (ours[0], mine[-1])):
-                cpu = ', '.join(f'{who} {1e6 * spent / run.units:.0f}' for who, spent in run.cpu_s.items())
-                print(f'{part} run {number + 1}: {name} {run.rate:,.0f} {unit}/s; us of CPU for one: {cpu}', flush=True)
-        ratios = [m.rate / o.rate for m, o in zip(mine, other, strict=True)]
-        holds = statistics.median(ratios) >= wanted
-        for name, found in ((theirs[0], other), (ours[0], mine)):
-            print(f'{part}: {name}: {spread([run.rate for run in found])} {unit}/s')
-        print(f'{part}: ratio {spread(ratios, 2)}, wanted {wanted}: {"holds" if holds else "FALLS SHORT"}')
-        self.all[part] = {
-            'unit': f'{unit}/s', 'wanted': wanted, 'ratio': statistics.median(ratios), 'holds': holds, 'ratios': ratios,
-            theirs[0]: [run.rate for run in other], ours[0]: [run.rate for run in mine]}
+def compare(report: Report, part: str, unit: str, wanted: float, ours: tuple[str, Callable[[], Run]],
+            theirs: tuple[str, Callable[[], Run]], runs: int) -> None:
+    """Interleaved runs of both; their rates, and the ratio of neighbouring ones beside its target."""
+    mine, other = [], []
+    for number in range(runs):
+        other.append(theirs[1]())
+        mine.append(ours[1]())
+        for name, run in ((theirs[0], other[-1]), (ours[0], mine[-1])):
+            cpu = ', '.join(f'{who} {1e6 * spent / run.units:.0f}' for who, spent in run.cpu_s.items())
+            say(f'{part} run {number + 1}: {name} {run.rate:,.0f} {unit}/s; us of CPU for one: {cpu}')
+    for name, found in ((theirs[0], other), (ours[0], mine)):
+        report.spread(f'{part}: {name}', [run.rate for run in found], f'{unit}/s')
+    report.spread(f'{part}: {ours[0]} / {theirs[0]}', [m.rate / o.rate for m, o in zip(mine, other, strict=True)], 'x',
+                  at_least=wanted)
 
 
 def describe(batches: Sequence[Batch]) -> str:
     by_length: dict[int, list[int]] = {}
     for batch in batches:
         by_length.setdefault(batch.categories.shape[1], []).append(len(batch))
-    return '; '.join(f'{len(rows)} of {length} slots with {spread(rows)} rows'
+    return '; '.join(f'{len(rows)} of {length} slots with {min(rows)} .. {max(rows)} rows'
                      for length, rows in sorted(by_length.items()))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--only', choices=('identity', 'scorer', 'worker'))
-    parser.add_argument('--events', type=int, default=200_000, help='of the backlog of `identity`')
-    parser.add_argument('--model-events', type=int, default=60_000, help='of the backlog of `scorer` and `worker`')
-    parser.add_argument('--events-per-shopper', type=int, default=30, help='of these so many shoppers are simulated')
-    parser.add_argument('--runs', type=int, default=3)
-    parser.add_argument('--in-flight', type=int, default=Settings.model_fields['triton_in_flight_max'].default,
-                        help='requests of each client at once')
-    parser.add_argument('--set', action='append', default=[], metavar='NAME=VALUE', help="worker's setting, for trials")
-    parser.add_argument('--json', type=Path, metavar='FILE')
-    options = parser.parse_args()
-    more = {'triton_in_flight_max': options.in_flight} | dict(setting.split('=', 1) for setting in options.set)
-    figures = Figures()
+def bench(options: argparse.Namespace) -> int:
+    more = {'triton_in_flight_max': options.in_flight} | dict(setting.split('=', 1) for setting in options.settings)
+    report = Report('triton', options)
 
     with TemporaryDirectory() as path, Kafka(Path(path) / 'kafka') as kafka:
         folder = Path(path)
         if options.only in (None, 'identity'):
             backlog = Backlog(kafka, folder, 'identity', options.events, options.events // options.events_per_shopper)
             with identity_triton(folder) as triton:
-                figures.compare(
-                    'identity', 'events', IDENTITY_MIN,
+                compare(
+                    report, 'identity', 'events', IDENTITY_MIN,
                     ('identity model on Triton', lambda: backlog.work_off(
                         None, [triton], scorer='triton', triton=triton.address, model=str(triton.version_dir), **more)),
                     ('constant scorer', lambda: backlog.work_off(None, scorer='constant', **more)), options.runs)
@@ -344,22 +319,29 @@ def main() -> None:
             backlog = Backlog(kafka, folder, 'model', options.model_events,
                               options.model_events // options.events_per_shopper)
             batches = recorded(backlog)
-            print(f'{len(batches)} batches, {sum(map(len, batches)):,} windows: {describe(batches)}', flush=True)
+            say(f'{len(batches)} batches, {sum(map(len, batches)):,} windows: {describe(batches)}')
             with Triton(folder / 'triton') as triton:
                 theirs = ('bare client', lambda: client_run(
                     triton, batches, lambda: asyncio.run(bare(triton, batches, 'shopper', options.in_flight))))
                 theirs[1]()     # warm
                 if options.only != 'worker':
-                    figures.compare('scorer', 'windows', BARE_MIN, ('TritonScorer', lambda: client_run(
+                    compare(report, 'scorer', 'windows', BARE_MIN, ('TritonScorer', lambda: client_run(
                         triton, batches, lambda: asyncio.run(scored(triton, batches, options.in_flight)))),
                         theirs, options.runs)
                 if options.only != 'scorer':
-                    figures.compare('worker', 'windows', BARE_MIN, ('worker', lambda: backlog.work_off(
+                    compare(report, 'worker', 'windows', BARE_MIN, ('worker', lambda: backlog.work_off(
                         triton, [triton], scorer='triton', triton=triton.address, model=str(SHIPPED), **more)),
                         theirs, options.runs)
-    if options.json:
-        options.json.write_text(json.dumps(figures.all, indent=1) + '\n')
+    return report.end()
 
 
 if __name__ == '__main__':
-    main()
+    made = parser(__doc__)
+    made.add_argument('--only', choices=('identity', 'scorer', 'worker'))
+    made.add_argument('--events', type=int, default=400_000, help='of the backlog of `identity`')
+    made.add_argument('--model-events', type=int, default=60_000, help='of the backlog of `scorer` and `worker`')
+    made.add_argument('--events-per-shopper', type=int, default=30, help='of these so many shoppers are simulated')
+    made.add_argument('--runs', type=int, default=7)
+    made.add_argument('--in-flight', type=int, default=Settings.model_fields['triton_in_flight_max'].default,
+                      help='requests of each client at once')
+    main(bench, made.parse_args())

@@ -1,0 +1,62 @@
+"""All benches of the live worker, one after another, and one table of what has a target.
+
+    python -m tests.bench.run [--peers FOLDER] [--only latency,users] [--out build/bench]
+
+`make bench` calls it; with `PEERS=DIR` the peers' harness joins. Each bench is a command of its own (its docstring says
+what it measures); it takes about two hours in all, and nothing else should run meanwhile.
+"""
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.bench.common import ROOT, say
+
+BENCHES: dict[str, tuple[str, ...]] = {
+    'skew': ('skew',),
+    'triton': ('triton',),
+    'latency': ('latency', '--scorer', 'triton'),
+    'latency-constant': ('latency', '--scorer', 'constant'),
+    'restart': ('restart',),
+    'recovery': ('recovery',),
+    'users': ('users',),
+    'disk': ('disk',),
+    'scaling': ('scaling',),
+    'memory': ('memory',),
+}
+
+
+def main() -> int:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument('--peers', type=Path, help="folder of the peers' harness")
+    made.add_argument('--only', default='', help='names, by commas')
+    made.add_argument('--out', type=Path, default=ROOT / 'build' / 'bench', help='where each leaves its figures')
+    options = made.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    benches = ({'peers': ('peers', str(options.peers.resolve()))} if options.peers else {}) | BENCHES
+    if unknown := set(filter(None, options.only.split(','))) - benches.keys():
+        made.error(f'no bench {", ".join(sorted(unknown))}; there are: {", ".join(benches)}')
+    rows, failed = [], []
+    for name, (module, *arguments) in benches.items():
+        if options.only and name not in options.only.split(','):
+            continue
+        figures = options.out / f'{name}.json'
+        figures.unlink(missing_ok=True)
+        subprocess.run([sys.executable, '-m', f'tests.bench.{module}', *arguments, '--json', str(figures)], cwd=ROOT,
+                       check=False)
+        if not figures.exists():
+            failed.append(name)
+            continue
+        rows += [(name, figure) for figure in json.loads(figures.read_text())['figures'] if figure['target']]
+    say('\n| bench | figure | measured | target | |\n|---|---|---|---|---|')
+    for name, figure in rows:
+        say(f'| {name} | {figure["name"]} | {figure["value"]:,.4g} {figure["unit"]} | {figure["target"]} | '
+            f'{"holds" if figure["holds"] else "does not hold"} |')
+    if failed:
+        say(f'No figures of: {", ".join(failed)}; see above.')
+    return int(bool(failed) or not all(figure['holds'] for _, figure in rows))
+
+
+if __name__ == '__main__':
+    sys.exit(main())
