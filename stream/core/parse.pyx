@@ -50,9 +50,6 @@ cdef class Event:
         return (self.user_id, self.event_id, self.key, self.ts_ms, self.type, self.item, self.category, self.basket,
                 self.amount, self.rating, self.source, self.offset)
 
-    def __reduce__(self):
-        return Event, self._values()
-
     def __eq__(self, other):
         return isinstance(other, Event) and self._values() == (<Event> other)._values()
 

@@ -161,8 +161,8 @@ cdef class User:
         for i, count in enumerate(counts):
             self._counts[i] = count
 
-    def __reduce__(self):
-        return _revived, (self.user_id, encode(self), self.stored_due_ms)
+    def __deepcopy__(self, memo):
+        return _revived(self.user_id, encode(self), self.stored_due_ms)
 
 
 def _revived(str user_id, bytes record, int64_t stored_due_ms):
