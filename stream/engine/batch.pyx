@@ -25,7 +25,12 @@ cdef extern from *:
     #include <nmmintrin.h>
     #include <string.h>
     static int crc32c_is_fast(void) { return __builtin_cpu_supports("sse4.2"); }
-    __attribute__((target("sse4.2"))) static uint32_t crc32c_fast(const char* at, size_t size) {
+    #ifdef __clang__
+    __attribute__((target("sse4.2,crc32")))
+    #else
+    __attribute__((target("sse4.2")))
+    #endif
+    static uint32_t crc32c_fast(const char* at, size_t size) {
         uint64_t crc = 0xFFFFFFFFu, word;
         for (; size >= 8; size -= 8, at += 8) {
             memcpy(&word, at, 8);
