@@ -24,7 +24,11 @@ cdef extern from *:
     #if defined(__x86_64__) && defined(__GNUC__)
     #include <nmmintrin.h>
     #include <string.h>
-    static int crc32c_is_fast(void) { return __builtin_cpu_supports("sse4.2"); }
+    #include <cpuid.h>
+    static int crc32c_is_fast(void) {
+        unsigned int a, b, c, d;
+        return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_SSE4_2);
+    }
     #ifdef __clang__
     __attribute__((target("sse4.2,crc32")))
     #else

@@ -22,7 +22,6 @@ import http.client
 import json
 import os
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
