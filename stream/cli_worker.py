@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stream.cli_shared import ConfigFile, Overrides, collect_seldom, effective_settings, parsed
+from stream.cli_shared import ConfigFile, Overrides, collect_seldom, effective_settings, few_arenas, parsed
 
 app = typer.Typer()
 
@@ -29,4 +29,5 @@ def worker(
         for name in _QUIET:
             logging.getLogger(name).setLevel(logging.WARNING)
     collect_seldom()
+    few_arenas()
     asyncio.run(run(effective_settings(config, **parsed(overrides))))
