@@ -21,7 +21,6 @@ from stream.core.window import DAY_DTYPE, DAY_MS, HEADER_DTYPE, MINUTE_MS, ROW_D
 
 SLOTS_MAX = 64
 LENGTHS = (8, 16, 32, 64)
-PADDING_SLOTS_MAX = 256             # that a bucket of windows may cost more to save a request
 TYPE_VOCABULARY = TYPES + 1         # 0 is padding
 ITEM_BUCKETS = 4096                 # 0 is absent
 CATEGORY_BUCKETS = 1024             # 0 is absent
@@ -107,15 +106,15 @@ def features(snapshots: Snapshots) -> Features:
     return Features(categories, numbers, starts, _counters(snapshots), slot_of_row)
 
 
-def batches(inputs: Features, rows_max: int) -> Iterator[Batch]:
+def batches(inputs: Features, rows_max: int, padding_slots_max: int = 0) -> Iterator[Batch]:
     """Cut into padded batches of at most `rows_max` rows, one length bucket each, shortest bucket first.
 
-    Few rows join those of the next length where there are any: a request costs more than a little padding.
+    padding_slots_max   rows of a bucket join those of the next one that has some, if it costs no more padding than that
     """
     bucket = np.searchsorted(LENGTHS, np.diff(inputs.starts))
     rows_of = np.bincount(bucket, minlength=len(LENGTHS)).tolist()
     for index, (length, longer) in enumerate(pairwise(LENGTHS)):
-        if 0 < rows_of[index] * (longer - length) <= PADDING_SLOTS_MAX and any(rows_of[index + 1:]):
+        if 0 < rows_of[index] * (longer - length) <= padding_slots_max and any(rows_of[index + 1:]):
             bucket[bucket == index] = index + 1
             rows_of[index + 1] += rows_of[index]
     for index, length in enumerate(LENGTHS):

@@ -17,6 +17,8 @@ from stream.scoring.scorer import Scorer
 
 Publish = Literal['changes', 'all', 'events']
 
+PADDING_SLOTS_MAX = 256         # that few windows of a length may cost, to save a request of their own
+
 # Who is explained first when the budget is short: the alerts that cost money before the news. A first tier is neither.
 _PRIORITY = {Kind.CHURN: 0, Kind.INTENT: 1, Kind.POWER: 2}
 
@@ -96,7 +98,7 @@ async def score_step(
 
 
 async def _score(inputs: Features, scorer: Scorer) -> Scores:
-    cut = list(batches(inputs, scorer.rows_max))
+    cut = list(batches(inputs, scorer.rows_max, PADDING_SLOTS_MAX))
     return collect(cut, await scorer.score(cut), len(inputs.counters))
 
 

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,7 +10,6 @@ from stream.core.features import (
     COUNTER_NAMES,
     COUNTERS,
     LENGTHS,
-    PADDING_SLOTS_MAX,
     SLOT_NUMBER_NAMES,
     SLOTS_MAX,
     Features,
@@ -106,30 +107,36 @@ def test_every_counter_is_finite_for_an_empty_user_and_after_refunds():
     assert inputs.starts.tolist() == [0, 0, 1]
 
 
-@given(st.lists(st.integers(0, SLOTS_MAX), min_size=1, max_size=40), st.integers(1, 7))
-def test_batches_hold_every_row_once_in_the_shortest_bucket_or_few_in_the_next(lengths: list[int], rows_max: int):
+@given(st.lists(st.integers(0, SLOTS_MAX), min_size=1, max_size=40), st.integers(1, 7),
+       st.sampled_from([0, 16, 256]))
+def test_batches_hold_every_row_once_in_the_shortest_bucket_or_few_in_the_next(
+    lengths: list[int], rows_max: int, padding_slots_max: int,
+):
     starts = np.concatenate(([0], np.cumsum(lengths)))
     slots = int(starts[-1])
     inputs = Features(np.pad(np.arange(1, slots * 3 + 1, dtype=np.int32).reshape(-1, 3), ((0, 1), (0, 0))),
                       np.pad(np.arange(slots * 7, dtype=np.float32).reshape(-1, 7), ((0, 1), (0, 0))), starts,
                       np.arange(len(lengths) * COUNTERS, dtype=np.float32).reshape(-1, COUNTERS),
                       np.zeros(0, np.int64))
-    seen = []
-    for batch in batches(inputs, rows_max):
+    seen, length_of = [], {}
+    for batch in batches(inputs, rows_max, padding_slots_max):
         length = batch.categories.shape[1]
         assert len(batch) <= rows_max
         for at, row in enumerate(batch.row_id[:, 0]):
             seen.append(int(row))
             count = lengths[row]
-            shortest = next(bucket for bucket in LENGTHS if bucket >= count)
-            assert length >= shortest
-            if length > shortest:       # it is one of few, and longer ones were there anyway
-                alike = sum(size <= shortest for size in lengths)
-                assert alike * (LENGTHS[LENGTHS.index(shortest) + 1] - shortest) <= len(LENGTHS) * PADDING_SLOTS_MAX
-                assert max(lengths) > LENGTHS[LENGTHS.index(length) - 1]
+            length_of[int(row)] = length
             assert np.array_equal(batch.categories[at, :count], inputs.categories[starts[row]:starts[row + 1]])
             assert np.array_equal(batch.numbers[at, :count], inputs.numbers[starts[row]:starts[row + 1]])
             assert not batch.categories[at, count:].any()
             assert not batch.numbers[at, count:].any()
             assert np.array_equal(batch.counters[at], inputs.counters[row])
     assert sorted(seen) == list(range(len(lengths)))
+    for row, count in enumerate(lengths):
+        length, shortest = length_of[row], next(bucket for bucket in LENGTHS if bucket >= count)
+        assert length >= shortest
+        for bucket, longer in pairwise(LENGTHS):
+            if shortest <= bucket < length:     # few were of this length or a shorter one, and longer ones were there
+                few = sum(length_of[other] > bucket >= size for other, size in enumerate(lengths))
+                assert few * (longer - bucket) <= padding_slots_max
+                assert any(length_of[other] > bucket < size for other, size in enumerate(lengths))
