@@ -111,6 +111,8 @@ class Settings(BaseSettings):
     clock_idle_ms_max: Milliseconds = Field(
         3_600_000, description='with `clock = wall`: the time of day counts only while the newest event is not older')
     blocks_ahead_max: int = Field(2, ge=1, le=100, description='blocks of a topic partition that wait in memory')
+    events_in_flight_max: int = Field(
+        16_000, ge=1, description='events of steps under way, over all partitions; one run of events is always let in')
     sweep_users_max: int = Field(500, ge=1, le=100_000, description='silence timers fired in one step')
     state_dir: Path = Field(Path('state'), description="folder of the worker's RocksDB databases")
     users_cached_mib: int = Field(

@@ -37,6 +37,7 @@ from stream.core.user import Change, change_of, newest_ms, stamp
 from stream.core.window import Fold, WindowLimits
 from stream.engine.batch import MESSAGE_TYPE_AT, by_topic, source_header
 from stream.engine.blocks import Block, FetchedRecord
+from stream.engine.budget import Budget
 from stream.engine.cache import UserCache
 from stream.engine.intake import Intake, in_time_order
 from stream.engine.publisher import Publisher, Record
@@ -93,6 +94,7 @@ class Tools:
     publisher: Publisher
     metrics: Metrics
     consumer: Consumer
+    budget: Budget
 
 
 class Step(msgspec.Struct):
@@ -130,6 +132,7 @@ class Lane:
 
     running   the state is whole and the lane takes events
     holding   why it does not score, for a person; empty where it does
+    queueing  it waits until the worker has room for its next run of events
     done      the positions up to which everything is durable, per source
     moved_at  monotonic seconds of its newest step
     """
@@ -141,6 +144,9 @@ class Lane:
         self.tps = tps
         self.running = False
         self.holding = ''
+        self.queueing = False
+        self._inside = 0                # events of the runs under way, and of the one that is being folded
+        self._run_size = 0
         self.moved_at = time.monotonic()
         self._generation = generation
         self._tools = tools
@@ -203,6 +209,7 @@ class Lane:
             while not self._stopping:
                 blocks = await self._next()
                 if blocks:
+                    await self._enter(blocks)
                     await self._fold(blocks)
                 await self._sweep()
             await self._sign_off()
@@ -213,6 +220,7 @@ class Lane:
             if self._publishing is not None and not self._publishing.done():
                 self._publishing.cancel()
                 await asyncio.wait([self._publishing])
+            self._leave(self._inside)
 
     async def _take_over(self) -> None:
         """Send again what the newest step may not have sent, before anything else."""
@@ -260,6 +268,23 @@ class Lane:
                 return blocks
             await self._woken(MERGE_LOOK_S if self.intake.blocks else CLOCK_LOOK_S)
         return ()
+
+    async def _enter(self, blocks: tuple[Block, ...]) -> None:
+        """Wait until the worker has room for so many events under way. Errors: Stopped, if told to meanwhile."""
+        self._run_size = size = sum([len(block.records) for block in blocks])
+        self.queueing = True
+        try:
+            await self._tools.budget.enter(size)
+        finally:
+            self.queueing = False
+        self._inside += size
+        if self._stopping:
+            raise Stopped
+
+    def _leave(self, size: int) -> None:
+        size = min(size, self._inside)      # a lane that has ended has left with everything
+        self._inside -= size
+        self._tools.budget.leave(size)
 
     async def _woken(self, timeout_s: float) -> None:
         try:
@@ -362,6 +387,9 @@ class Lane:
         step = Step(number, changes, messages, letters, lane, journal, oldest_ms, done)
         self._publishing = asyncio.create_task(self._publish(step), name=f'lane {self.number} step {number}')
         self._publishing.add_done_callback(lambda _: self._wake.set())
+        if done is not None:
+            size = self._run_size       # this step is the last one of its run
+            self._publishing.add_done_callback(lambda _: self._leave(size))
 
     async def _score(self, touched: Sequence[Touched]) -> Scored:
         """Score, decide, explain. While the scorer is away the lane holds: it asks again until it is back."""

@@ -150,7 +150,7 @@ class Lanes:
             self._measure()
             for lane in self._lanes.values():
                 still_s = time.monotonic() - lane.moved_at
-                if not (lane.running and lane.waiting) or lane.holding:
+                if not (lane.running and lane.waiting) or lane.holding or lane.queueing:
                     lane.moved_at = time.monotonic()
                 elif still_s > self._stuck_s:
                     self.fail(StateError(

@@ -18,6 +18,7 @@ from stream.core.events import Decoder
 from stream.core.journal import rules_digest
 from stream.engine.admin import AdminServer
 from stream.engine.app import create_app, user_store
+from stream.engine.budget import Budget
 from stream.engine.changelog import ChangelogReader
 from stream.engine.kafka import kafka_errors
 from stream.engine.lane import LaneRules, Tools
@@ -97,7 +98,8 @@ def _lanes(settings: Settings, partitions: int, app: Any, scorer: Scorer, metric
         sweep_users_max=settings.sweep_users_max, changelog=changelog_topic(settings),
         alerts=settings.alerts_topic, scores=settings.scores_topic, dead_letters=settings.dead_letters_topic,
         journal=settings.journal_topic, source=f'/stream/{settings.group}')
-    tools = Tools(rules, Decoder(events), scorer, Publisher(app.producer), metrics, app.consumer)
+    tools = Tools(rules, Decoder(events), scorer, Publisher(app.producer), metrics, app.consumer,
+                  Budget(settings.events_in_flight_max))
     reader = ChangelogReader(settings, rules.changelog, metrics)
     return Lanes((settings.clicks_topic, settings.carts_topic), user_store(app), reader, tools, settings.group,
                  settings.drain_timeout_ms, settings.stuck_timeout_ms)

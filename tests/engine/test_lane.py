@@ -17,6 +17,7 @@ from stream.core.partitioners import partition
 from stream.core.user import Change, User, encode
 from stream.core.window import DAY_MS, WindowLimits
 from stream.engine.blocks import Block
+from stream.engine.budget import Budget
 from stream.engine.lane import Lane, LaneRules, Tools
 from stream.engine.publisher import Record
 from stream.engine.store import LaneRecord, Memory, Meta, PartitionStore
@@ -83,8 +84,9 @@ def blocks() -> list[Block]:
 
 
 def lane_on(kafka: Any, store: PartitionStore, scorer: ConstantScorer | None = None,
-            rules: LaneRules = RULES) -> Lane:
-    tools = Tools(rules, Decoder(EventRules()), scorer or ConstantScorer(), kafka, Metrics(), kafka)
+            rules: LaneRules = RULES, budget: Budget | None = None) -> Lane:
+    tools = Tools(rules, Decoder(EventRules()), scorer or ConstantScorer(), kafka, Metrics(), kafka,
+                  budget or Budget(100))
     return Lane(0, 1, store, tools, (CLICKS, CARTS))
 
 
@@ -169,6 +171,26 @@ async def test_whoever_belongs_elsewhere_is_refused_with_a_timer_fired_before_or
         lane.admit(Block('clicks', 0, 1, 1, 2, [record(1, foreign, NOW_MS + 1)]))
         await until(lambda: lane.done == [2, 0])
     assert [key for key, _, _ in kafka.topics['dead']] == [b'clicks-0-1']
+
+
+@on_a_loop
+async def test_a_lane_waits_while_another_has_all_the_room_and_goes_on_when_that_one_ends(
+    store: PartitionStore, tmp_path: Path, memory: Memory,
+):
+    budget, kafka, other_kafka = Budget(1), FakeKafka(), FakeKafka()
+    kafka.gates['changelog'] = asyncio.Event()
+    lane = lane_on(kafka, store, budget=budget)
+    other = lane_on(other_kafka, PartitionStore(tmp_path / 'users-1', memory), budget=budget)
+    async with running(other):
+        async with running(lane) as task:
+            lane.admit(Block('clicks', 0, 1, 0, 1, [record(0, 'u', NOW_MS)]))
+            await until(lambda: kafka.sends)
+            other.admit(Block('clicks', 0, 1, 0, 1, [record(0, 'v', NOW_MS)]))
+            await until(lambda: other.queueing)
+            assert other.done == [0, 0]
+            task.cancel()
+        await until(lambda: other.done == [1, 0])
+        assert not other.queueing
 
 
 @on_a_loop
