@@ -89,8 +89,9 @@ class Memory:
         # below small; and small files and levels keep few old versions beside the new ones.
         options.set_compression_per_level([DBCompressionType.lz4(), *[DBCompressionType.zstd()] * 6])
         options.set_compression_options(-14, 1, 0, 0)       # zstd's level 1
-        options.set_max_bytes_for_level_base(64 * _MIB)
-        options.set_target_file_size_base(16 * _MIB)
+        options.set_level_zero_file_num_compaction_trigger(2)
+        options.set_max_bytes_for_level_base(16 * _MIB)
+        options.set_target_file_size_base(8 * _MIB)
         table = BlockBasedOptions()
         table.set_block_cache(self.cache)
         table.set_bloom_filter(10, False)
