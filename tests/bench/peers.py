@@ -1,11 +1,11 @@
 """Our worker beside other stream processors doing the peers' job on one broker: ratios of rates, and CPU per event.
 
-    python -m tests.bench.peers FOLDER [--events 400000 --runs 7 --slow-events 60000]
+    python -m tests.bench.peers FOLDER [--events 400000 --runs 7 --slow-events 30000 --streams kstreams-1t-cache]
 
 FOLDER is the peers' harness (its README says what is measured, and what is not the same for all). It is copied to
 build/bench, gets an environment of its own there, and our worker as three more peers. The runs of a call are
-interleaved; a ratio is the median over the runs of the rates of one round. Idiomatic Faust is in a call of its own with
-fewer events, since it takes minutes for them; the start of a worker weighs more there, against us.
+interleaved; a ratio is the median over the runs of the rates of one round. Quix Streams and idiomatic Faust are in a
+round of their own with fewer events, since they take minutes for them; the start of a worker weighs more there.
 """
 import argparse
 import json
@@ -21,10 +21,9 @@ from tests.bench.common import ROOT, Report, broker, main, parser, say
 
 STREAMS = ('kstreams-1t-nocache', 'kstreams-1t-cache', 'kstreams-2t-nocache', 'kstreams-2t-cache',
            'kstreams-2t-dsl-cache')
-PER_EVENT = STREAMS[:-1]
 PACKED = 'aiokafka-durable-packed'
-QUICK = (PACKED, 'stream', 'stream-events', 'stream-peers-job', 'quix', *STREAMS)
-SLOW = ('stream', 'faust')
+QUICK = (PACKED, 'stream', 'stream-events', 'stream-peers-job')
+SLOW = ('stream', 'quix', 'faust')
 
 
 def prepared(folder: Path) -> Path:
@@ -65,7 +64,8 @@ def bench(options: argparse.Namespace) -> int:
     report = Report('peers', options)
     copy = prepared(options.folder.resolve())
     with broker() as (brokers, _):
-        quick = rounds(copy, brokers, QUICK, options.events, options.runs)
+        streams = options.streams.split(',')
+        quick = rounds(copy, brokers, (*QUICK, *streams), options.events, options.runs)
         slow = rounds(copy, brokers, SLOW, options.slow_events, options.runs)
 
     def rates(name: str, of: dict[str, list[dict[str, Any]]] = quick) -> list[float]:
@@ -74,15 +74,16 @@ def bench(options: argparse.Namespace) -> int:
     def ratio(what: str, ours: list[float], theirs: list[float], at_least: float) -> None:
         report.spread(what, [our / their for our, their in zip(ours, theirs, strict=True)], 'x', at_least=at_least)
 
-    for name in QUICK:
+    for name in quick:
         report.spread(f'{name}: rate', rates(name), 'events/s')
-    best = max(STREAMS, key=lambda name: statistics.median(rates(name)))
-    best_per_event = max(PER_EVENT, key=lambda name: statistics.median(rates(name)))
+    best = max(streams, key=lambda name: statistics.median(rates(name)))
+    per_event = [name for name in streams if 'dsl' not in name]
+    best_per_event = max(per_event, key=lambda name: statistics.median(rates(name)))
     say(f'best Kafka Streams variant: {best}; with one output per event: {best_per_event}')
     ratio(f"peers' job and message / {PACKED}", rates('stream-peers-job'), rates(PACKED), 0.85)
     ratio(f'our full message / {PACKED}', rates('stream'), rates(PACKED), 0.6)
     ratio('our full message / best Kafka Streams variant', rates('stream'), rates(best), 1.0)
-    ratio('our full message / Quix Streams', rates('stream'), rates('quix'), 4.0)
+    ratio('our full message / Quix Streams', rates('stream', slow), rates('quix', slow), 4.0)
     ratio('our full message / idiomatic Faust', rates('stream', slow), rates('faust', slow), 30.0)
     ratio('one output per event / best Kafka Streams variant with one', rates('stream-events'), rates(best_per_event),
           1.0)
@@ -95,6 +96,7 @@ if __name__ == '__main__':
     made = parser(__doc__)
     made.add_argument('folder', type=Path, help="the peers' harness")
     made.add_argument('--events', type=int, default=400_000)
-    made.add_argument('--slow-events', type=int, default=60_000, help='where idiomatic Faust takes part')
+    made.add_argument('--slow-events', type=int, default=30_000, help='where Quix Streams and Faust take part')
+    made.add_argument('--streams', default=','.join(STREAMS), help='variants of Kafka Streams')
     made.add_argument('--runs', type=int, default=7)
     main(bench, made.parse_args())
