@@ -8,6 +8,11 @@ INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint $(C
 .PHONY: help demo up down test chaos bench check train clean
 .DELETE_ON_ERROR:
 
+# A compiled module that is gone is made again.
+ifneq ($(foreach source,$(wildcard stream/*/*.pyx),$(if $(wildcard $(source:.pyx=.*.so)),,$(source))),)
+.PHONY: .venv/base .venv/test
+endif
+
 help:
 	@echo 'make demo    simulated shoppers to alerts with reasons and a report, on embedded parts'
 	@echo 'make up      a real Kafka and Triton, a worker, and simulated shoppers publishing; make down stops them'

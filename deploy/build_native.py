@@ -43,16 +43,19 @@ class NativeHook(BuildHookInterface):
 
 
 def compile_module(source: Path, headers: Path) -> None:
-    """`name.pyx` to `name.<platform>.so` beside it, whole or not at all.
+    """`name.pyx` to `name.<platform>.so` beside it, whole or not at all, unless it is there.
 
     Errors   CalledProcessError, with the compiler's words on stderr.
     """
+    digest = source_hash(source)
     generated = source.with_suffix('.c')
     target = source.with_suffix(sysconfig.get_config_var('EXT_SUFFIX'))
+    if target.exists() and digest.encode() in target.read_bytes():
+        return      # it is of this source already
     half = target.with_suffix(f'.{os.getpid()}')
     compiler = _compiler() or (sys.executable, '-m', 'ziglang', 'cc', *ZIG_FLAGS)
     flags = (*FLAGS, *(DARWIN_FLAGS if sys.platform == 'darwin' else ()),
-             f'-DSOURCE_HASH="{source_hash(source)}"', f'-I{headers}')
+             f'-DSOURCE_HASH="{digest}"', f'-I{headers}')
     try:
         subprocess.run([sys.executable, '-m', 'cython', '-3', '--output-file', str(generated), str(source)],
                        check=True, cwd=source.parents[2])

@@ -15,6 +15,7 @@ from prometheus_client.exposition import choose_encoder
 
 from stream.core.decide import Kind
 from stream.core.events import Reason
+from stream.core.partitioners import MISROUTED
 from stream.core.window import Fold
 
 Stage = Literal['decode', 'score', 'changelog', 'outputs', 'write']
@@ -124,7 +125,7 @@ class Metrics:
             'stream_build', 'Version of this worker, and the model that it scores with.', registry=at)
         self.process = ProcessCollector(registry=at)        # CPU, memory and file handles of this process
 
-        for reason in Reason:       # from 0, so that the first dead letter is a rise that an alert can see
+        for reason in (*Reason, MISROUTED):       # from 0, so that the first dead letter is a rise that an alert can see
             self.dead_letters.labels(reason)
         for kind in Kind:
             self.messages.labels(kind)

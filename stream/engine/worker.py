@@ -25,7 +25,7 @@ from stream.engine.lane import LaneRules, Tools
 from stream.engine.lanes import VERSION, Lanes
 from stream.engine.publisher import Publisher
 from stream.engine.topics import changelog_topic, ensure_topics
-from stream.errors import StateError, StreamError
+from stream.errors import StateError, StreamError, UsageError
 from stream.metrics import Metrics
 from stream.native import stale_modules
 from stream.scoring.make import make_scorer
@@ -41,7 +41,7 @@ async def run(settings: Settings) -> None:
     Errors   StreamError that says what to do, where the worker cannot start or cannot go on.
     """
     if stale := stale_modules():
-        raise StateError(f'{", ".join(stale)}: compiled from another source than the one beside it.',
+        raise UsageError(f'{", ".join(stale)}: compiled from another source than the one beside it.',
                          'install the package again: `make .venv/base` here, else with pip.')
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
