@@ -125,7 +125,7 @@ class Metrics:
             'stream_build', 'Version of this worker, and the model that it scores with.', registry=at)
         self.process = ProcessCollector(registry=at)        # CPU, memory and file handles of this process
 
-        for reason in (*Reason, MISROUTED):       # from 0, so that the first dead letter is a rise that an alert can see
+        for reason in (*Reason, MISROUTED):     # from 0, so that the first dead letter is a rise that an alert sees
             self.dead_letters.labels(reason)
         for kind in Kind:
             self.messages.labels(kind)
