@@ -298,21 +298,18 @@ class Lane:
         started = time.perf_counter()
         outcomes, events = self._decode(blocks)
         users = self._users.find(dict.fromkeys([event.user_id for event in events]))
-        unknown = [user_id for user_id, user in users.items() if user is None]
-        strays = self._strays([*unknown, *self._foreign.intersection(users)])
+        strays = self._strays([user_id for user_id, user in users.items() if user is None or user_id in self._foreign])
         letters = []
         if strays or len(events) < len(outcomes):
             letters = self._letters(blocks, outcomes, strays)
             events = [event for event in events if event.user_id not in strays]
-            unknown = [user_id for user_id in unknown if user_id not in strays]
             for user_id in strays:
                 del users[user_id]
         metrics = self._tools.metrics
         metrics.blocks.inc(len(blocks))
         metrics.events_read.inc(sum([len(block.records) for block in blocks]))
         metrics.stage('decode', time.perf_counter() - started)
-        if unknown:
-            users.update(await in_thread(self.store.load, unknown))
+        await self._load(users)
         journal = []
         if self._rules.journal:
             journal = [encode_entry(EventsEntry(
@@ -364,6 +361,12 @@ class Lane:
         if record.key is not None:
             headers.append(('stream_key', record.key))
         return place.encode(), record.value, headers
+
+    async def _load(self, users: dict[str, Any]) -> None:
+        """Read those of the users who are not kept decoded: who is None becomes a user."""
+        unknown = [user_id for user_id, user in users.items() if user is None]
+        if unknown:
+            users.update(await in_thread(self.store.load, unknown))
 
     # ---- one step --------------------------------------------------------------------------------------------------
 
@@ -507,10 +510,8 @@ class Lane:
         if not due:
             return
         users = self._users.find(due)
-        unknown = [user_id for user_id, user in users.items() if user is None]
-        if unknown:
-            self._foreign.update(self._strays(unknown))
-            users.update(await in_thread(self.store.load, unknown))
+        self._foreign.update(self._strays([user_id for user_id, user in users.items() if user is None]))
+        await self._load(users)
         journal = []
         if self._rules.journal:
             journal = [encode_entry(TimersEntry(

@@ -224,17 +224,17 @@ async def bare(triton: Triton, batches: Sequence[Batch], name: str, in_flight: i
     requested = [InferRequestedOutput(output) for output in OUTPUT_NAMES]
     client = InferenceServerClient(triton.address)
 
+    def inputs(batch: Batch) -> list[InferInput]:
+        arrays = {tensor: getattr(batch, tensor) for tensor in KINDS}
+        return [InferInput(tensor, list(array.shape), KINDS[tensor]).set_data_from_numpy(array)
+                for tensor, array in arrays.items()]
+
     async def ask() -> None:
         for batch in left:
-            inputs = []
-            for tensor, kind in KINDS.items():
-                array = getattr(batch, tensor)
-                inputs.append(InferInput(tensor, list(array.shape), kind).set_data_from_numpy(array))
-            await client.infer(name, inputs, '1', requested)
+            await client.infer(name, inputs(batch), '1', requested)
 
     try:
-        await client.infer(name, [InferInput(tensor, list(getattr(batches[0], tensor).shape), kind).set_data_from_numpy(
-            getattr(batches[0], tensor)) for tensor, kind in KINDS.items()])
+        await client.infer(name, inputs(batches[0]))
         began = time.perf_counter()
         async with asyncio.TaskGroup() as group:
             for _ in range(in_flight):
