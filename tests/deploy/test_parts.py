@@ -45,6 +45,16 @@ def gone(pid: int) -> bool:
     return started_at(pid) is None
 
 
+def stopped(pid: int) -> bool:
+    """Every thread of it has taken the signal: until then one may still answer."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        if all(stat.read_text().rpartition(') ')[2][0] == 'T' for stat in Path(f'/proc/{pid}/task').glob('*/stat')):
+            return True
+        time.sleep(0.02)
+    return False
+
+
 def test_a_part_starts_stops_and_leaves_nothing(tmp_path: Path):
     part = Sleeper(tmp_path / 'part')
     with part:
@@ -230,7 +240,7 @@ def test_triton_comes_back_on_its_port_and_leaves_no_shared_memory(tmp_path: Pat
         assert gone(pid) and not list(Path('/dev/shm').glob(f'stream-triton-{port}-*'))
         assert triton.start().port == port
         os.kill(triton.pid, signal.SIGSTOP)
-        assert not triton._answers()
+        assert stopped(triton.pid) and not triton._answers()
     assert not triton.folder.exists()
     assert not list(Path('/dev/shm').glob(f'stream-triton-{port}-*'))
 
