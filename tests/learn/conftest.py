@@ -1,4 +1,5 @@
 """One tiny shop and one tiny training for all tests of this folder; both are made when first asked for."""
+import os
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,12 @@ def checkpoint(tiny_options, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp('checkpoint')
     train(tiny_options(), out)
     return out
+
+
+@pytest.fixture(scope='session')
+def real_data() -> Path:
+    """The folder of real shopping data: REAL_DATA, else shared/data beside the checkout. Skips where there is none."""
+    folder = Path(os.environ.get('REAL_DATA', Path(__file__).parents[3] / 'shared' / 'data'))
+    if not folder.is_dir():
+        pytest.skip(f'no real shopping data in {folder}: set REAL_DATA to its folder')
+    return folder

@@ -1,0 +1,420 @@
+"""Simple contenders that the model has to beat, all on what the worker knew at a moment: rules, BG/NBD, regressions,
+boosted trees, a small network.
+
+    Table                  rows of users as of moments, and what came after
+    purchase_contenders    fit(train, horizon) -> itself; predict(test) -> scores [n], more is likelier to buy
+    spend_contenders       fit(train) -> itself; predict(test) -> expected spend of the next 90 days [n]
+
+`horizon` is an index into HORIZON_DAYS. Where `is_chance` is set, scores are chances and have a log loss; else they only
+rank. Rows with an unknown label are not learnt from. Whatever is chosen or stopped early is so by its loss on a fifth of
+the training users, so that no user is on both sides.
+
+BG/NBD and Gamma-Gamma look at no label: they are fitted on the newest training row of each user who has ordered.
+"""
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import ClassVar, Protocol, Self
+
+import lightgbm
+import numpy as np
+from scipy.special import logit
+from sklearn.decomposition import PCA
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression
+from sklearn.neural_network import MLPRegressor
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from stream.core.features import Features, Snapshots
+from stream.core.window import DAY_MS, DAYS_KEPT
+from stream.errors import UsageError
+from stream.learn.bgnbd import BgNbd, GammaGamma
+
+HORIZON_DAYS = (1, 7, 30, 90, 273)
+SPEND_DAYS = 90
+VALIDATION_SHARE = 0.2
+_TINY = 1e-6                # chances are kept so far from 0 and 1
+
+
+@dataclass(frozen=True)
+class Table:
+    """N users, each as of a moment. Times in days, money in the currency of the events, refunds subtracted.
+
+    counters          float32 [N, COUNTERS], as the model sees them
+    user              int64 [N], the same number for the rows of one user
+    as_of_ms          int64 [N]
+    frequency         float64 [N], orders after the first one; 0 also without an order
+    recency_days      float64 [N], first to last order; 0 without an order
+    age_days          float64 [N], first order to the moment; 0 without an order
+    orders, spend, mean_order_value
+                      float64 [N], of the user's life; never below 0
+    spend_90d         float64 [N], of the last 90 days; never below 0
+    bought            float32 [N, HORIZON_DAYS], 1: an order within so many days after the moment; NaN: not known
+    spend_90d_after   float32 [N], NaN: not known
+    """
+
+    counters: np.ndarray
+    user: np.ndarray
+    as_of_ms: np.ndarray
+    frequency: np.ndarray
+    recency_days: np.ndarray
+    age_days: np.ndarray
+    orders: np.ndarray
+    spend: np.ndarray
+    mean_order_value: np.ndarray
+    spend_90d: np.ndarray
+    bought: np.ndarray
+    spend_90d_after: np.ndarray
+
+    @staticmethod
+    def of(snapshots: Snapshots, inputs: Features, bought: np.ndarray, spend: np.ndarray, user: np.ndarray) -> 'Table':
+        """From snapshots, their features, and the labels `bought` [N, HORIZON_DAYS] and `spend` [N].
+
+        The first order's time is the last one's less all gaps: exact where orders arrived in their order.
+        """
+        header = snapshots.headers
+        orders = header['orders'].astype(np.float64)
+        silence = np.where(orders > 0, (snapshots.as_of_ms - header['last_order_ms']) / DAY_MS, 0.0)
+        net = np.maximum(header['spend'] - header['refunds'], 0.0)
+        owner = np.repeat(np.arange(len(snapshots)), header['days'])
+        recent = (snapshots.as_of_ms // DAY_MS)[owner] - snapshots.days['day'] < DAYS_KEPT
+        last = np.bincount(owner[recent], snapshots.days['spend'][recent].astype(np.float64), len(snapshots))
+        return Table(
+            inputs.counters, user.astype(np.int64), snapshots.as_of_ms, np.maximum(orders - 1, 0.0),
+            header['gap_days'].astype(np.float64), header['gap_days'] + silence, orders, net,
+            net / np.maximum(orders, 1.0), np.maximum(last, 0.0), bought.astype(np.float32), spend.astype(np.float32))
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def take(self, rows: np.ndarray) -> 'Table':
+        """Some rows, by mask or indices."""
+        return Table(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def newest(self) -> 'Table':
+        """The newest row of each user."""
+        order = np.lexsort((self.as_of_ms, self.user))
+        last = np.flatnonzero(np.diff(self.user[order], append=-1))
+        return self.take(order[last])
+
+
+class PurchaseContender(Protocol):
+    """Scores for buying within a horizon. Errors of `fit`: UsageError where there is nothing to learn from."""
+
+    is_chance: ClassVar[bool]
+
+    def fit(self, train: Table, horizon: int) -> Self: ...
+    def predict(self, test: Table) -> np.ndarray: ...
+
+
+class SpendContender(Protocol):
+    """Expected spend in the next 90 days. Errors of `fit`: UsageError where there is nothing to learn from."""
+
+    def fit(self, train: Table) -> Self: ...
+    def predict(self, test: Table) -> np.ndarray: ...
+
+
+def purchase_contenders(seed: int, threads: int = 1) -> dict[str, PurchaseContender]:
+    """All of them, not yet fitted, by the name that a table shows. One thread: the same bytes on every run."""
+    return {
+        'recency rule': RecencyRule(),
+        'past rate': PastRate(),
+        'past spend': PastSpend('spend'),
+        'spend of 90 days': PastSpend('spend_90d'),
+        'BG/NBD': BuyTillYouDie(),
+        'logistic regression': Regression(seed),
+        'PCA + logistic': Regression(seed, PCA(0.95, whiten=True, svd_solver='full')),
+        'LDA + logistic': Regression(seed, LinearDiscriminantAnalysis(solver='eigen', shrinkage='auto')),
+        'LightGBM': Trees(seed, threads),
+        'MLP regression': Network(seed),
+    }
+
+
+def spend_contenders(seed: int, threads: int = 1) -> dict[str, SpendContender]:
+    """All of them, not yet fitted, by the name that a table shows. One thread: the same bytes on every run."""
+    return {
+        'past spend': PastSpend('spend'),
+        'spend of 90 days': PastSpend('spend_90d'),
+        'BG/NBD + Gamma-Gamma': BuyTillYouDieSpend(),
+        'LightGBM': SpendTrees(seed, threads),
+        'MLP regression': SpendNetwork(seed),
+    }
+
+
+# ---- rules ----------------------------------------------------------------------------------------------------------
+
+class RecencyRule:
+    """Minus the days since the last order; whoever never ordered comes last."""
+
+    is_chance = False
+
+    def fit(self, _train: Table, _horizon: int) -> Self:
+        return self
+
+    def predict(self, test: Table) -> np.ndarray:
+        return -np.where(test.orders > 0, test.age_days - test.recency_days, np.inf)
+
+
+class PastRate:
+    """Orders per day since the first one. A day is added: the first hour after the first order is no rate yet."""
+
+    is_chance = False
+
+    def fit(self, _train: Table, _horizon: int) -> Self:
+        return self
+
+    def predict(self, test: Table) -> np.ndarray:
+        return test.orders / (test.age_days + 1.0)
+
+
+class PastSpend:
+    """A past amount as it stands: `spend` or `spend_90d` of the table. As a forecast of 90 days the latter is meant."""
+
+    is_chance = False
+
+    def __init__(self, column: str) -> None:
+        self.column = column
+
+    def fit(self, _train: Table, _horizon: int | None = None) -> Self:
+        return self
+
+    def predict(self, test: Table) -> np.ndarray:
+        return getattr(test, self.column)
+
+
+# ---- buy till you die -----------------------------------------------------------------------------------------------
+
+class BuyTillYouDie:
+    """BG/NBD, and a logistic regression of the labels on its log odds, so that its chances are those of this shop.
+
+    The regression keeps the order of customers. Where no label of the horizon is known, or all are the same, the
+    model's own chances are given. Whoever never ordered is no customer to the model: they get the share of training
+    rows without an order that were followed by one, and 0 where there is no such row.
+    """
+
+    is_chance = True
+
+    def fit(self, train: Table, horizon: int) -> Self:
+        self.days = HORIZON_DAYS[horizon]
+        self.model = _bg_nbd(train)
+        known = train.take(~np.isnan(train.bought[:, horizon]))
+        labels, ordered = known.bought[:, horizon], known.orders > 0
+        self.without_order = float(labels[~ordered].mean()) if not ordered.all() else 0.0
+        self.calibration = None
+        if len(np.unique(labels[ordered])) == 2:
+            calibration = LogisticRegression(C=1e6).fit(self._log_odds(known.take(ordered)), labels[ordered])
+            self.calibration = calibration if calibration.coef_[0, 0] > 0 else None
+        return self
+
+    def predict(self, test: Table) -> np.ndarray:
+        log_odds = self._log_odds(test)
+        if self.calibration is None:
+            chances = 1 / (1 + np.exp(-log_odds[:, 0]))
+        else:
+            chances = self.calibration.predict_proba(log_odds)[:, 1]
+        return np.where(test.orders > 0, chances, self.without_order)
+
+    def _log_odds(self, table: Table) -> np.ndarray:
+        chances = self.model.buys_within(table.frequency, table.recency_days, table.age_days, self.days)
+        return logit(np.clip(chances, _TINY, 1 - _TINY))[:, None]
+
+
+class BuyTillYouDieSpend:
+    """Expected orders by BG/NBD times expected order value by Gamma-Gamma, on no label at all.
+
+    Whoever never ordered gets the mean of what training rows without an order were followed by, 0 where there is none.
+    """
+
+    def fit(self, train: Table) -> Self:
+        self.model = _bg_nbd(train)
+        customers = train.newest()
+        self.values = GammaGamma.fit(customers.orders, customers.mean_order_value)
+        after = train.spend_90d_after[(train.orders == 0) & ~np.isnan(train.spend_90d_after)]
+        self.without_order = float(after.mean()) if len(after) else 0.0
+        return self
+
+    def predict(self, test: Table) -> np.ndarray:
+        orders = self.model.orders_within(test.frequency, test.recency_days, test.age_days, SPEND_DAYS)
+        return np.where(test.orders > 0, orders * self.values.value(test.orders, test.mean_order_value),
+                        self.without_order)
+
+
+def _bg_nbd(train: Table) -> BgNbd:
+    customers = train.newest()
+    customers = customers.take(customers.orders > 0)
+    return BgNbd.fit(customers.frequency, customers.recency_days, customers.age_days)
+
+
+# ---- learnt from the counters ---------------------------------------------------------------------------------------
+
+class Regression:
+    """Logistic regression on normalised counters, or on their components by PCA or LDA.
+
+    Its inverse penalty is the one of PENALTIES with the lowest log loss on the validation users; then all users are
+    learnt from.
+    """
+
+    is_chance = True
+    PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+
+    def __init__(self, seed: int, components: PCA | LinearDiscriminantAnalysis | None = None) -> None:
+        self.seed = seed
+        self.components = components
+
+    def fit(self, train: Table, horizon: int) -> Self:
+        known = _labelled(train, horizon)
+        labels, held_out = known.bought[:, horizon], _validation(known.user, self.seed)
+        losses = []
+        for penalty in self.PENALTIES:
+            pipeline = self._pipeline(penalty).fit(known.counters[~held_out], labels[~held_out])
+            losses.append(_log_loss(pipeline.predict_proba(known.counters[held_out])[:, 1], labels[held_out]))
+        self.inverse_penalty = self.PENALTIES[int(np.argmin(losses))]
+        self.pipeline = self._pipeline(self.inverse_penalty).fit(known.counters, labels)
+        return self
+
+    def predict(self, test: Table) -> np.ndarray:
+        return self.pipeline.predict_proba(test.counters)[:, 1]
+
+    def _pipeline(self, inverse_penalty: float) -> Pipeline:
+        steps = [StandardScaler(), self.components, LogisticRegression(C=inverse_penalty, max_iter=1000)]
+        return make_pipeline(*(step for step in steps if step is not None))
+
+
+class _Boosting:
+    """Gradient-boosted trees, stopped when the validation users' loss has not fallen for a while."""
+
+    SETTINGS: ClassVar = {
+        'learning_rate': 0.05, 'num_leaves': 15, 'min_data_in_leaf': 50, 'lambda_l2': 5.0, 'feature_fraction': 0.7,
+        'bagging_fraction': 0.8, 'bagging_freq': 1, 'deterministic': True, 'force_row_wise': True, 'verbosity': -1}
+    ROUNDS_MAX, PATIENCE = 600, 40
+
+    def __init__(self, seed: int, threads: int) -> None:
+        self.seed = seed
+        self.threads = threads
+
+    def _boost(self, counters: np.ndarray, labels: np.ndarray, user: np.ndarray, objective: str) -> None:
+        held_out = _validation(user, self.seed)
+        fitted = lightgbm.Dataset(counters[~held_out], labels[~held_out])
+        self.booster = lightgbm.train(
+            self.SETTINGS | {'objective': objective, 'seed': self.seed, 'num_threads': self.threads}, fitted,
+            self.ROUNDS_MAX, [lightgbm.Dataset(counters[held_out], labels[held_out], reference=fitted)],
+            callbacks=[lightgbm.early_stopping(self.PATIENCE, verbose=False)])
+
+    def predict(self, test: Table) -> np.ndarray:
+        return np.maximum(self.booster.predict(test.counters, num_threads=self.threads), 0.0)
+
+
+class Trees(_Boosting):
+    """LightGBM on the counters, by log loss."""
+
+    is_chance = True
+
+    def fit(self, train: Table, horizon: int) -> Self:
+        known = _labelled(train, horizon)
+        self._boost(known.counters, known.bought[:, horizon], known.user, 'binary')
+        return self
+
+
+class SpendTrees(_Boosting):
+    """LightGBM on the counters, by absolute error: it forecasts the median, which is 0 where most buy nothing."""
+
+    def fit(self, train: Table) -> Self:
+        known = _spent(train)
+        self._boost(known.counters, known.spend_90d_after, known.user, 'l1')
+        return self
+
+
+class _Perceptron:
+    """A network of one hidden layer by squared error, as of the pass with the lowest error on the validation users.
+
+    loss_curve        mean loss of each pass over the training users, its penalty included
+    validation_curve  mean squared error of the validation users after each pass
+    """
+
+    HIDDEN = 32
+    PASSES_MAX, PATIENCE = 60, 6
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def _learn(self, counters: np.ndarray, target: np.ndarray, user: np.ndarray) -> None:
+        held_out = _validation(user, self.seed)
+        self.scaler = StandardScaler().fit(counters)
+        inputs = self.scaler.transform(counters)
+        network = MLPRegressor(hidden_layer_sizes=(self.HIDDEN,), alpha=1e-3, learning_rate_init=1e-3, random_state=self.seed)
+        self.validation_curve: list[float] = []
+        for weights in self._passes(network, inputs[~held_out], target[~held_out]):
+            error = float(np.mean((network.predict(inputs[held_out]) - target[held_out]) ** 2))
+            if error < min(self.validation_curve, default=np.inf):
+                self.weights = weights
+            self.validation_curve.append(error)
+            if len(self.validation_curve) - np.argmin(self.validation_curve) > self.PATIENCE:
+                break
+        network.coefs_, network.intercepts_ = self.weights
+        self.network = network
+        self.loss_curve = network.loss_curve_
+
+    def _passes(self, network: MLPRegressor, inputs: np.ndarray, target: np.ndarray) -> Iterator[tuple[list, list]]:
+        """The weights after each pass, copied."""
+        for _ in range(self.PASSES_MAX):
+            network.partial_fit(inputs, target)
+            yield [part.copy() for part in network.coefs_], [part.copy() for part in network.intercepts_]
+
+    def _answer(self, table: Table) -> np.ndarray:
+        return self.network.predict(self.scaler.transform(table.counters)).astype(np.float64)
+
+
+class Network(_Perceptron):
+    """The network on 0 and 1. Its answers are on the scale of chances but may lie outside 0 and 1: they only rank."""
+
+    is_chance = False
+
+    def fit(self, train: Table, horizon: int) -> Self:
+        known = _labelled(train, horizon)
+        self._learn(known.counters, known.bought[:, horizon], known.user)
+        return self
+
+    def predict(self, test: Table) -> np.ndarray:
+        return self._answer(test)
+
+
+class SpendNetwork(_Perceptron):
+    """The network on log(1 + spend)."""
+
+    def fit(self, train: Table) -> Self:
+        known = _spent(train)
+        self._learn(known.counters, np.log1p(known.spend_90d_after), known.user)
+        return self
+
+    def predict(self, test: Table) -> np.ndarray:
+        return np.maximum(np.expm1(self._answer(test)), 0.0)
+
+
+# ---- what is learnt from --------------------------------------------------------------------------------------------
+
+def _labelled(train: Table, horizon: int) -> Table:
+    known = train.take(~np.isnan(train.bought[:, horizon]))
+    if len(np.unique(known.bought[:, horizon])) < 2 or len(np.unique(known.user)) < 2:
+        raise UsageError(
+            f'The training rows do not hold both users who buy within {HORIZON_DAYS[horizon]} days and who do not.',
+            do='use a longer recording or more users.')
+    return known
+
+
+def _spent(train: Table) -> Table:
+    known = train.take(~np.isnan(train.spend_90d_after))
+    if len(np.unique(known.user)) < 2:
+        raise UsageError(f'Of fewer than two training users the spend of the next {SPEND_DAYS} days is known.',
+                         do='use a longer recording or more users.')
+    return known
+
+
+def _validation(user: np.ndarray, seed: int) -> np.ndarray:
+    """Which rows are of the users held out; at least one user is, and one is not."""
+    users = np.random.default_rng(seed).permutation(np.unique(user))
+    return np.isin(user, users[:max(1, round(VALIDATION_SHARE * len(users)))])
+
+
+def _log_loss(chances: np.ndarray, labels: np.ndarray) -> float:
+    chances = np.clip(chances, _TINY, 1 - _TINY)
+    return float(-np.mean(np.where(labels > 0, np.log(chances), np.log1p(-chances))))
