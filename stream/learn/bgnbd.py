@@ -88,7 +88,7 @@ class BgNbd:
 
         Alive with rate l and chance p to die, orders until death or time t are (1 - exp(-l p t)) / p on average. The
         mean over l is closed; the one over p, whose posterior is Beta(a, b + frequency), is a Gauss-Jacobi sum, since
-        the closed form (equation 10 of the paper) breaks down at a = 1 and its 2F1 for frequent buyers.
+        the closed form of the paper breaks down at a = 1 and its 2F1 for frequent buyers.
         """
         reach = days / _DAYS_PER_WEEK / self._weeks_at_risk(age_days)
         expected = np.empty(len(frequency))
@@ -160,7 +160,7 @@ def _beta_nodes(a: float, b: float) -> tuple[np.ndarray, np.ndarray]:
 def _log_likelihood(
     r: float, alpha: float, a: float, b: float, frequency: np.ndarray, recency: np.ndarray, age: np.ndarray,
 ) -> np.ndarray:
-    """Per customer; equation 6 of the paper, its two cases (alive, dead since the last order) added as logarithms."""
+    """Per customer: the paper's likelihood, its two cases (alive, dead since the last order) added as logarithms."""
     alive = -(r + frequency) * np.log(alpha + age)
     dead = np.where(frequency > 0, np.log(a) - np.log(b + np.maximum(frequency, 1) - 1)
                     - (r + frequency) * np.log(alpha + recency), -np.inf)
@@ -169,7 +169,7 @@ def _log_likelihood(
 
 
 def _value_log_likelihood(p: float, q: float, gamma: float, orders: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """Per customer; equation 1a of the paper."""
+    """Per customer: how likely its mean value is, given how many orders it is the mean of."""
     shape = p * orders
     return (gammaln(shape + q) - gammaln(shape) - gammaln(q) + q * np.log(gamma) + (shape - 1) * np.log(mean)
             + shape * np.log(orders) - (shape + q) * np.log(gamma + orders * mean))

@@ -1,6 +1,7 @@
 """Customers made by the models' own laws, the closed forms of the papers, and a real shop."""
 import gzip
 from datetime import date
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -87,7 +88,7 @@ def test_alive():
 def test_more_time_is_more_chance(customers):
     frequency, recency, age, _ = customers
     chances = [TRUE.buys_within(frequency, recency, age, days) for days in (1, 7, 30, 90, 1e9)]
-    assert all((less < more).all() for less, more in zip(chances, chances[1:], strict=False))
+    assert all((less < more).all() for less, more in pairwise(chances))
     alive = TRUE.alive(frequency, recency, age)
     assert (chances[-1] <= alive).all()
     assert chances[-1][frequency > 0] == pytest.approx(alive[frequency > 0], abs=1e-6)
