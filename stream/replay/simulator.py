@@ -217,7 +217,7 @@ def simulate(options: SimulatorOptions) -> Simulation:
 
     Promise  the same options give the same bytes (with the same numpy release line: its Generator streams may change).
     """
-    catalogue = _catalogue(_generator(options, _CATALOGUE_SEED))
+    catalogue = catalogue_of(options)
     bodies: list[bytes] = []
     times_ms: list[int] = []
     truth = []
@@ -251,7 +251,7 @@ def _generator(options: SimulatorOptions, *spawn_key: int) -> np.random.Generato
 
 
 @dataclass(frozen=True)
-class _Catalogue:
+class Catalogue:
     """prices: item number -> price; popularity, price_z: (categories, items), z of the log price in its category."""
 
     prices: list[float]
@@ -260,8 +260,14 @@ class _Catalogue:
     category_popularity: np.ndarray
     category_price_z: np.ndarray
 
+    def item_weights(self, price_level: float) -> np.ndarray:
+        """How readily each item of a category is picked, (categories, items); a category's need not add up to 1."""
+        return self.popularity * np.exp(price_level * self.price_z)
 
-def _catalogue(rng: np.random.Generator) -> _Catalogue:
+
+def catalogue_of(options: SimulatorOptions) -> Catalogue:
+    """The items of the shop: the same for the same seed, whoever shops there."""
+    rng = _generator(options, _CATALOGUE_SEED)
     medians = np.array(list(CATEGORY_PRICES.values()), dtype=float)
     price_z = rng.standard_normal((len(CATEGORIES), ITEMS_PER_CATEGORY))
     prices = np.round(medians[:, None] * np.exp(ITEM_PRICE_SPREAD * price_z), 2)
@@ -270,7 +276,7 @@ def _catalogue(rng: np.random.Generator) -> _Catalogue:
     log_medians = np.log(medians)
     category_price_z = (log_medians - log_medians.mean()) / log_medians.std()
     category_popularity = rng.permutation(1 / np.arange(1, len(CATEGORIES) + 1) ** 0.7)
-    return _Catalogue(prices.ravel().tolist(), popularity, price_z, category_popularity, category_price_z)
+    return Catalogue(prices.ravel().tolist(), popularity, price_z, category_popularity, category_price_z)
 
 
 # A shopper
@@ -294,7 +300,7 @@ class Shopper:
     favourites: tuple[int, ...]
 
 
-def _born(number: int, options: SimulatorOptions, catalogue: _Catalogue, rng: np.random.Generator) -> Shopper:
+def _born(number: int, options: SimulatorOptions, catalogue: Catalogue, rng: np.random.Generator) -> Shopper:
     tier = int(rng.choice(len(TIER_SHARES), p=TIER_SHARES))
     if rng.random() < SHARE_BEFORE_START:
         joined_ms = options.start_ms - 1 - int(rng.exponential(BEFORE_START_MEAN_DAYS) * DAY_MS)
@@ -341,7 +347,7 @@ def _truth(shopper: Shopper, events: list[dict], conversion: float) -> dict:
 # A shopper's visits
 
 
-def _season(ts: np.ndarray) -> np.ndarray:
+def season(ts: np.ndarray) -> np.ndarray:
     """The factor of hour, weekday and time of year, about 1 on average over a year; ts: Unix ms, UTC."""
     hour = ts // HOUR_MS % 24
     weekday = (ts // DAY_MS + 3) % 7  # 1970-01-01 was a Thursday
@@ -372,7 +378,7 @@ def _visit_times(shopper: Shopper, options: SimulatorOptions, rng: np.random.Gen
     until_ms = min(shopper.churned_ms, options.end_ms)
     expected = shopper.visits_per_day * RATE_CEILING * (until_ms - from_ms) / DAY_MS
     ts = np.sort(rng.integers(from_ms, max(until_ms, from_ms + 1), rng.poisson(expected)))
-    chance = _season(ts) * _interest(shopper, ts) * _fading(shopper, ts) / RATE_CEILING
+    chance = season(ts) * _interest(shopper, ts) * _fading(shopper, ts) / RATE_CEILING
     visits = ts[rng.random(len(ts)) < chance].tolist()
     return [from_ms, *visits] if shopper.joined_ms >= options.start_ms else visits
 
@@ -387,7 +393,7 @@ def _uniforms(rng: np.random.Generator) -> Iterator[float]:
 
 
 def _live(
-    shopper: Shopper, options: SimulatorOptions, catalogue: _Catalogue, rng: np.random.Generator
+    shopper: Shopper, options: SimulatorOptions, catalogue: Catalogue, rng: np.random.Generator
 ) -> tuple[list[dict], float]:
     """All events of a shopper in time order, and the mean chance that a session bought."""
     until_ms = min(shopper.churned_ms, options.end_ms)
@@ -411,15 +417,14 @@ class _Life:
     """A shopper's state between and inside visits: the cart, the desire, the clock, and the events so far."""
 
     def __init__(
-        self, shopper: Shopper, options: SimulatorOptions, catalogue: _Catalogue, draw: Callable[[], float]
+        self, shopper: Shopper, options: SimulatorOptions, catalogue: Catalogue, draw: Callable[[], float]
     ) -> None:
         self.shopper = shopper
         self.options = options
         self.prices = catalogue.prices
         self.draw = draw
         self.favourites = list(shopper.favourites)
-        weights = catalogue.popularity * np.exp(shopper.price_level * catalogue.price_z)
-        cumulative = weights.cumsum(axis=1)
+        cumulative = catalogue.item_weights(shopper.price_level).cumsum(axis=1)
         self.item_chances: list[list[float]] = (cumulative / cumulative[:, -1:]).tolist()
         self.events: list[dict] = []
         self.at_ms = 0
