@@ -24,7 +24,7 @@ import numpy as np
 from stream.core.events import EventType, hash32
 from stream.core.parse import Event
 from stream.errors import InputError
-from stream.learn.posterior_presence import systematic
+from stream.learn.posterior_presence import stratified
 from stream.replay import simulator as law
 
 HYPOTHESES_MAX = 48
@@ -176,7 +176,7 @@ class Desire:
     def draw(self, silent: bool, draws: int, rng: np.random.Generator) -> Mind:
         """Hidden states given all up to now; `silent`: the session is known to be over."""
         weights = self._ended() if silent else self._weights
-        picked, node = np.divmod(systematic(np.concatenate(list(weights.values())), draws, rng), CONVERSION_NODES)
+        picked, node = np.divmod(stratified(np.concatenate(list(weights.values())), draws, rng), CONVERSION_NODES)
         rng.shuffle(both := np.column_stack([picked, node]))        # the draws of presence are in an order of their own
         picked, node = both.T
         wanted, desire, _, returned, buying = (np.array(values)[picked] for values in zip(*weights, strict=True))

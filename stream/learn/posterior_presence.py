@@ -231,16 +231,17 @@ class Presence:
         visits = [*self._visits, visit]
         logs = self._cell_logs(now, seen, visits, rate_chances)
         chances = [np.exp(log - log.max()) for log in logs]
-        proposal = sum(chance / chance.sum() for chance in chances).ravel() / len(logs)
-        picked = systematic(proposal, cells, rng)
-        way, point, rate_at = np.unravel_index(picked, logs[0].shape)
+        # The rate before the interest: neighbours are alike, so that the parts of the draw differ.
+        proposal = (sum(chance / chance.sum() for chance in chances) / len(logs)).transpose(0, 2, 1)
+        picked = np.unravel_index(stratified(proposal.ravel(), cells, rng), proposal.shape)
+        way, rate_at, point = picked
         rate, period, phase = calendar.rates[rate_at], calendar.period_days[point], calendar.phase[point]
         born = np.array([0.0, visits[0].began])[way]
 
         # Returns for a cart until now; the one of the last session cannot have been seen yet.
         returns = [*self._returns, *([_Return(visit.ended)] if visit.cart else [])]
         unseen = np.array([item.unseen[point, rate_at] if isinstance(item.unseen, np.ndarray)
-                           else np.full(len(picked), item.unseen) for item in returns])     # [returns, cells]
+                           else np.full(cells, item.unseen) for item in returns])     # [returns, cells]
 
         # Every length of fading with every day of death that the events allow.
         fade, dies, low, high = self._ends(now, seen)
@@ -252,11 +253,11 @@ class Presence:
         log_later = np.log(later.sum(1)) + self._no_return(returns, unseen, visit, np.array([now]))[:, 0]
 
         log_joint = np.column_stack([log_ends, log_later])
-        log_joint += (logs[0].ravel()[picked] - np.log(proposal[picked]))[:, None]
+        log_joint += (logs[0][way, point, rate_at] - np.log(proposal[picked]))[:, None]
         joint = np.exp(log_joint - log_joint.max())
         there = np.append(dies > now, True)
         alive = float(joint[:, there].sum() / joint.sum())
-        cell, end = np.divmod(systematic((joint * there).ravel(), draws, rng), joint.shape[1])
+        cell, end = np.divmod(stratified((joint * there).ravel(), draws, rng), joint.shape[1])
         return self._who(now, cell, end, rate, period, phase, born, later, (fade, low, high), returns, unseen, visit,
                          rng), alive
 
@@ -382,8 +383,11 @@ def _steps(start: float, end: float) -> np.ndarray:
     return np.linspace(start, end, int(np.ceil(end - start)) + 1) if end > start else np.array([start])
 
 
-def systematic(weights: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` indices, each index about in proportion to its weight (systematic resampling)."""
+def stratified(weights: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` indices in rising order, each about in proportion to its weight: one from each of `count` equal parts.
+
+    One step for all parts (systematic resampling) would fall in with the period of the flattened axes.
+    """
     summed = weights.cumsum()
-    at = (np.arange(count) + rng.random()) / count * summed[-1]
+    at = (np.arange(count) + rng.random(count)) / count * summed[-1]
     return np.minimum(np.searchsorted(summed, at, side='right'), len(weights) - 1)
