@@ -70,7 +70,8 @@ def posterior(
     """Chance that one simulated user buys within each of HORIZONS_DAYS after each moment, float64 [moments, 4].
 
     events   all of one user, sorted by time; of those after a moment nothing is used for it
-    Errors   UsageError for a noisy simulation, unsorted events, or a moment before the first event.
+    Errors   UsageError for a noisy simulation, unsorted events, or a moment before the first event; InputError for
+             events that the simulation cannot have made.
     """
     return posteriors([(events, as_of_ms)], options, rng, resolution)[0]
 

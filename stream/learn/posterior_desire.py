@@ -142,9 +142,14 @@ class Desire:
         self.began, self._step, self._seen = day, Step.BROWSES, _NOTHING
 
     def see(self, event: Event, day: float) -> None:
-        """The next event of the session."""
+        """The next event of the session.
+
+        Errors   InputError where the law cannot have made it.
+        """
         self.last = day
         item = self.shelf.item_numbers.get(event.item, _NOTHING)
+        if item == _NOTHING and event.item:
+            raise _impossible(day)
         if event.type == EventType.VIEW:
             self._view(item)
         elif event.type == EventType.SEARCH:
@@ -207,12 +212,12 @@ class Desire:
                 found.append((Hypothesis(wanted, desire, category), weight * (1 - takes)))
             fresh += float(weight.sum())
             first_of_category += float(weight.sum()) if hypothesis.category == _NOTHING else 0.0
+        self._keep(found)
         all_ways = sum(float(weight.sum()) for _, weight in found)
         share = fresh / all_ways
         self._category_counts[category] += first_of_category / all_ways
         self._levels = self._levels * (share * of_levels / picked + 1 - share)
         self._levels = self._levels / self._levels.sum()
-        self._keep(found)
         self._step, self._seen = Step.VIEWED, item
 
     def _add(self, item: int) -> None:
@@ -274,11 +279,15 @@ class Desire:
         heaviest = sorted(joined.items(), key=lambda pair: -pair[1].sum())[:HYPOTHESES_MAX]
         total = sum(weight.sum() for _, weight in heaviest)
         if not total:
-            raise InputError(f'The events around day {self.last:.2f} cannot come from this simulation.',
-                             do='give the options with which they were simulated.')
+            raise _impossible(self.last)
         self._weights = {hypothesis: weight / total for hypothesis, weight in heaviest}
 
 
 def _add_chance(hypothesis: Hypothesis) -> float:
     """Chance that what was viewed last goes into the cart while browsing."""
     return law.ADD_WANTED_TO_CART if hypothesis.returned else law.ADD_TO_CART
+
+
+def _impossible(day: float) -> InputError:
+    return InputError(f'The events around day {day:.2f} cannot come from this simulation.',
+                      do='give the options with which they were simulated.')

@@ -246,11 +246,13 @@ class Presence:
         # Every length of fading with every day of death that the events allow.
         fade, dies, low, high = self._ends(now, seen)
         mass = still_there(np.maximum(low - born[:, None], 0)) - still_there(np.maximum(high - born[:, None], 0))
-        log_ends = np.log(mass) + np.log(calendar.fade_chances[fade])
+        later = still_there(now + calendar.fades - born[:, None]) * calendar.fade_chances       # [cells, fades]
+        with np.errstate(divide='ignore'):      # what the law rules out weighs nothing
+            log_ends = np.log(mass * calendar.fade_chances[fade])
+            log_later = np.log(later.sum(1))
         log_ends += self._correction(now, seen, visits, calendar.fades[fade], dies, way, point, rate_at)
         log_ends += self._no_return(returns, unseen, visit, np.minimum(dies, now))
-        later = still_there(now + calendar.fades - born[:, None]) * calendar.fade_chances       # [cells, fades]
-        log_later = np.log(later.sum(1)) + self._no_return(returns, unseen, visit, np.array([now]))[:, 0]
+        log_later += self._no_return(returns, unseen, visit, np.array([now]))[:, 0]
 
         log_joint = np.column_stack([log_ends, log_later])
         log_joint += (logs[0][way, point, rate_at] - np.log(proposal[picked]))[:, None]
@@ -268,12 +270,11 @@ class Presence:
         and until the last event only: the truth of most cells lies between the two."""
         calendar, rates = self.calendar, self.calendar.rates
         first = visits[0].began
-        log = self._log + self._poisson_visits * np.log(rates) + self._log_interest[:, None]
-        with np.errstate(divide='ignore'):
-            log = log + np.log(rate_chances)
         at_first = np.log(calendar.season(first) * interest(calendar.period_days, calendar.phase, first))
-        log_before = np.log(law.SHARE_BEFORE_START) + np.log(rates) + at_first[:, None]
-        log_joined = np.log((1 - law.SHARE_BEFORE_START) / calendar.options.days)
+        with np.errstate(divide='ignore'):      # what the law rules out weighs nothing
+            log = np.log(rate_chances) + self._poisson_visits * np.log(rates) + self._log_interest[:, None] + self._log
+            log_before = np.log(law.SHARE_BEFORE_START) + np.log(rates) + at_first[:, None]
+            log_joined = np.log((1 - law.SHARE_BEFORE_START) / calendar.options.days)
         before = self._at_risk(0, first, [])
         logs = []
         for until in (now, seen):
