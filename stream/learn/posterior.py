@@ -13,6 +13,10 @@ simulator's constants, the shop's catalogue) is known. The AUC of these chances 
 Given the times of the visits and what happened in them, the two hidden halves are independent (but for the tier, which
 presence takes from desire as the prior of the own rate), so each is filtered alone.
 
+The chances hold for moments that were chosen without a look at what came after them. A few moments out of each user's
+whole life are not: of a short life each moment is the likelier to be taken, and whoever takes the last event of a
+session knows that it was the last. Weigh such moments by 1 / (their chance to be taken), or choose others.
+
 What is not exact, and what it touches
 - Numbers: own rate, period and phase of interest, day of death, length of fading, conversion and price level are
   sums over nodes (`Resolution`, and the constants of the parts), and the future is a mean over draws.
