@@ -1,14 +1,11 @@
 """The command line. Each command is a thin shell: settings in, files in and out, a summary, an exit code."""
 import asyncio
-import importlib
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -20,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stream.cli_kafka import app as kafka_commands
+from stream.cli_learn import app as learn_commands
 from stream.cli_shared import (
     AsJson,
     ConfigFile,
@@ -132,47 +130,6 @@ def show_journal(
         sys.stdout.write(line + '\n')
 
 
-@app.command()
-def train(
-    files: Annotated[list[Path] | None, typer.Argument(
-        metavar='[FILE]...', help='Recorded files to learn from.')] = None,
-    format_name: FormatName = 'events',
-    simulated: Annotated[int | None, typer.Option(
-        '--simulate', min=10, metavar='SHOPPERS', help='Learn from so many simulated shoppers instead.')] = None,
-    days: Annotated[int, typer.Option(min=120, help='Days that are simulated.')] = 730,
-    seed: Seed = 7,
-    out: Annotated[Path, typer.Option(metavar='DIR', help='Folder for the checkpoint.')] = Path('build/shopper'),
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-) -> None:
-    """Train a model: pretrained on unlabelled events, then fine-tuned, judged beside simple baselines."""
-    settings = effective_settings(config, **parsed(overrides))
-    learning = _learning('stream.learn.train')
-    if bool(files) == bool(simulated):
-        raise UsageError('Nothing to learn from, or two things.', 'name recorded files, or --simulate SHOPPERS.')
-    if simulated:
-        options = learning.simulated(simulated, days, seed)
-    else:
-        names = [path.name for path in files or ()]
-        options = learning.TrainOptions(
-            _recorded(files or [], format_name, settings), seed=seed, source=', '.join(names),
-            command=f'stream train --format {format_name} {" ".join(names)} --seed {seed}')
-    options = replace(options, rules=settings.event_rules(), limits=settings.window_limits())
-    learning.train(options, out, Console(stderr=True))
-    say(f'checkpoint: {out}. Next: stream export {out} --into triton_models')
-
-
-@app.command()
-def export(
-    checkpoint: Annotated[Path, typer.Argument(metavar='CHECKPOINT', help='Folder that `stream train` wrote.')],
-    into: Annotated[Path, typer.Option(metavar='DIR', help='Model repository.')] = Path('triton_models'),
-    name: Annotated[str, typer.Option(help="The model's name in the repository.")] = 'shopper',
-    version: Annotated[int, typer.Option(min=1, help='Number of the version.')] = 1,
-) -> None:
-    """Write a checkpoint as ONNX with Triton's configuration, checked against torch, into a model repository."""
-    say(f'model: {_learning("stream.learn.export").export(checkpoint, into, name, version)}')
-
-
 @app.command(name='config')
 def show_config(
     config: ConfigFile = None,
@@ -189,6 +146,7 @@ def show_config(
 
 app.add_typer(worker_commands)
 app.add_typer(kafka_commands)
+app.add_typer(learn_commands)
 
 
 def main() -> None:
@@ -293,25 +251,6 @@ def _replay(
             write_report(report, run.statistics, counts, scorer.model, about)
     return Outcome(counts, run.statistics.alerts_shown, run.refused_scores, scorer.trained_on, out, dead_letters,
                    report if with_report else None, seconds)
-
-
-def _learning(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise UsageError(f'Training needs {error.name}, which is not installed.',
-                         "install it: pip install -e '.[train]' (or `make train`).") from error
-
-
-def _recorded(files: list[Path], format_name: str, settings: Settings) -> Iterator[bytes]:
-    from stream.replay.recording import Recording
-    from stream.replay.topic_records import event_bytes
-    recording = Recording(files, format_of(format_name, settings))
-    recording.scan()
-    for block in recording.blocks(10_000, 1 << 62):
-        for index, value in enumerate(block.values):
-            if index not in block.bad:
-                yield value if recording.records is None else event_bytes(value)
 
 
 def _scorer(settings: Settings) -> Any:

@@ -156,8 +156,8 @@ def test_errors_say_what_to_do_and_leave_nothing_half_done(folder: Path, argumen
     assert {path.name for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize('command', ['demo', 'simulate', 'replay', 'journal', 'train', 'export', 'config', 'worker',
-                                     'topics', 'check', 'publish', 'record'])
+@pytest.mark.parametrize('command', ['demo', 'simulate', 'replay', 'journal', 'train', 'export', 'predict', 'config',
+                                     'worker', 'topics', 'check', 'publish', 'record'])
 def test_every_command_has_help(tmp_path: Path, command: str):
     assert f'stream {command}' in stream(tmp_path, command, '--help').stdout
 

@@ -1,6 +1,7 @@
 """Users' records become tensors. Training and serving both come through here, so that they cannot differ.
 
-A window of up to 128 events becomes up to SLOTS_MAX slots, oldest first: a run of lines of one basket shares a slot.
+A window of up to 128 events becomes up to SLOTS_MAX slots, oldest first: lines of one basket share a slot, and so do
+events of one type at the same moment, which a recording to the day has many of.
 Windows are grouped by slot count into length buckets, because most are short and attention pays for every slot.
 
     categories  int32   [rows, length, 3]            type, item bucket, category bucket; all 0 is padding, at the end
@@ -120,10 +121,11 @@ def batches(inputs: Features, rows_max: int, padding_slots_max: int = 0) -> Iter
     for index, length in enumerate(LENGTHS):
         members = np.flatnonzero(bucket == index)
         for at in range(0, len(members), rows_max):
-            yield _padded(inputs, members[at:at + rows_max], length)
+            yield padded(inputs, members[at:at + rows_max], length)
 
 
-def _padded(inputs: Features, rows: np.ndarray, length: int) -> Batch:
+def padded(inputs: Features, rows: np.ndarray, length: int) -> Batch:
+    """One batch of these rows, each padded to `length` slots, which none of them exceeds."""
     slots = inputs.starts[rows][:, None] + np.arange(length)            # [rows, length]
     slots[slots >= inputs.starts[rows + 1][:, None]] = len(inputs.categories) - 1
     return Batch(inputs.categories.take(slots, axis=0), inputs.numbers.take(slots, axis=0),
@@ -131,12 +133,14 @@ def _padded(inputs: Features, rows: np.ndarray, length: int) -> Batch:
 
 
 def _slots(snapshots: Snapshots) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    rows, events = snapshots.rows, snapshots.headers['events'].astype(np.int64)
+    events = snapshots.headers['events'].astype(np.int64)
     users = len(events)
     owner = np.repeat(np.arange(users), events)
+    order, rows = _by_moment(snapshots.rows, owner)
     opens = np.ones(len(rows), bool)        # whether an event opens a slot
-    basket, kind = rows['basket'], rows['type']
-    opens[1:] = ((owner[1:] != owner[:-1]) | (basket[1:] == 0) | (basket[1:] != basket[:-1]) | (kind[1:] != kind[:-1]))
+    moment_ms, basket, kind = rows['ts_ms'], rows['basket'], rows['type']
+    opens[1:] = ((owner[1:] != owner[:-1]) | (kind[1:] != kind[:-1]) | (basket[1:] != basket[:-1])
+                 | ((basket[1:] == 0) & (moment_ms[1:] != moment_ms[:-1])))
 
     # Of each user the newest SLOTS_MAX slots are kept: count slots from the user's newest one.
     slot = np.cumsum(opens) - 1
@@ -171,7 +175,21 @@ def _slots(snapshots: Snapshots) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
     numbers[:-1, 4] = head['rating'] / 10.0
     numbers[:-1, 5] = _MINUTE_SIN[minute]
     numbers[:-1, 6] = _MINUTE_COS[minute]
+    if order is not None:
+        slot_of_row[order] = slot_of_row.copy()
     return categories, numbers, starts, slot_of_row
+
+
+def _by_moment(rows: np.ndarray, owner: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
+    """The events with those of one user's moment side by side by type, and the order that does it; None: they were.
+
+    Within a moment events stand by their ids, which says nothing. Recordings to the day are all such moments.
+    """
+    ts_ms, kind = rows['ts_ms'], rows['type']
+    if not np.any((ts_ms[1:] == ts_ms[:-1]) & (kind[1:] < kind[:-1]) & (owner[1:] == owner[:-1])):
+        return None, rows
+    order = np.lexsort((kind, ts_ms, owner))
+    return order, _take_rows(rows, order)
 
 
 def _take_rows(rows: np.ndarray, indices: np.ndarray) -> np.ndarray:

@@ -13,9 +13,8 @@ BG/NBD and Gamma-Gamma look at no label: they are fitted on the newest training 
 compare on a segment that recency chooses, still train these two on all rows: the law does not hold within it.
 """
 from dataclasses import dataclass, fields
-from typing import ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
-import lightgbm
 import numpy as np
 from scipy.special import logit
 from sklearn.decomposition import PCA
@@ -280,6 +279,16 @@ class Regression:
         return make_pipeline(*(step for step in steps if step is not None))
 
 
+def _lightgbm() -> Any:
+    """Imported on demand: it loads the system's libgomp, which a bare machine lacks."""
+    try:
+        import lightgbm
+    except OSError as error:
+        raise UsageError(f'LightGBM cannot be loaded: {error}.',
+                         do='install libgomp (Debian: apt-get install libgomp1).') from error
+    return lightgbm
+
+
 class _Boosting:
     """Gradient-boosted trees, stopped when the validation users' loss has not fallen for a while."""
 
@@ -294,6 +303,7 @@ class _Boosting:
 
     def _boost(self, counters: np.ndarray, labels: np.ndarray, user: np.ndarray, objective: str) -> None:
         held_out = _validation(user, self.seed)
+        lightgbm = _lightgbm()
         fitted = lightgbm.Dataset(counters[~held_out], labels[~held_out])
         self.booster = lightgbm.train(
             self.SETTINGS | {'objective': objective, 'seed': self.seed, 'num_threads': self.threads}, fitted,

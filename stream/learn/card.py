@@ -4,8 +4,8 @@ from datetime import UTC, datetime
 
 from stream.core.features import COUNTERS, SLOT_NUMBERS
 from stream.core.window import DAY_MS
-from stream.learn.dataset import CHURN_DAYS, INTENT_DAYS, SPEND_DAYS
-from stream.learn.train import Checkpoint
+from stream.learn.checkpoint import Checkpoint
+from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT, REFUND_DAYS, SPEND_DAYS
 
 
 def card(kept: Checkpoint, name: str, version: int, difference: float, graph: bytes) -> str:
@@ -14,7 +14,7 @@ def card(kept: Checkpoint, name: str, version: int, difference: float, graph: by
     config, metrics = kept.config, kept.metrics
     data, test, edges = config['data'], metrics['test'], config['tiers']['edges']
     best = metrics['epochs'][metrics['best_epoch'] - 1]
-    sizes = config['model']
+    sizes = config['encoder']
     parameters = sum(parameter.numel() for parameter in kept.model.parameters())
     bounds = ['nothing', *(f'{low:.2f} to {high:.2f}' for low, high in zip([0, *edges], edges, strict=False)),
               f'{edges[-1]:.2f} and more']
@@ -24,18 +24,21 @@ Scores a shopper by the newest events and lifetime counters: will this person bu
 
 | output | meaning |
 |---|---|
-| `purchase_intent` | probability of a purchase within {INTENT_DAYS} days |
+| `purchase_intent` | probability of a purchase within {HORIZON_DAYS[INTENT]} days |
 | `tier_probabilities` | tier of spend (purchases less refunds) in the next {SPEND_DAYS} days, {config['currency']}: \
 {'; '.join(f'{tier} = {bound}' for tier, bound in zip(config['tiers']['names'], bounds, strict=True))} |
 | `expected_spend` | spend in the next {SPEND_DAYS} days, {config['currency']} |
-| `churn` | probability of no purchase within {CHURN_DAYS} days |
+| `churn` | probability of no purchase within {HORIZON_DAYS[CHURN]} days |
 | `row_id_out` | the row id that came in |
+| `purchase` | probabilities of a purchase within {', '.join(map(str, HORIZON_DAYS))} days |
+| `refund` | probability of a refund within {REFUND_DAYS} days: a hint for service, never for credit |
 
 Inputs: `categories` int32 [rows, slots, 3], `numbers` float32 [rows, slots, {SLOT_NUMBERS}], `counters` float32 \
 [rows, {COUNTERS}], `row_id` int64 [rows, 1], as `stream.core.features` builds them. A padded slot is all 0.
 
-- Graph: a BERT encoder ({sizes['layers']} layers, {sizes['hidden']} units, {sizes['heads']} heads) over the slots \
-and a small network over the counters, added at the logit; {parameters:,} parameters, {size / 1e6:.1f} MB.
+- Graph: an encoder on event tokens ({sizes['layers']} layers, {sizes['hidden']} units, {sizes['heads']} heads, \
+causal, a query last) and a linear branch over the counters, mixed at the logit and calibrated; \
+{parameters:,} parameters, {size / 1e6:.1f} MB.
 - `{version}/model.onnx`: SHA-256 `{digest}`; \
 differs from torch by at most {difference:.0e} on windows of the test split.
 - Licence: Apache-2.0.
@@ -45,37 +48,34 @@ differs from torch by at most {difference:.0e} on windows of the test split.
 ## Data
 
 {config['source'][0].upper()}{config['source'][1:]}: {data['events']:,} events of {data['users']:,} users, \
-{_day(data['start_ms'])} to {_day(data['end_ms'])}, {data['refused']:,} records refused.
-Examples are moments at which the worker scores: within sessions, at the end of sessions, and at silence timers; several
-per user. What is known is folded by the worker's own code; what came after gives the labels.
+{_day(data['start_ms'])} to {_day(data['known_until_ms'])}, {data['refused']:,} records refused.
+Examples are daily cut-offs, at which everybody is asked, and moments at which the worker scores: after events and at
+silence timers. Whether a moment is taken does not depend on what comes after it. What is known is folded by the
+worker's own code; a label whose days are not over is not used.
 
-| split | users | moments | time of the moments |
+| split | users | moments | time |
 |---|---|---|---|
-| train | {data['train_users']:,} | {data['train_moments']:,} | before {_day(data['cut_ms'])} |
-| validation | {data['validation_users']:,} | {data['validation_moments']:,} | before {_day(data['cut_ms'])} |
-| test | {data['test_users']:,} | {data['test_moments']:,} | {_day(data['cut_ms'])} to \
-{_day(data['labelled_until_ms'])} |
+| train, and validation for the best pass | {data['train_users']:,} | {data['train_moments']:,} | \
+before {_day(data['cut_ms'])}, labels too |
+| test | {data['test_users']:,} | {data['test_moments']:,} | from {_day(data['cut_ms'])} |
 
-No user is in two splits. Pretraining: guessing hidden slots, {config['learning']['pretrain_epochs']} time(s) through \
-the training windows. Training: best of {len(metrics['epochs'])} passes by validation loss, pass \
+No user is in both. {_kept(config)} Training: best of {len(metrics['epochs'])} passes by validation loss, pass \
 {metrics['best_epoch']} (training {best['train']:.3f}, validation {best['validation']:.3f}).
 
 ## How good it is
 
-On the test split; in brackets the middle 95 % of a bootstrap over users. Of AUC, accuracy, Spearman and top decile (the
-share of all spend that the tenth with the highest scores accounts for) more is better; of log loss, Brier score, ECE
-(expected calibration error) and mean error less is.
+On the test split; in brackets the middle 95 % of a bootstrap over users. Of AUC, PR-AUC, accuracy, Spearman and top
+decile (the share of all spend that the tenth with the highest scores accounts for) more is better; of log loss, Brier
+score, ECE (expected calibration error) and mean error less is.
 
-Baselines: the recency rule is minus the days since the last order; logistic regression sees the same counters; last 90
-days is the spend so far; most common tier is that of the training split.
+Baselines: the recency rule is minus the days since the last order; logistic regression sees the same counters; spend of
+90 days is the spend so far; most common tier is that of training. Active: bought within the 90 days before.
 
 {_comparison(test)}
 Where it does not beat a baseline: {_defeats(test)}
 
-Shares in the test split: {test['base_rates']['purchase_intent']:.1%} bought within {INTENT_DAYS} days, \
-{test['base_rates']['churn']:.1%} not within {CHURN_DAYS}; mean spend {test['base_rates']['spend_mean']:.0f} \
-{config['currency']}.
-
+Shares in the test split: {'; '.join(f'{task} {rate:.1%}' for task, rate in test['base_rates'].items())}.
+{_ceiling(metrics['ceiling'])}
 ### Calibration
 
 Ten bins of equally many moments: mean score, and what really happened.
@@ -84,16 +84,10 @@ Ten bins of equally many moments: mean score, and what really happened.
 ### Segments
 
 {_segments(test)}
-### Thresholds
-
-How many moments reach a threshold, and how many of those are right. Churn: shoppers who have ordered before.
-
-{_thresholds(test)}
 ## Limits
 
 - {_origin(config['source'])}
-- Right after an event nobody knows whether the session goes on: the probabilities hold for the mixture of moments
-  within and at the end of sessions, not for each of the two (see the segments).
+- Base rates drift with the seasons; they are those of the newest labels that were settled in training.
 - The scores say what is likely, not why, and not what a coupon would change.
 - Item and category are hashed; a shop with other names, prices or currency needs its own training.
 - Serve with the windows of the training: {config['window']['events_max']} events, \
@@ -101,6 +95,25 @@ How many moments reach a threshold, and how many of those are right. Churn: shop
 - Expected spend never exceeds the largest one seen in training.
 - Not for decisions with legal or similarly serious effects on people.
 '''
+
+
+def _kept(config: dict) -> str:
+    if config['refit']:
+        return (f'The kept model was then trained in the same way on all users and days ({config["data"]["moments"]:,} '
+                'moments): the figures below are those of its like, which had not seen the test.')
+    return 'The model that was judged is the one that is kept.'
+
+
+def _ceiling(ceiling: dict) -> str:
+    """What could at best be known, for a simulated shop."""
+    if not ceiling:
+        return ''
+    lines = ['\n### The ceiling\n', "AUC on some of the test's moments. The posterior is the simulator's own law, "
+             'given the observed events: nobody can know more.\n',
+             '| | moments | recency rule | model | posterior | way from the rule to the posterior |', '|---' * 6 + '|']
+    lines += [f'| {task} | {row["moments"]:,} | {row["recency rule"]:.3f} | {row["model"]:.3f} | '
+              f'{row["posterior"]:.3f} | {row["share"]:.0%} |' for task, row in ceiling.items()]
+    return '\n'.join(lines) + '\n'
 
 
 def _day(ms: int) -> str:
@@ -115,9 +128,10 @@ def _origin(source: str) -> str:
 
 
 _LESS_IS_BETTER = {'log_loss', 'brier', 'ece', 'mean_absolute_error'}
-_TITLES = {'auc': 'AUC', 'log_loss': 'log loss', 'brier': 'Brier score', 'ece': 'ECE', 'accuracy': 'accuracy',
-           'within_one_tier': 'within one tier', 'spearman': 'Spearman', 'top_decile_share': 'top decile',
-           'mean_absolute_error': 'mean error', 'total_predicted_over_real': 'predicted / real'}
+_TITLES = {'auc': 'AUC', 'pr_auc': 'PR-AUC', 'log_loss': 'log loss', 'brier': 'Brier score', 'ece': 'ECE',
+           'accuracy': 'accuracy', 'within_one_tier': 'within one tier', 'spearman': 'Spearman',
+           'top_decile_share': 'top decile', 'mean_absolute_error': 'mean error',
+           'total_predicted_over_real': 'predicted / real'}
 
 
 def _comparison(test: dict) -> str:
@@ -166,25 +180,10 @@ def _calibration(test: dict) -> str:
 
 
 def _segments(test: dict) -> str:
-    lines = ['| moments | number | bought | intent AUC | intent ECE | no purchase | churn AUC | churn ECE | '
-             'spend Spearman |', '|---' * 9 + '|']
+    lines = ['| moments | number | bought in 7 d | AUC | ECE | bought in 30 d | AUC | ECE |', '|---' * 8 + '|']
     for name, row in test['segments'].items():
-        numbers = [row.get(key) for key in ('intent_rate', 'intent_auc', 'intent_ece', 'churn_rate', 'churn_auc',
-                                            'churn_ece', 'spend_spearman')]
+        numbers = [row.get(key) for key in ('intent_rate', 'intent_auc', 'intent_ece', 'purchase_rate', 'purchase_auc',
+                                            'purchase_ece')]
         lines.append(f'| {name} | {row["rows"]:,} | ' + ' | '.join(
             '' if number is None else f'{number:.3f}' for number in numbers) + ' |')
-    return '\n'.join(lines) + '\n'
-
-
-def _share(share: float | None) -> str:
-    return '' if share is None else f'{share:.1%}'
-
-
-def _thresholds(test: dict) -> str:
-    lines = ['| score | moments | at least | reached by | right | found of all |', '|---' * 6 + '|']
-    for task, kinds in test['thresholds'].items():
-        for kind, table in kinds.items():
-            lines += [f'| {task} | {kind.replace("_", " ")} | {row["at_least"]} | {row["flagged"]:.1%} | '
-                      f'{row["precision"]:.1%} | {_share(row["recall"])} |'
-                      for row in table if row['precision'] is not None]
     return '\n'.join(lines) + '\n'

@@ -1,23 +1,25 @@
 """Recorded events become examples: what the worker would have known at a moment, and what came after it.
 
-    events -> fold, user by user, as the worker folds -> moments -> a seeded sample of them -> snapshots and labels
+    events -> History, user by user -> folded as the worker folds, packed at moments -> snapshots and labels
 
-A moment is a time at which the worker scores a user: right after one of the user's events (as of that event), or when a
-silence timer is due (as of its due time). The snapshot is packed while the events are folded, so nothing later than the
-moment can be in it; the labels look only at events later than the moment.
+A moment is a cut-off (a time that is the same for everybody: what was known just before it), or a time at which the
+worker scores a user: right after one of the user's events, or when a silence timer is due. The snapshot is packed while
+the events are folded, so nothing later than the moment can be in it; the labels look only at what is not earlier than a
+cut-off, or later than another moment.
 
-    intent   float32 [N]  1: a purchase in the 7 days after the moment
-    churn    float32 [N]  1: no purchase in the 30 days after it
-    spend    float32 [N]  purchases less refunds of the 90 days after it, never below 0, in the configured currency
-    tier     int64 [N]    0: spend is 0; 1..4: quarter of positive spend, by edges fitted on the training users
+    bought    float32 [N, len(HORIZON_DAYS)]  1: a purchase within so many days after the moment
+    refunded  float32 [N]                     1: a refund within REFUND_DAYS
+    spend     float32 [N]                     purchases less refunds of the SPEND_DAYS after it, never below 0; where
+                                              the recording has no prices, the number of purchases
+    spend_soon  float32 [N]                   the same of the SPEND_SOON_DAYS after it
 
-Only moments whose 90 days lie inside the recording are taken. Users are split by a hash of their id, so no user is in
-two splits, and the test split's moments are also later than all others: the test asks about other people at a later
-time.
+A label is NaN where its days reach beyond what is known (`known_until_ms`): a horizon that is not settled teaches
+nothing, not even the purchases that were seen already.
 """
 import enum
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from xxhash import xxh3_64_intdigest
@@ -28,11 +30,11 @@ from stream.core.user import User, clock_ms, fire_timer, fold, pack_header
 from stream.core.window import DAY_MS, Fold, WindowLimits
 from stream.errors import UsageError
 
-INTENT_DAYS = 7
-CHURN_DAYS = 30
-SPEND_DAYS = 90
-TIERS = 5
-TIER_NAMES = ('nothing', 'low', 'middle', 'high', 'top')
+HORIZON_DAYS = (1, 7, 30, 90, 273)
+INTENT, CHURN = HORIZON_DAYS.index(7), HORIZON_DAYS.index(30)     # the horizons that the worker publishes
+ACTIVE_DAYS = 90        # who bought within so many days is active
+REFUND_DAYS = 30
+SPEND_DAYS, SPEND_SOON_DAYS = 90, 30
 SESSION_GAP_MS = 30 * 60_000        # a longer pause ends a session
 
 Parts = tuple[bytes, bytes, bytes]      # header, days, rows: what `Snapshots.join` joins
@@ -41,50 +43,69 @@ Parts = tuple[bytes, bytes, bytes]      # header, days, rows: what `Snapshots.jo
 class Kind(enum.IntEnum):
     """Where in a user's life a moment lies."""
 
-    EVENT = 0           # after an event, with the session going on
-    SESSION_END = 1     # after the last event of a session
-    TIMER = 2           # a silence timer is due
+    CUTOFF = 0          # at a time that is not the user's
+    EVENT = 1           # after an event, with the session going on
+    SESSION_END = 2     # after the last event of a session
+    TIMER = 3           # a silence timer is due
 
 
-class Split(enum.IntEnum):
-    """Which users a moment is for."""
+@dataclass(frozen=True)
+class History:
+    """All events of a recording.
 
-    TRAIN = 0
-    VALIDATION = 1
-    TEST = 2
+    user_ids   of U users
+    events     of each of them, in the order in which the worker would read them
+    refused    records that were no events
+    priced     whether any purchase has an amount: without, there is no money to foretell
+    """
+
+    user_ids: list[str]
+    events: list[list[Event]]
+    refused: int
+    start_ms: int
+    end_ms: int
+    priced: bool
+
+    def __len__(self) -> int:
+        return sum(map(len, self.events))
+
+    def before(self, ts_ms: int) -> 'History':
+        """What was known just before a time. Errors: UsageError if that is nothing."""
+        return history_of({user_id: kept for user_id, events in zip(self.user_ids, self.events, strict=True)
+                           if (kept := [event for event in events if event.ts_ms < ts_ms])}, self.refused)
 
 
 @dataclass(frozen=True)
 class ExampleOptions:
-    """How many moments are taken, and from whom.
+    """Which moments are taken.
 
-    moments_per_user  at most so many of each Kind: within sessions, at session ends, at silence timers
-    shares            of the users in the train and the validation split; the rest are test users
-    later_share       share of the labelled time, from its end, that only the test split uses
+    cutoffs_per_user  at most so many of the daily cut-offs since a user's first event, drawn for each user
+    moments_per_user  so many of the users' own moments, on average over users: each is kept with the same chance. A
+                      fixed number of each user's would let the choice look ahead: of a short life it would keep a
+                      larger share, so that being asked would tell the label
     """
 
-    moments_per_user: tuple[int, int, int] = (3, 3, 3)
-    shares: tuple[float, float] = (0.6, 0.15)
-    later_share: float = 0.25
+    cutoffs_per_user: int = 20
+    moments_per_user: float = 6.0
 
 
 @dataclass(frozen=True)
 class Labels:
     """What came after each of N moments; see the module's docstring."""
 
-    intent: np.ndarray
-    churn: np.ndarray
+    bought: np.ndarray
+    refunded: np.ndarray
     spend: np.ndarray
-    tier: np.ndarray
+    spend_soon: np.ndarray
 
 
 @dataclass(frozen=True)
 class Examples:
-    """N moments of one split, in a seeded random order.
+    """N moments.
 
     snapshots  what was known; `inputs` are its features
     kind       int8 [N], see Kind
-    user       int64 [N], the same number for the moments of one user
+    user       int64 [N], places in the history's `user_ids`
     """
 
     snapshots: Snapshots
@@ -96,81 +117,106 @@ class Examples:
     def __len__(self) -> int:
         return len(self.user)
 
+    @property
+    def as_of_ms(self) -> np.ndarray:
+        """int64 [N]"""
+        return self.snapshots.as_of_ms
+
+    @property
+    def active(self) -> np.ndarray:
+        """bool [N]: bought within the ACTIVE_DAYS before the moment."""
+        header = self.snapshots.headers
+        return (header['orders'] > 0) & (self.as_of_ms - header['last_order_ms'] <= ACTIVE_DAYS * DAY_MS)
+
     def counter(self, name: str) -> np.ndarray:
         """One named counter column, float32 [N], as the model sees it."""
         return self.inputs.counters[:, COUNTER_NAMES.index(name)]
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """The three splits and where they come from.
+def read(values: Iterable[bytes], rules: EventRules) -> History:
+    """A history from event JSON in the order in which the worker would read it.
 
-    tier_edges   float64 [3], the quartiles of positive spend of the train split's moments
-    start_ms, cut_ms, labelled_until_ms, end_ms
-                 first event; first moment of the test split; last moment that has 90 days of future; last event
+    Errors   UsageError where there is no valid event.
     """
+    decode = Decoder(rules)
+    by_user: dict[str, list[Event]] = {}
+    refused = 0
+    for value in values:
+        event = decode(value)
+        if isinstance(event, Refusal):
+            refused += 1
+        else:
+            event.event_id = ''     # its key is what counts; millions of ids would fill the memory
+            by_user.setdefault(event.user_id, []).append(event)
+    return history_of(by_user, refused)
 
-    train: Examples
-    validation: Examples
-    test: Examples
-    tier_edges: np.ndarray
-    users: int
-    events: int
-    refused: int
-    start_ms: int
-    cut_ms: int
-    labelled_until_ms: int
-    end_ms: int
 
-
-def build(
-    values: Iterable[bytes], rules: EventRules, limits: WindowLimits, options: ExampleOptions, seed: int,
-) -> Dataset:
-    """Examples from event JSON in the order in which the worker would read it.
-
-    Promise  the sample of a user's moments and its split depend on the seed, the user and the recording's first and
-             last time, not on who else is there.
-    Errors   UsageError if a split has no moment, or nobody of the train split buys: there is nothing to learn from.
-    """
-    by_user, refused = _decode(values, rules)
+def history_of(by_user: dict[str, list[Event]], refused: int = 0) -> History:
+    """A history of decoded events. Errors: UsageError where there is none."""
     if not by_user:
-        raise UsageError('There is not one valid event to learn from.', do='check the files and their format.')
-    users, number_of_events = len(by_user), sum(map(len, by_user.values()))
-    start_ms = min(event.ts_ms for events in by_user.values() for event in events)
-    end_ms = max(event.ts_ms for events in by_user.values() for event in events)
-    labelled_until_ms = end_ms - SPEND_DAYS * DAY_MS
-    cut_ms = start_ms + int((labelled_until_ms - start_ms) * (1 - options.later_share))
-    span_ms = {Split.TRAIN: (start_ms, cut_ms - 1), Split.VALIDATION: (start_ms, cut_ms - 1),
-               Split.TEST: (cut_ms, labelled_until_ms)}
-
-    found: dict[Split, list[tuple]] = {split: [] for split in Split}
-    for number, user_id in enumerate(tuple(by_user)):
-        events = by_user.pop(user_id)       # a user's events are not needed again: let the memory go
-        split = split_of(user_id, options.shares, seed)
-        rng = np.random.default_rng([seed, xxh3_64_intdigest(user_id.encode())])
-        chosen = _sample(events, limits, span_ms[split], options.moments_per_user, rng)
-        after = outcomes(events, [as_of_ms for _, as_of_ms, _ in chosen])
-        found[split] += [(kind, as_of_ms, parts, number, bought_days, spend)
-                         for (kind, as_of_ms, parts), (bought_days, spend) in zip(chosen, after, strict=True)]
-    for split, rows in found.items():
-        if not rows:
-            raise UsageError(
-                f'No user of the {split.name.lower()} split has a moment with {SPEND_DAYS} days of future.',
-                do=f'use a longer recording (this one spans {(end_ms - start_ms) / DAY_MS:.0f} days), or more users.')
-    spend = np.array([row[-1] for row in found[Split.TRAIN]])
-    if not (spend > 0).any():
-        raise UsageError('Nobody buys anything after any of the moments.', do='use a recording with purchases.')
-    tier_edges = np.quantile(spend[spend > 0], (0.25, 0.5, 0.75))
-    splits = [_examples(found[split], tier_edges, seed) for split in Split]
-    return Dataset(*splits, tier_edges, users, number_of_events, refused, start_ms, cut_ms, labelled_until_ms, end_ms)
+        raise UsageError('There is not one valid event to learn from.', do='check the files, their format, and times.')
+    times = [event.ts_ms for events in by_user.values() for event in events]
+    priced = any(event.amount > 0 for events in by_user.values() for event in events
+                 if event.type == EventType.PURCHASE)
+    return History(list(by_user), list(by_user.values()), refused, min(times), max(times), priced)
 
 
-def split_of(user_id: str, shares: tuple[float, float], seed: int) -> Split:
-    """The split of a user, by a hash of the id: it does not depend on who else is there."""
+def part_of(user_id: str, shares: Sequence[float], seed: int) -> int:
+    """Which part of all users, cut by `shares` (the last part is the rest), a user is in: by a hash of the id, so that
+    it does not depend on who else is there."""
     place = xxh3_64_intdigest(user_id.encode(), seed=seed) / 2**64
-    if place < shares[0]:
-        return Split.TRAIN
-    return Split.VALIDATION if place < shares[0] + shares[1] else Split.TEST
+    return int(np.searchsorted(np.cumsum(shares), place, side='right'))
+
+
+def at_time(history: History, users: Iterable[int], at_ms: int, limits: WindowLimits, known_until_ms: int) -> Examples:
+    """Every one of `users` who was seen before a time, as of it."""
+    return _examples(history, [(user, Kind.CUTOFF, at_ms, parts) for user in users
+                               for _, parts in at_cutoffs(history.events[user], [at_ms], limits)], known_until_ms)
+
+
+def sample(history: History, users: Iterable[int], first_ms: int, known_until_ms: int, options: ExampleOptions,
+           limits: WindowLimits, seed: int) -> Examples:
+    """A seeded sample of moments, user by user, from `first_ms` to the last one that settles the shortest horizon.
+
+    Promise  whether a moment is taken does not depend on anything later than it.
+    Errors   UsageError if nobody has a moment.
+    """
+    chosen = list(users)
+    last_ms = known_until_ms - HORIZON_DAYS[0] * DAY_MS
+    grid = np.arange(last_ms, max(first_ms - 1, history.start_ms), -DAY_MS)[::-1]
+    before = sum(event.ts_ms < known_until_ms for user in chosen for event in history.events[user])
+    chance = options.moments_per_user * len(chosen) / max(before, 1)
+    found = []
+    for user in chosen:
+        events = history.events[user]
+        rng = np.random.default_rng([seed, xxh3_64_intdigest(history.user_ids[user].encode())])
+        later = grid[grid > events[0].ts_ms]
+        drawn = later if len(later) <= options.cutoffs_per_user else np.sort(
+            rng.choice(later, options.cutoffs_per_user, replace=False))
+        found += [(user, Kind.CUTOFF, at_ms, parts) for at_ms, parts in at_cutoffs(events, drawn.tolist(), limits)]
+        if chance > 0:
+            found += [(user, kind, as_of_ms, _packed(state)) for kind, as_of_ms, state
+                      in moments(events, limits, last_ms) if first_ms <= as_of_ms <= last_ms and rng.random() < chance]
+    if not found:
+        raise UsageError('Nobody has a past and a settled day after it.', do='use a longer recording, or more users.')
+    return _examples(history, found, known_until_ms)
+
+
+def at_cutoffs(events: list[Event], cutoffs_ms: list[int], limits: WindowLimits) -> Iterator[tuple[int, Parts]]:
+    """The user as of each cut-off (ascending) that comes after the first event: folded from the events before it.
+
+    Timers, which tell nothing to the model, do not fire here: a run of events is folded at once.
+    """
+    timeless = WindowLimits(limits.events_max, limits.span_ms, ())
+    user, place = User(events[0].user_id), 0
+    for cutoff_ms in cutoffs_ms:
+        run = place
+        while place < len(events) and events[place].ts_ms < cutoff_ms:
+            events[place].offset = place
+            place += 1
+        fold(user, events[run:place], timeless)
+        if place:
+            yield cutoff_ms, _packed(user)
 
 
 def moments(events: list[Event], limits: WindowLimits, until_ms: int) -> Iterator[tuple[Kind, int, User]]:
@@ -190,71 +236,46 @@ def moments(events: list[Event], limits: WindowLimits, until_ms: int) -> Iterato
         yield Kind.TIMER, fire_timer(user, limits), user
 
 
-def tier_of(spend: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Tier of each spend, int64: 0 for nothing, else 1 + the number of edges at or below it."""
-    return np.where(spend > 0, 1 + np.searchsorted(edges, spend, side='right'), 0).astype(np.int64)
+def _packed(user: User) -> Parts:
+    return pack_header(user), bytes(user.days), bytes(user.rows)
 
 
-def _decode(values: Iterable[bytes], rules: EventRules) -> tuple[dict[str, list[Event]], int]:
-    decode = Decoder(rules)
-    by_user: dict[str, list[Event]] = {}
-    refused = 0
-    for value in values:
-        event = decode(value)
-        if isinstance(event, Refusal):
-            refused += 1
-        else:
-            event.event_id = ''     # its key is what counts; millions of ids would fill the memory
-            by_user.setdefault(event.user_id, []).append(event)
-    return by_user, refused
+def outcomes(events: list[Event], asked: Sequence[tuple[Kind, int]], known_until_ms: int,
+             priced: bool = True) -> np.ndarray:
+    """float64 [moments, horizons + 3]: bought within each horizon, refunded, spend, soon; NaN where not settled.
 
-
-def _sample(
-    events: list[Event], limits: WindowLimits, span_ms: tuple[int, int], at_most: tuple[int, int, int],
-    rng: np.random.Generator,
-) -> list[tuple[Kind, int, Parts]]:
-    """A few of the user's moments inside the span (both ends included), packed. The events are folded twice: once to
-    see which moments there are, once to pack the chosen ones."""
-    first_ms, last_ms = span_ms
-    there: list[list[int]] = [[] for _ in Kind]
-    for place, (kind, as_of_ms, _) in enumerate(moments(events, limits, last_ms)):
-        if first_ms <= as_of_ms <= last_ms:
-            there[kind].append(place)
-    chosen = {int(place) for places, count in zip(there, at_most, strict=True)
-              for place in rng.permutation(places)[:count]}
-    taken = []
-    for place, (kind, as_of_ms, user) in enumerate(moments(events, limits, last_ms)):
-        if len(taken) == len(chosen):
-            break
-        if place in chosen:
-            taken.append((kind, as_of_ms, (pack_header(user), bytes(user.days), bytes(user.rows))))
-    return taken
-
-
-def outcomes(events: list[Event], as_of_ms: list[int]) -> list[tuple[float, float]]:
-    """For each moment: days until the next purchase (infinite: none), and the spend of the next 90 days."""
-    money = {event.key: event for event in reversed(events)      # reversed: of a repeated event the first one counts
-             if event.type in (EventType.PURCHASE, EventType.REFUND)}.values()
+    asked   kind and time in ms of each moment; an event at the very time of a cut-off comes after it
+    """
+    money = list({event.key: event for event in reversed(events)      # reversed: of a repeat the first one counts
+                  if event.type in (EventType.PURCHASE, EventType.REFUND)}.values())
     ts_ms = np.array([event.ts_ms for event in money], np.int64)
     bought = np.array([event.type == EventType.PURCHASE for event in money], bool)
-    signed = np.array([event.amount for event in money]) * np.where(bought, 1, -1)
-    outcomes = []
-    for moment_ms in as_of_ms:
-        ahead_days = (ts_ms - moment_ms) / DAY_MS
-        after = ahead_days > 0
-        outcomes.append((float(np.min(ahead_days[after & bought], initial=np.inf)),
-                         max(0.0, float(signed[after & (ahead_days <= SPEND_DAYS)].sum()))))
-    return outcomes
+    signed = np.array([event.amount if priced else 1.0 for event in money]) * np.where(bought, 1, -1)
+    days = np.array([*HORIZON_DAYS, REFUND_DAYS, SPEND_DAYS, SPEND_SOON_DAYS]) * DAY_MS
+    rows = np.empty((len(asked), len(days)))
+    for row, (kind, as_of_ms) in zip(rows, asked, strict=True):
+        # What is at the time of a cut-off is not before it: as if the moment were 1 ms earlier.
+        ahead_ms = ts_ms - (as_of_ms - 1 if kind == Kind.CUTOFF else as_of_ms)
+        after = ahead_ms > 0
+        next_ms = np.min(ahead_ms[after & bought], initial=np.iinfo(np.int64).max)
+        refund_ms = np.min(ahead_ms[after & ~bought], initial=np.iinfo(np.int64).max)
+        row[:-3] = next_ms <= days[:-3]
+        row[-3] = refund_ms <= days[-3]
+        row[-2:] = [max(0.0, signed[after & (ahead_ms <= within)].sum()) for within in days[-2:]]
+        row[days > known_until_ms - as_of_ms] = np.nan
+    return rows
 
 
-def _examples(rows: list[tuple], tier_edges: np.ndarray, seed: int) -> Examples:
-    # Batches are cut from neighbours: moments of one user must not be neighbours.
-    order = np.random.default_rng(seed).permutation(len(rows))
-    kinds, as_of_ms, parts, users, bought_days, spend = zip(*(rows[place] for place in order), strict=True)
+def _examples(history: History, found: list[tuple[int, Kind, int, Parts]], known_until_ms: int) -> Examples:
+    if not found:
+        raise UsageError('No user was seen before that time.', do='name a later time.')
+    users, kinds, as_of_ms, parts = zip(*found, strict=True)
     headers, days, window_rows = zip(*parts, strict=True)
     snapshots = Snapshots.join(headers, days, window_rows, as_of_ms)
-    next_days, spend = np.array(bought_days), np.array(spend)
-    labels = Labels((next_days <= INTENT_DAYS).astype(np.float32), (next_days > CHURN_DAYS).astype(np.float32),
-                    spend.astype(np.float32), tier_of(spend, tier_edges))
-    return Examples(snapshots, features(snapshots), labels, np.array(kinds, np.int8),
-                    np.array(users, np.int64))
+    starts = [0, *(np.flatnonzero(np.diff(users)) + 1).tolist(), len(users)]
+    rows = np.concatenate([
+        outcomes(history.events[users[start]], list(zip(kinds[start:end], as_of_ms[start:end], strict=True)),
+                 known_until_ms, history.priced) for start, end in pairwise(starts)])
+    labels = Labels(*(np.ascontiguousarray(part, np.float32)
+                      for part in (rows[:, :-3], rows[:, -3], rows[:, -2], rows[:, -1])))
+    return Examples(snapshots, features(snapshots), labels, np.array(kinds, np.int8), np.array(users, np.int64))

@@ -1,202 +1,104 @@
-"""How good the scores are on the test split, beside baselines that anyone could run, with intervals.
+"""How good a model is on users and days that its training has not seen, beside rules that anyone could run.
 
-Every number is a list [value, low, high]: the interval is the middle 95 % of a bootstrap over users (rows of one user
-are not independent). `less_*` is the model's number less the baseline's over the same resamples.
+Every number is a list [value, low, high], see `stream.learn.metrics`. `less_*` is the model's number less the
+baseline's over the same resamples.
 
     recency rule         minus the days since the last order; whoever never ordered comes last
-    logistic regression  on the normalised counters: what the window's slots add is what the model has beyond it
-    last 90 days         the spend of the 90 days before the moment, for spend
-    most common tier     of the training split
+    logistic regression  on the normalised counters, trained on the same examples
+    spend of 90 days     the spend of the 90 days before the moment, for spend
+    most common tier     of the training rows
 
-Thresholds of churn are told for users who have ordered: nobody else gets a churn alert by default.
+Churn is asked of active users: those who bought within the 90 days before. `stream compare` asks more contenders.
 """
-from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
-import torch
-from torch.nn.functional import cross_entropy
 
-from stream.learn.dataset import TIERS, Dataset, Examples, Kind
+from stream.learn import metrics
+from stream.learn.baselines import Table, purchase_contenders
+from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT, Examples, Kind
+from stream.learn.fit import Fitted, tier_of
+from stream.learn.metrics import AMOUNT, BINARY, CLASSES, RANKING, Metric
+from stream.learn.served import score
 
 RESAMPLES = 200
-CALIBRATION_BINS = 10
-THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
-_TINY = 1e-7
-
-Metric = Callable[[np.ndarray, np.ndarray], float]      # (scores, truth) of some rows
+POSITIVES_MIN = 20      # fewer tell nothing
 
 
-def evaluate(data: Dataset, scores: dict[str, np.ndarray], seed: int) -> dict[str, object]:
-    """All numbers of the model card, ready for JSON. `scores`: the model's outputs by name, rows as in `data.test`."""
-    test, labels = data.test, data.test.labels
-    ordered = test.counter('has_ordered') > 0
-    recency = -np.where(ordered, test.counter('days_since_last_order'), np.inf)
-    intent, churn = scores['purchase_intent'][:, 0], scores['churn'][:, 0]
-    tiers, spend = scores['tier_probabilities'], scores['expected_spend'][:, 0]
-    counts = np.bincount(data.train.labels.tier, minlength=TIERS) / len(data.train)
-    spend_before = np.expm1(test.counter('spend_90d').astype(float))
-    regress = partial(_regression, data.train.inputs.counters, test.inputs.counters)
+def evaluate(fitted: Fitted, graph: Path, test: Examples, seed: int) -> dict[str, object]:
+    """All numbers of the model card, ready for JSON; the model's are those of its exported graph."""
+    answers = score(graph, test.inputs)
+    purchase, tiers = answers['purchase'].astype(float), answers['tier_probabilities'].astype(float)
+    spend = answers['expected_spend'][:, 0].astype(float)
+    bought, labels = test.labels.bought, test.labels
+    train, asked = _table(fitted.data), _table(test)
+    compare = partial(_compare, user=test.user, seed=seed)
 
-    compare = partial(_compare, users=test.user, seed=seed)
-    tasks = {
-        'purchase_intent': compare(labels.intent, {
-            'model': (intent, BINARY), 'recency rule': (recency, RANKING),
-            'logistic regression': (regress(data.train.labels.intent, 2)[:, 1], BINARY)}),
-        'churn': compare(labels.churn, {
-            'model': (churn, BINARY), 'recency rule': (-recency, RANKING),
-            'logistic regression': (regress(data.train.labels.churn, 2)[:, 1], BINARY)}),
-        'tier': compare(labels.tier, {
-            'model': (tiers, CLASSES), 'most common tier': (np.tile(counts, (len(test), 1)), CLASSES),
-            'logistic regression': (regress(data.train.labels.tier, TIERS), CLASSES)}),
-        'expected_spend': compare(labels.spend, {
-            'model': (spend, AMOUNT), 'last 90 days': (spend_before, AMOUNT)}),
-    }
-    binary = {'purchase_intent': (intent, labels.intent), 'churn': (churn, labels.churn)}
+    tasks: dict[str, dict] = {}
+    rates: dict[str, float] = {}
+    for horizon, days in enumerate(HORIZON_DAYS):
+        known = ~np.isnan(bought[:, horizon])
+        if min(bought[known, horizon].sum(), (1 - bought[known, horizon]).sum()) < POSITIVES_MIN:
+            continue
+        contenders = {'model': (purchase[:, horizon], BINARY)}
+        for name, rules in (('recency rule', RANKING), ('logistic regression', BINARY)):
+            contenders[name] = purchase_contenders(seed)[name].fit(train, horizon).predict(asked), rules
+        tasks[f'purchase within {days} d'] = compare(bought[:, horizon], contenders, known)
+        rates[f'purchase within {days} d'] = float(bought[known, horizon].mean())
+        active = known & test.active
+        buyers = bought[active, horizon].sum()
+        if days in (30, 90) and min(buyers, active.sum() - buyers) >= POSITIVES_MIN:
+            turned = {name: (1 - scores if rules is BINARY else -scores, rules)
+                      for name, (scores, rules) in contenders.items()}
+            tasks[f'churn within {days} d, active'] = compare(1 - bought[:, horizon], turned, active)
+            rates[f'churn within {days} d, active'] = float(1 - bought[active, horizon].mean())
+    known = ~np.isnan(labels.spend)
+    if (labels.spend[known] > 0).sum() >= POSITIVES_MIN:
+        tier = tier_of(labels.spend, fitted.tier_edges)
+        seen = tier_of(fitted.data.labels.spend, fitted.tier_edges)
+        shares = np.bincount(seen[seen >= 0], minlength=tiers.shape[1]) / max((seen >= 0).sum(), 1)
+        tasks['tier of spend in 90 d'] = compare(tier, {
+            'model': (tiers, CLASSES), 'most common tier': (np.tile(shares, (len(test), 1)), CLASSES)}, known)
+        tasks['spend in 90 d'] = compare(labels.spend, {
+            'model': (spend, AMOUNT), 'spend of 90 days': (asked.spend_90d, AMOUNT)}, known)
     return {
-        'rows': len(test), 'users': len(np.unique(test.user)),
-        'base_rates': {'purchase_intent': float(labels.intent.mean()), 'churn': float(labels.churn.mean()),
-                       'spend_mean': float(labels.spend.mean()),
-                       'tier': (np.bincount(labels.tier, minlength=TIERS) / len(test)).tolist()},
-        'tasks': tasks,
-        'calibration': {task: calibration(*pair) for task, pair in binary.items()},
-        'segments': {name: _segment(rows, test, intent, churn, spend) for name, rows in _segments(test).items()},
-        'score_quantiles': {
-            task: {kind.name.lower(): dict(zip(map(str, QUANTILES), np.quantile(score[test.kind == kind], QUANTILES)
-                                               .tolist(), strict=True)) for kind in Kind if (test.kind == kind).any()}
-            for task, (score, _) in binary.items()},
-        'thresholds': {
-            task: {kind.name.lower(): _thresholds(score, truth, (test.kind == kind) & alerted) for kind in Kind}
-            for (task, (score, truth)), alerted in zip(binary.items(), (np.ones(len(test), bool), ordered),
-                                                       strict=True)},
+        'rows': len(test), 'users': len(np.unique(test.user)), 'base_rates': rates, 'tasks': tasks,
+        'calibration': {f'purchase within {HORIZON_DAYS[horizon]} d': _calibration(purchase, bought, horizon)
+                        for horizon in (INTENT, CHURN)},
+        'segments': {name: _segment(rows, purchase, bought) for name, rows in _segments(test).items()},
     }
 
 
-def auc(scores: np.ndarray, truth: np.ndarray) -> float:
-    """Chance that a random positive row is above a random negative one, ties counting half; NaN without both."""
-    positives = int((truth > 0).sum())
-    negatives = len(truth) - positives
-    if not positives or not negatives:
-        return float('nan')
-    return float((_ranks(scores)[truth > 0].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+def _table(examples: Examples) -> Table:
+    return Table.of(examples.snapshots, examples.inputs, examples.labels.bought, examples.labels.spend, examples.user)
 
 
-def log_loss(scores: np.ndarray, truth: np.ndarray) -> float:
-    """Mean of minus log probability of what happened, nats; scores [n] of a yes, or [n, classes]."""
-    chances = np.column_stack([1 - scores, scores]) if scores.ndim == 1 else scores
-    return float(-np.log(np.maximum(chances[np.arange(len(truth)), truth.astype(np.int64)], _TINY)).mean())
-
-
-def brier(scores: np.ndarray, truth: np.ndarray) -> float:
-    """Mean squared difference of probability and outcome."""
-    return float(((scores - truth) ** 2).mean())
-
-
-def calibration(scores: np.ndarray, truth: np.ndarray) -> list[dict[str, float]]:
-    """Bins of equally many rows, by score: rows, mean score, share of positives."""
-    bins = [rows for rows in np.array_split(np.argsort(scores, kind='stable'), CALIBRATION_BINS) if len(rows)]
-    return [{'rows': len(rows), 'score': float(scores[rows].mean()), 'rate': float(truth[rows].mean())}
-            for rows in bins]
-
-
-def expected_calibration_error(scores: np.ndarray, truth: np.ndarray) -> float:
-    """Mean distance of score and rate over the bins of `calibration`, weighted by rows. Source: Naeini, Cooper,
-    Hauskrecht (2015), "Obtaining Well Calibrated Probabilities Using Bayesian Binning" (equal-frequency bins here)."""
-    bins = calibration(scores, truth)
-    return sum(row['rows'] * abs(row['score'] - row['rate']) for row in bins) / len(truth)
-
-
-def spearman(scores: np.ndarray, truth: np.ndarray) -> float:
-    """Rank correlation; NaN where one side is constant."""
-    a, b = _ranks(scores), _ranks(truth)
-    if a.std() == 0 or b.std() == 0:
-        return float('nan')
-    return float(np.corrcoef(a, b)[0, 1])
-
-
-def top_decile_share(scores: np.ndarray, truth: np.ndarray) -> float:
-    """Share of all that was spent, by the tenth of rows with the highest scores."""
-    best = np.argsort(-scores, kind='stable')[:max(1, len(scores) // 10)]
-    return float(truth[best].sum() / max(truth.sum(), _TINY))
-
-
-def _accuracy(scores: np.ndarray, truth: np.ndarray) -> float:
-    return float((scores.argmax(1) == truth).mean())
-
-
-def _within_one(scores: np.ndarray, truth: np.ndarray) -> float:
-    return float((np.abs(scores.argmax(1) - truth) <= 1).mean())
-
-
-def _mean_error(scores: np.ndarray, truth: np.ndarray) -> float:
-    return float(np.abs(scores - truth).mean())
-
-
-def _total_ratio(scores: np.ndarray, truth: np.ndarray) -> float:
-    return float(scores.sum() / max(truth.sum(), _TINY))
-
-
-RANKING: dict[str, Metric] = {'auc': auc}
-BINARY: dict[str, Metric] = {'auc': auc, 'log_loss': log_loss, 'brier': brier, 'ece': expected_calibration_error}
-CLASSES: dict[str, Metric] = {'log_loss': log_loss, 'accuracy': _accuracy, 'within_one_tier': _within_one}
-AMOUNT: dict[str, Metric] = {'spearman': spearman, 'top_decile_share': top_decile_share,
-                             'mean_absolute_error': _mean_error, 'total_predicted_over_real': _total_ratio}
-
-
-def _compare(
-    truth: np.ndarray, contenders: dict[str, tuple[np.ndarray, dict[str, Metric]]], users: np.ndarray, seed: int,
-) -> dict[str, dict[str, list[float]]]:
-    whole = np.arange(len(truth))
-    samples = [whole, *_resamples(users, seed)]
-    drawn = {name: {metric: np.array([rule(scores[rows], truth[rows]) for rows in samples])
+def _compare(truth: np.ndarray, contenders: dict[str, tuple[np.ndarray, dict[str, Metric]]], rows: np.ndarray,
+             user: np.ndarray, seed: int) -> dict[str, dict[str, list[float]]]:
+    """Each contender's metrics on some rows, and the model's less theirs."""
+    samples = metrics.resamples(user[rows], RESAMPLES, seed)
+    truth = truth[rows]
+    drawn = {name: {metric: np.array([rule(scores[rows][sample], truth[sample]) for sample in samples])
                     for metric, rule in rules.items()} for name, (scores, rules) in contenders.items()}
     model = drawn['model']
-    return {name: {metric: _interval(values) for metric, values in numbers.items()} | (
-        {} if name == 'model' else {f'less_{metric}': _interval(model[metric] - values)
+    return {name: {metric: metrics.interval(values) for metric, values in numbers.items()} | (
+        {} if name == 'model' else {f'less_{metric}': metrics.interval(model[metric] - values)
                                     for metric, values in numbers.items()})
             for name, numbers in drawn.items()}
 
 
-def _resamples(users: np.ndarray, seed: int) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    by_user = np.split(np.argsort(users, kind='stable'), np.flatnonzero(np.diff(np.sort(users))) + 1)
-    return [np.concatenate([by_user[user] for user in rng.integers(len(by_user), size=len(by_user))])
-            for _ in range(RESAMPLES)]
-
-
-def _interval(values: np.ndarray) -> list[float]:
-    """The first value, of all rows, and the middle 95 % of the others that could be computed."""
-    others = values[1:][np.isfinite(values[1:])]
-    low, high = np.quantile(others, (0.025, 0.975)) if len(others) else (np.nan, np.nan)
-    return [float(values[0]), float(low), float(high)]
-
-
-def _regression(train: np.ndarray, test: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """Class probabilities [n, classes] of the test rows, by a softmax regression on the training rows' counters."""
-    mean, deviation = train.mean(0), np.maximum(train.std(0), 1e-3)
-    x, y = torch.from_numpy((train - mean) / deviation), torch.from_numpy(labels.astype(np.int64))
-    weights = torch.zeros(x.shape[1] + 1, classes, requires_grad=True)
-    solver = torch.optim.LBFGS([weights], max_iter=200, line_search_fn='strong_wolfe')
-
-    def closure() -> torch.Tensor:
-        solver.zero_grad()
-        loss = cross_entropy(x @ weights[1:] + weights[0], y) + 1e-4 * weights[1:].square().sum()
-        loss.backward()
-        return loss
-
-    solver.step(closure)
-    with torch.no_grad():
-        logits = torch.from_numpy((test - mean) / deviation) @ weights[1:] + weights[0]
-        return logits.softmax(-1).numpy()
+def _calibration(purchase: np.ndarray, bought: np.ndarray, horizon: int) -> list[dict[str, float]]:
+    known = ~np.isnan(bought[:, horizon])
+    return metrics.calibration(purchase[known, horizon], bought[known, horizon])
 
 
 def _segments(test: Examples) -> dict[str, np.ndarray]:
     slots = np.diff(test.inputs.starts)
-    ordered = test.counter('has_ordered') > 0
+    ordered = test.snapshots.headers['orders'] > 0
     return {
-        'within a session': test.kind == Kind.EVENT,
-        'end of a session': test.kind == Kind.SESSION_END,
+        'at a cut-off': test.kind == Kind.CUTOFF,
+        'right after an event': (test.kind == Kind.EVENT) | (test.kind == Kind.SESSION_END),
         'silence timer': test.kind == Kind.TIMER,
         'never ordered': ~ordered,
         'has ordered': ordered,
@@ -206,37 +108,12 @@ def _segments(test: Examples) -> dict[str, np.ndarray]:
     }
 
 
-def _segment(
-    rows: np.ndarray, test: Examples, intent: np.ndarray, churn: np.ndarray, spend: np.ndarray,
-) -> dict[str, float]:
-    labels = test.labels
-    if not rows.any():
-        return {'rows': 0}
-    return {
-        'rows': int(rows.sum()),
-        'intent_rate': float(labels.intent[rows].mean()), 'intent_auc': auc(intent[rows], labels.intent[rows]),
-        'intent_ece': expected_calibration_error(intent[rows], labels.intent[rows]),
-        'churn_rate': float(labels.churn[rows].mean()), 'churn_auc': auc(churn[rows], labels.churn[rows]),
-        'churn_ece': expected_calibration_error(churn[rows], labels.churn[rows]),
-        'spend_spearman': spearman(spend[rows], labels.spend[rows]),
-    }
-
-
-def _thresholds(scores: np.ndarray, truth: np.ndarray, rows: np.ndarray) -> list[dict[str, float | None]]:
-    """For each threshold: the share of `rows` at or above it, how many of those are right, how many are found."""
-    scores, truth = scores[rows], truth[rows]
-    table = []
-    for threshold in THRESHOLDS:
-        above = scores >= threshold
-        hits = float(truth[above].sum())
-        table.append({'at_least': threshold, 'flagged': float(above.mean()) if len(above) else None,
-                      'precision': hits / float(above.sum()) if above.any() else None,
-                      'recall': hits / float(truth.sum()) if truth.any() else None})
-    return table
-
-
-def _ranks(values: Sequence[float] | np.ndarray) -> np.ndarray:
-    """1-based ranks; equal values share the mean of their ranks."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return (ends - (counts - 1) / 2)[place]
+def _segment(rows: np.ndarray, purchase: np.ndarray, bought: np.ndarray) -> dict[str, float]:
+    row = {'rows': int(rows.sum())}
+    for name, horizon in (('intent', INTENT), ('purchase', CHURN)):
+        known = rows & ~np.isnan(bought[:, horizon])
+        if known.any():
+            scores, truth = purchase[known, horizon], bought[known, horizon]
+            row |= {f'{name}_rate': float(truth.mean()), f'{name}_auc': metrics.auc(scores, truth),
+                    f'{name}_ece': metrics.ece(scores, truth)}
+    return row

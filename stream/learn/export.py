@@ -6,7 +6,9 @@
     <repository>/<name>/<version>/model.onnx    one graph, weights inside
     <repository>/<name>/<version>/manifest.json what `stream.scoring.artefact` verifies, and the graph's signature
 
-The exported graph is run on the checkpoint's real windows and compared with torch before anything is written.
+The exported graph is run on the checkpoint's real windows and compared with torch before anything is written. The
+worker asks for the first five outputs; `purchase` (a purchase within each of the manifest's `horizon_days`) and
+`refund` are for `stream predict` and for whoever else asks Triton.
 """
 import json
 import tempfile
@@ -19,25 +21,31 @@ import onnxruntime
 import torch
 from torch.nn.functional import pad
 
+from stream.core import scores
 from stream.core.features import COUNTERS, LENGTHS, SLOT_NUMBERS
-from stream.core.scores import OUTPUT_NAMES
 from stream.core.window import WindowLimits
 from stream.errors import ModelError, UsageError
 from stream.learn.card import card
-from stream.learn.dataset import CHURN_DAYS, INTENT_DAYS, SPEND_DAYS, TIERS
-from stream.learn.model import INPUT_NAMES, ShopperModel
-from stream.learn.train import Checkpoint, load
+from stream.learn.checkpoint import Checkpoint, load
+from stream.learn.dataset import HORIZON_DAYS, REFUND_DAYS, SPEND_DAYS
+from stream.learn.model import HORIZONS, INPUT_NAMES, ShopperModel
 from stream.scoring.artefact import LAYOUT, MANIFEST, WEIGHTS, Manifest, sha256
 from stream.scoring.repository import CONFIG_FILE, LABELS_FILE, Served, Tensor, triton_config
 
 OPSET = 17
 TOLERANCE = 1e-5        # absolute and relative
+OUTPUT_NAMES = (*scores.OUTPUT_NAMES, 'purchase', 'refund')
 
 INPUTS = {'categories': Tensor('int32', (-1, 3)), 'numbers': Tensor('float32', (-1, SLOT_NUMBERS)),
           'counters': Tensor('float32', (COUNTERS,)), 'row_id': Tensor('int64', (1,))}
-OUTPUTS = {'purchase_intent': Tensor('float32', (1,)), 'tier_probabilities': Tensor('float32', (TIERS,)),
-           'expected_spend': Tensor('float32', (1,)), 'churn': Tensor('float32', (1,)),
-           'row_id_out': Tensor('int64', (1,))}
+
+
+def outputs(tiers: int) -> dict[str, Tensor]:
+    """The graph's outputs, a row each."""
+    one = Tensor('float32', (1,))
+    return {'purchase_intent': one, 'tier_probabilities': Tensor('float32', (tiers,)), 'expected_spend': one,
+            'churn': one, 'row_id_out': Tensor('int64', (1,)), 'purchase': Tensor('float32', (HORIZONS,)),
+            'refund': one}
 
 
 def export(checkpoint: Path, repository: Path, name: str = 'shopper', version: int = 1) -> Path:
@@ -53,14 +61,14 @@ def export(checkpoint: Path, repository: Path, name: str = 'shopper', version: i
     kept = load(checkpoint)
     with tempfile.TemporaryDirectory() as scratch:
         graph = Path(scratch) / WEIGHTS
-        _write_graph(kept.model, kept.windows, graph)
+        write_graph(kept.model, kept.windows, graph)
         difference = parity(kept, graph)
         content = graph.read_bytes()
     model_dir = repository / name
     version_dir = model_dir / str(version)
     version_dir.mkdir(parents=True, exist_ok=True)
     (version_dir / WEIGHTS).write_bytes(content)
-    served = Served(name, str(version), {WEIGHTS: sha256(version_dir / WEIGHTS)}, INPUTS, OUTPUTS)
+    served = Served(name, str(version), {WEIGHTS: sha256(version_dir / WEIGHTS)}, INPUTS, outputs(kept.model.tiers))
     (model_dir / CONFIG_FILE).write_text(triton_config(served))
     (model_dir / LABELS_FILE).write_text('\n'.join(kept.config['tiers']['names']) + '\n')
     (version_dir / MANIFEST).write_text(json.dumps(_manifest(kept, model_dir, name, version), indent=1) + '\n')
@@ -99,7 +107,8 @@ def padded(batch: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tenso
     return batch | {name: pad(batch[name], (0, 0, 0, missing)) for name in ('categories', 'numbers')}
 
 
-def _write_graph(model: ShopperModel, windows: dict[int, dict[str, torch.Tensor]], path: Path) -> None:
+def write_graph(model: ShopperModel, windows: dict[int, dict[str, torch.Tensor]], path: Path) -> None:
+    """Write the model as ONNX, for any number of rows and slots. `windows`: some real ones, to trace it with."""
     example = windows[max(windows)]
     with warnings.catch_warnings():
         # Torch deprecates this exporter, and parts that it uses itself; the one that replaces it needs a package more.
@@ -110,7 +119,7 @@ def _write_graph(model: ShopperModel, windows: dict[int, dict[str, torch.Tensor]
             model, tuple(example[name] for name in INPUT_NAMES), path, dynamo=False, opset_version=OPSET,
             input_names=list(INPUT_NAMES), output_names=list(OUTPUT_NAMES),
             dynamic_axes={name: {0: 'rows', 1: 'slots'} if tensor.row_shape[0] == -1 else {0: 'rows'}
-                          for name, tensor in (INPUTS | OUTPUTS).items()})
+                          for name, tensor in (INPUTS | outputs(model.tiers)).items()})
 
 
 def _manifest(kept: Checkpoint, model_dir: Path, name: str, version: int) -> dict:
@@ -120,10 +129,8 @@ def _manifest(kept: Checkpoint, model_dir: Path, name: str, version: int) -> dic
         tier_names=tuple(config['tiers']['names']), tier_edges=(0.0, *config['tiers']['edges']),
         trained_on=config['source'], currency=config['currency'],
         window=msgspec.convert(config['window'], WindowLimits),
-        command=config['command'], seed=config['seed'])
+        command=config['command'], seed=config['seed'], horizon_days=HORIZON_DAYS, priced=config['priced'])
     return msgspec.to_builtins(manifest) | {
         'repository_files': {file: sha256(model_dir / file) for file in (CONFIG_FILE, LABELS_FILE)},
-        'inputs': msgspec.to_builtins(INPUTS), 'outputs': msgspec.to_builtins(OUTPUTS),
-        'horizon_days': {'purchase_intent': INTENT_DAYS, 'churn': CHURN_DAYS, 'expected_spend': SPEND_DAYS,
-                         'tier_probabilities': SPEND_DAYS},
-        'opset': OPSET, 'licence': 'Apache-2.0'}
+        'inputs': msgspec.to_builtins(INPUTS), 'outputs': msgspec.to_builtins(outputs(kept.model.tiers)),
+        'spend_days': SPEND_DAYS, 'refund_days': REFUND_DAYS, 'opset': OPSET, 'licence': 'Apache-2.0'}

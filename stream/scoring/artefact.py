@@ -45,6 +45,8 @@ class Manifest(msgspec.Struct, frozen=True):
 
     trained_on         the data, in words
     currency, window   of the events that it was trained on; serve with the same
+    horizon_days       of the columns of the output `purchase`
+    priced             whether it has learned from prices: without, tiers and expected spend count purchases
     """
 
     name: str
@@ -58,6 +60,8 @@ class Manifest(msgspec.Struct, frozen=True):
     window: WindowLimits
     command: str
     seed: int
+    horizon_days: tuple[int, ...]
+    priced: bool
 
 
 class Artefact(msgspec.Struct, frozen=True):

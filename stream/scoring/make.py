@@ -18,9 +18,7 @@ def make_scorer(settings: Settings, warn: Callable[[str], None], off_loop: bool 
     """
     if settings.scorer == 'constant':
         return ConstantScorer(rows_max=settings.batch_rows_max)
-    model = settings.model
-    if model == SHIPPED_MODEL and not model.exists():      # called from elsewhere: the one of this checkout
-        model = ROOT / SHIPPED_MODEL
+    model = shipped(settings.model)
     scorer = _triton(settings, model) if settings.scorer == 'triton' else _embedded(settings, model, off_loop)
     for line in mismatches(scorer.manifest, settings):
         warn(f'{line}: do not trust its scores.')
@@ -28,6 +26,11 @@ def make_scorer(settings: Settings, warn: Callable[[str], None], off_loop: bool 
         from stream.scoring.fallback import FallbackScorer
         return FallbackScorer(scorer, _embedded(settings, model, off_loop))
     return scorer
+
+
+def shipped(model: Path) -> Path:
+    """The model's folder; the shipped one's where it is called from elsewhere: that of this checkout."""
+    return ROOT / SHIPPED_MODEL if model == SHIPPED_MODEL and not model.exists() else model
 
 
 def mismatches(manifest: Manifest, settings: Settings) -> list[str]:

@@ -209,6 +209,8 @@ class TritonScorer:
         for what, wanted, tensors in (('inputs', _INPUTS, metadata.inputs),
                                       ('outputs', self._wanted, metadata.outputs)):
             served = {tensor.name: (tensor.datatype, tuple(tensor.shape)) for tensor in tensors}
+            if what == 'outputs':       # a model may give more than is asked of it
+                served = {name: tensor for name, tensor in served.items() if name in wanted}
             if served != wanted:
                 raise self._other_model(f'has the {what} {served}, expected {wanted}')
         config = await client.model_config(deadline.left_s())

@@ -57,6 +57,16 @@ def test_lines_of_a_basket_share_a_slot():
     assert inputs.slot_of_row.tolist() == [0, 1, 1, 2]
 
 
+def test_events_of_one_type_at_one_moment_share_a_slot_in_whatever_order_they_stand():
+    """A recording to the day: within a day events stand by their ids."""
+    inputs = inputs_of([user_of((0, VIEW, 1.0, 0), (0, BUY, 5.0, 0), (0, VIEW, 2.0, 0), (10, VIEW, 4.0, 0))])
+    assert inputs.starts.tolist() == [0, 3]
+    assert inputs.categories[:-1, 0].tolist() == [VIEW, BUY, VIEW]
+    assert np.expm1(inputs.numbers[:-1, 0]) == pytest.approx([3.0, 5.0, 4.0], rel=1e-6)
+    assert np.expm1(inputs.numbers[:-1, 3]) == pytest.approx([1.0, 0.0, 0.0])
+    assert inputs.slot_of_row.tolist() == [0, 1, 0, 2]
+
+
 def test_neither_users_nor_types_nor_events_without_a_basket_share_a_slot():
     inputs = inputs_of([user_of((0, VIEW, 1, 0), (1, VIEW, 1, 0), (2, BUY, 1, 3)), user_of((2, BUY, 1, 3))])
     assert inputs.starts.tolist() == [0, 3, 4]

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from stream.core.events import EventRules
+from stream.learn import dataset
 from stream.replay.simulator import SimulatorOptions, simulate
 
 SHOP = SimulatorOptions(shoppers=120, days=240, seed=5)
@@ -15,17 +17,34 @@ def lines() -> list[bytes]:
 
 
 @pytest.fixture(scope='session')
-def tiny_options(lines):
-    """A function that gives options for a training of seconds."""
+def history(lines) -> dataset.History:
+    return dataset.read(lines, EventRules())
+
+
+@pytest.fixture(scope='session')
+def tiny_fit():
+    """A function that gives options for a fit of seconds."""
     pytest.importorskip('torch', reason='torch is not installed: pip install stream-scoring[train]')
-    from stream.learn.model import ModelOptions
+    from stream.learn.backbones import EncoderOptions
+    from stream.learn.fit import FitOptions
+
+    def options(**changes) -> FitOptions:
+        return FitOptions(**{
+            'seed': 3, 'epochs': 3, 'batch_rows': 32, 'rows_per_epoch': 400, 'learning_rate': 3e-3,
+            'examples': dataset.ExampleOptions(4, 4.0),
+            'encoder': EncoderOptions(hidden=16, layers=1, heads=2, intermediate=32)} | changes)
+
+    return options
+
+
+@pytest.fixture(scope='session')
+def tiny_options(lines, tiny_fit):
+    """A function that gives options for a training of seconds."""
     from stream.learn.train import TrainOptions
 
     def options(**changes) -> TrainOptions:
-        return TrainOptions(**{
-            'events': lines, 'source': 'a tiny shop', 'command': 'pytest', 'seed': 3, 'epochs': 3, 'batch_rows': 32,
-            'learning_rate': 3e-3, 'model': ModelOptions(hidden=16, layers=1, heads=2, intermediate=32,
-                                                         counter_hidden=8)} | changes)
+        return TrainOptions(**{'events': lines, 'source': 'a tiny shop', 'command': 'pytest', 'seed': 3,
+                               'fit': tiny_fit()} | changes)
 
     return options
 

@@ -13,12 +13,13 @@ torch = pytest.importorskip('torch', reason='torch is not installed: pip install
 import onnxruntime
 
 from stream.core.features import COUNTERS, LENGTHS, SLOT_NUMBERS, batches
-from stream.core.scores import OUTPUT_NAMES
+from stream.core.window import WindowLimits
 from stream.errors import ModelError, UsageError
 from stream.learn import dataset
-from stream.learn.export import export, padded, parity
+from stream.learn.checkpoint import load
+from stream.learn.export import OUTPUT_NAMES, export, padded, parity
 from stream.learn.model import INPUT_NAMES
-from stream.learn.train import load
+from stream.learn.served import score
 from stream.scoring.artefact import load_artefact
 
 
@@ -27,12 +28,13 @@ def version_dir(checkpoint, tmp_path_factory):
     return export(checkpoint, tmp_path_factory.mktemp('repository'))
 
 
-def test_the_graph_gives_the_scores_of_torch(checkpoint, version_dir, tiny_options):
-    kept, options = load(checkpoint), tiny_options()
+def test_the_graph_gives_the_scores_of_torch(checkpoint, version_dir, history):
+    kept = load(checkpoint)
     session = onnxruntime.InferenceSession(version_dir / 'model.onnx', providers=['CPUExecutionProvider'])
-    data = dataset.build(options.events, options.rules, options.limits, options.examples, options.seed)
+    data = dataset.sample(history, range(len(history.user_ids)), history.start_ms, history.end_ms,
+                          dataset.ExampleOptions(5, 5.0), WindowLimits(), 1)
     seen = set()
-    for batch in batches(data.train.inputs, 256):
+    for batch in batches(data.inputs, 256):
         inputs = {name: getattr(batch, name) for name in INPUT_NAMES}
         with torch.no_grad():
             wanted = kept.model(*map(torch.from_numpy, inputs.values()))
@@ -40,6 +42,10 @@ def test_the_graph_gives_the_scores_of_torch(checkpoint, version_dir, tiny_optio
             np.testing.assert_allclose(mine, theirs.numpy(), rtol=1e-5, atol=1e-5)
         seen.add(batch.categories.shape[1])
     assert seen == set(LENGTHS)
+    purchase = score(version_dir / 'model.onnx', data.inputs)['purchase']
+    alone = dataset.at_time(history, [int(data.user[0])], int(data.as_of_ms[0]), WindowLimits(), history.end_ms)
+    assert purchase.shape == (len(data), len(dataset.HORIZON_DAYS)) and len(alone) == 1
+    np.testing.assert_allclose(score(version_dir / 'model.onnx', alone.inputs)['purchase'][0], purchase[0], atol=1e-5)
 
 
 def test_padding_changes_nothing_in_the_graph(checkpoint, version_dir):
@@ -55,7 +61,7 @@ def test_a_graph_that_differs_is_refused(checkpoint, version_dir):
     kept = load(checkpoint)
     assert parity(kept, version_dir / 'model.onnx') <= 1e-5
     with torch.no_grad():
-        kept.model.from_counters.bias[0] += 1e-3
+        kept.model.counters.head.bias[dataset.INTENT] += 1e-2
     with pytest.raises(ModelError, match='purchase_intent'):
         parity(kept, version_dir / 'model.onnx')
 
@@ -73,6 +79,7 @@ def test_the_manifest_matches_the_files(version_dir):
     assert len(manifest['tier_edges']) == 4 and manifest['tier_edges'] == sorted(manifest['tier_edges'])
     artefact = load_artefact(version_dir)
     assert artefact.info.version == '1' and artefact.manifest.seed == 3
+    assert artefact.manifest.horizon_days == dataset.HORIZON_DAYS and artefact.manifest.priced
 
 
 def test_tritons_configuration_names_the_tensors(version_dir):
@@ -81,7 +88,7 @@ def test_tritons_configuration_names_the_tensors(version_dir):
         assert f'name: "{name}"' in text
     assert f'dims: [ -1, {SLOT_NUMBERS} ]' in text and f'dims: [ {COUNTERS} ]' in text
     assert 'label_filename: "tiers.txt"' in text and 'versions: [ 1 ]' in text
-    assert (version_dir.parent / 'tiers.txt').read_text().split() == list(dataset.TIER_NAMES)
+    assert (version_dir.parent / 'tiers.txt').read_text().split() == ['nothing', 'low', 'middle', 'high', 'top']
 
 
 def test_the_card_tells_the_run(checkpoint, version_dir):
@@ -91,7 +98,7 @@ def test_the_card_tells_the_run(checkpoint, version_dir):
     for contenders in metrics['test']['tasks'].values():
         for name in contenders:
             assert f'| {name} |' in card
-    assert f'{metrics["test"]["tasks"]["churn"]["model"]["auc"][0]:.3f}' in card
+    assert f'{metrics["test"]["tasks"]["purchase within 7 d"]["model"]["auc"][0]:.3f}' in card
 
 
 def test_the_same_bytes_twice(checkpoint, version_dir, tmp_path):
@@ -114,7 +121,8 @@ def test_windows_of_one_length_are_padded_to_the_others(checkpoint, version_dir)
 def test_a_metric_that_cannot_be_computed_leaves_its_cell_empty(checkpoint, tmp_path):
     copy = shutil.copytree(checkpoint, tmp_path / 'checkpoint')
     metrics = json.loads((copy / 'metrics.json').read_bytes())
-    metrics['test']['tasks']['churn']['logistic regression'] |= {'auc': [None] * 3, 'less_auc': [None] * 3}
+    contenders = metrics['test']['tasks']['purchase within 7 d']
+    contenders['logistic regression'] |= {'auc': [None] * 3, 'less_auc': [None] * 3}
     (copy / 'metrics.json').write_text(json.dumps(metrics))
     card = (export(copy, tmp_path / 'repository').parent / 'README.md').read_text()
     assert '| logistic regression |  | ' in card and 'None' not in card and 'nan' not in card

@@ -5,14 +5,19 @@ import pytest
 
 torch = pytest.importorskip('torch', reason='torch is not installed: pip install stream-scoring[train]')
 
-from stream.core.features import COUNTERS, SLOT_NUMBERS
-from stream.learn.model import INPUT_NAMES, Logits, ModelOptions, ShopperModel, losses
+from stream.core.features import COUNTER_NAMES, COUNTERS, SLOT_NUMBERS
+from stream.learn.backbones import EncoderOptions, EventsBackbone
+from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT
+from stream.learn.model import BINARY, HORIZONS, INPUT_NAMES, Counters, Logits, ShopperModel, losses
+
+TIERS = 5
+LOGITS = BINARY + TIERS + 3
 
 
-@pytest.fixture(scope='module')
-def model():
+@pytest.fixture(scope='module', params=[False, True], ids=['no items', 'items'])
+def model(request):
     torch.manual_seed(0)
-    model = ShopperModel(ModelOptions())
+    model = ShopperModel(EventsBackbone(EncoderOptions(items=request.param)), TIERS)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     model.log_spend_max.fill_(8.0)
@@ -65,42 +70,73 @@ def test_order_of_the_slots_matters(model):
     assert np.abs(scores(model, parts)[0] - scores(model, flipped)[0]).max() > 1e-5
 
 
-def test_outputs_are_in_range_even_for_absurd_counters(model):
+def test_a_slot_sees_only_what_came_before_it(model):
+    parts = batch(1, 8, [8])
+    other = {name: parts[name].clone() for name in ('categories', 'numbers')}
+    other['categories'][:, 5:, 0] = 3
+    other['numbers'][:, 5:] = 2.0
+    with torch.no_grad():
+        first, second = (model.backbone.states(part['categories'], part['numbers']) for part in (parts, other))
+    torch.testing.assert_close(first[:, :5], second[:, :5])
+    assert not torch.allclose(first[:, -1], second[:, -1])
+
+
+def test_outputs_are_in_range_and_agree_even_for_absurd_counters(model):
     parts = batch(3, 8, [8, 4, 0])
-    intent, tiers, spend, churn, row_id = scores(model, parts | {'counters': parts['counters'] * 1e6})
-    assert intent.shape == spend.shape == churn.shape == row_id.shape == (3, 1) and tiers.shape == (3, 5)
-    assert ((intent >= 0) & (intent <= 1) & (churn >= 0) & (churn <= 1)).all()
+    intent, tiers, spend, churn, row_id, purchase, refund = scores(
+        model, parts | {'counters': parts['counters'] * 1e6})
+    assert intent.shape == spend.shape == churn.shape == row_id.shape == refund.shape == (3, 1)
+    assert tiers.shape == (3, TIERS) and purchase.shape == (3, HORIZONS)
+    for chance in (intent, churn, purchase, refund):
+        assert ((chance >= 0) & (chance <= 1)).all()
+    assert (np.diff(purchase) >= 0).all()       # a longer horizon is never less likely
+    np.testing.assert_array_equal(intent[:, 0], purchase[:, INTENT])
+    np.testing.assert_array_equal(churn[:, 0], 1 - purchase[:, CHURN])
     np.testing.assert_allclose(tiers.sum(1), 1, rtol=1e-5)
     assert ((spend >= 0) & (spend <= np.exp(8.0) * 1.0001)).all()
     assert row_id[:, 0].tolist() == [0, 1, 2]
 
 
-def test_averages_are_where_training_starts():
-    model = ShopperModel(ModelOptions())
-    for layer in (model.from_slots, model.from_counters, model.counter_mlp[-1]):
-        torch.nn.init.zeros_(layer.weight)
-    rng = torch.Generator().manual_seed(1)
-    n = 4000
-    counters = torch.rand((n, COUNTERS), generator=rng) * 5
-    counters[:, 3] = 0.0
-    intent, churn = ((torch.rand(n, generator=rng) < share).float() for share in (0.3, 0.6))
-    spend = torch.where(torch.rand(n, generator=rng) < 0.5, torch.exp(torch.randn(n, generator=rng) + 4), 0.0)
-    tier = torch.where(spend > 0, 1 + torch.arange(n) % 4, 0)
-    model.fit_averages(counters, intent, churn, spend, tier)
-    got_intent, tiers, _, got_churn, _ = scores(model.eval(), batch(1, 8, [8]))
-    assert got_intent[0, 0] == pytest.approx(intent.mean().item(), abs=1e-4)
-    assert got_churn[0, 0] == pytest.approx(churn.mean().item(), abs=1e-4)
-    np.testing.assert_allclose(tiers[0], np.bincount(tier.numpy()) / n, atol=1e-4)
-    assert model.counter_scale[3] == 0      # never changed in training: switched off
-    out = model.logits(*(batch(1, 8, [8])[name] for name in INPUT_NAMES[:3]))
-    assert out.mu.item() == pytest.approx(4, abs=0.1) and out.sigma.item() == pytest.approx(1, abs=0.1)
+def test_a_horizon_that_nobody_settled_is_told_from_a_shorter_one():
+    model = ShopperModel(EventsBackbone(EncoderOptions(hidden=16, layers=1, heads=2)), TIERS)
+    model.told_from[-1], model.told_power[-1] = HORIZON_DAYS.index(90), 2.0
+    chances = torch.tensor([0.01, 0.1, 0.2, 0.3, 0.9, 0.0])
+    told = model.probabilities(chances.logit()[None])[0]
+    assert told[-2].item() == pytest.approx(1 - 0.7**2)
+    assert told[:4].tolist() == pytest.approx([0.01, 0.1, 0.2, 0.3])
+
+
+def test_counters_are_normalised_cut_and_switched_off():
+    branch = Counters(LOGITS)
+    generator = torch.Generator().manual_seed(1)
+    counters = torch.rand((500, COUNTERS), generator=generator) * 5
+    counters[:, 3] = 2.0
+    branch.fit_normal(counters, ['year_sin'])
+    normal = branch.normal(counters)
+    off = [3, COUNTER_NAMES.index('year_sin')]
+    assert (normal[:, off] == 0).all()
+    on = [column for column in range(COUNTERS) if column not in off]
+    assert normal[:, on].mean(0).abs().max() < 1e-5
+    assert (normal[:, on].std(0) - 1).abs().max() < 0.01
+    assert branch.normal(counters + 1e6).max() == 6.0
+
+
+def test_unsettled_labels_teach_nothing():
+    logits = torch.randn(4, LOGITS, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    binary = torch.tensor([[0.0, 1, 1, 1, float('nan'), 0]] * 4)
+    parts = losses(logits, binary, torch.tensor([2, -1, -1, -1]), torch.tensor([5.0, *[float('nan')] * 3]))
+    sum(parts.values()).backward()
+    gradient = logits.grad
+    assert (gradient[:, HORIZONS - 1] == 0).all() and (gradient[:, 0] != 0).all()
+    assert (gradient[1:, BINARY:] == 0).all() and (gradient[0, BINARY:] != 0).all()
 
 
 def test_spend_loss_is_the_likelihood_of_a_zero_inflated_log_normal():
     spend = torch.tensor([0.0, 20.0])
-    out = Logits(*(torch.zeros(2) for _ in range(2)), torch.zeros(2, 5), torch.tensor([0.3, -0.2]),
-                 torch.tensor([2.0, 2.5]), torch.tensor([0.7, 0.9]))
-    got = losses(out, torch.zeros(2), torch.zeros(2), spend, torch.zeros(2, dtype=torch.long))['spend']
+    raw = torch.zeros(2, LOGITS)
+    raw[:, -3:] = torch.tensor([[0.3, 2.0, 0.7], [-0.2, 2.5, 0.9]])
+    out = Logits.of(raw)
+    got = losses(raw, torch.zeros(2, BINARY), torch.zeros(2, dtype=torch.long), spend)['spend']
     chance = out.bought.sigmoid()
     density = torch.distributions.LogNormal(out.mu[1], out.sigma[1]).log_prob(spend[1])
     constant = spend[1].log() + 0.5 * np.log(2 * np.pi)
@@ -108,17 +144,14 @@ def test_spend_loss_is_the_likelihood_of_a_zero_inflated_log_normal():
     assert got.item() == pytest.approx(wanted.item(), abs=1e-6)
 
 
-def test_hidden_slots_cannot_be_seen():
-    torch.manual_seed(0)
-    model = ShopperModel(ModelOptions()).eval()
+def test_hidden_slots_cannot_be_seen(model):
     parts = batch(2, 8, [8, 8])
     hidden = torch.zeros(2, 8, dtype=torch.bool)
     hidden[:, 3] = True
     other = {name: parts[name].clone() for name in ('categories', 'numbers')}
     other['categories'][:, 3, 0] = 5
     other['categories'][:, 3, 2] = 900
-    other['numbers'][:, 3] = 7.0
+    other['numbers'][:, 3, 0] = 7.0
     with torch.no_grad():
-        first = model.slot_guesses(parts['categories'], parts['numbers'], hidden)
-        second = model.slot_guesses(other['categories'], other['numbers'], hidden)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        first, second = (model.backbone.states(part['categories'], part['numbers'], hidden) for part in (parts, other))
+    torch.testing.assert_close(first[:, 3], second[:, 3])

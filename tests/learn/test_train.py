@@ -8,8 +8,9 @@ import pytest
 torch = pytest.importorskip('torch', reason='torch is not installed: pip install stream-scoring[train]')
 
 from stream.errors import ModelError
-from stream.learn import dataset
-from stream.learn.train import load, score, simulated, train
+from stream.learn.checkpoint import load
+from stream.learn.train import simulated, train
+from tests.learn.conftest import SHOP
 
 
 def test_the_loss_falls(checkpoint):
@@ -32,15 +33,32 @@ def test_twice_the_same(checkpoint, tiny_options, tmp_path):
 
 
 def test_another_seed_gives_another_model(checkpoint, tiny_options, tmp_path):
-    train(tiny_options(seed=4, epochs=1, pretrain_epochs=0), tmp_path)
+    train(tiny_options(seed=4), tmp_path)
     assert (tmp_path / 'model.safetensors').read_bytes() != (checkpoint / 'model.safetensors').read_bytes()
 
 
-def test_expected_spend_adds_up_for_the_validation_users(checkpoint, tiny_options):
-    options = tiny_options()
-    data = dataset.build(options.events, options.rules, options.limits, options.examples, options.seed)
-    predicted = score(load(checkpoint).model, data.validation)['expected_spend'].sum()
-    assert predicted == pytest.approx(data.validation.labels.spend.sum(), rel=0.01)
+def test_nothing_at_or_after_the_time_is_used(history, lines, tiny_options, tmp_path):
+    until_ms = (history.start_ms + history.end_ms) // 2
+    early = [line for line in lines if json.loads(line)['ts'] < until_ms]
+    train(tiny_options(until_ms=until_ms), tmp_path / 'until')
+    train(tiny_options(events=early, until_ms=until_ms), tmp_path / 'early')
+    assert (tmp_path / 'until/model.safetensors').read_bytes() == (tmp_path / 'early/model.safetensors').read_bytes()
+
+
+def test_the_test_is_of_other_users_and_later_days(checkpoint):
+    config = json.loads((checkpoint / 'config.json').read_bytes())
+    data = config['data']
+    assert data['train_users'] + data['test_users'] <= data['users']
+    assert data['start_ms'] < data['cut_ms'] < data['known_until_ms']
+    assert config['refit'] and data['moments'] > data['train_moments']      # the kept model has seen all of them
+
+
+def test_a_simulated_shop_has_a_ceiling(tiny_options, tmp_path):
+    metrics = train(tiny_options(simulator=SHOP, refit=False), tmp_path)
+    week = metrics['ceiling']['purchase within 7 d']
+    assert week['moments'] > 50 and 0.5 < week['posterior'] < 1
+    assert week['share'] == pytest.approx((week['model'] - week['recency rule'])
+                                          / (week['posterior'] - week['recency rule']))
 
 
 def test_load_gives_the_trained_model(checkpoint):

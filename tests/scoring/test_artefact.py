@@ -16,7 +16,7 @@ def folder(tmp_path: Path) -> Path:
     (made / 'model.onnx').write_bytes(b'weights')
     manifest = {
         'name': 'm', 'version': '1', 'files': {'model.onnx': sha256(made / 'model.onnx')},
-        'layout': msgspec.to_builtins(LAYOUT),
+        'layout': msgspec.to_builtins(LAYOUT), 'horizon_days': [1, 7, 30, 90, 273], 'priced': True,
         'tier_names': ['low', 'high'], 'tier_edges': [1.0], 'command': 'stream train', 'seed': 7,
         'trained_on': 'nothing', 'currency': 'EUR', 'window': msgspec.to_builtins(WindowLimits())}
     (made / MANIFEST).write_text(json.dumps(manifest))

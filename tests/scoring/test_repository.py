@@ -34,7 +34,7 @@ def test_triton_reads_it(variant: str, tmp_path: Path):
     assert (config.backend, config.platform) == (
         ('python', '') if variant == 'python' else ('', 'onnxruntime_onnx'))
     assert {entry.name: list(entry.dims) for entry in config.input} == INPUT_ROWS
-    assert [entry.name for entry in config.output] == list(OUTPUT_NAMES)
+    assert [entry.name for entry in config.output] == [*OUTPUT_NAMES, 'purchase', 'refund']
     assert list(config.version_policy.specific.versions) == [1]
     assert config.max_batch_size == ROWS_MAX
     assert config.HasField('dynamic_batching')

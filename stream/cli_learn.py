@@ -1,0 +1,148 @@
+"""Commands of the model: learn from recorded events, export, score everybody as of a time."""
+import importlib
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from stream.cli_shared import (
+    ConfigFile,
+    FormatName,
+    Overrides,
+    effective_settings,
+    format_of,
+    parsed,
+    say,
+    written,
+)
+from stream.config import Settings
+from stream.core.events import parse_rfc3339_ms
+from stream.errors import UsageError
+from stream.scoring.artefact import MANIFEST
+
+app = typer.Typer()
+
+Seed = Annotated[int, typer.Option(help='The same seed gives the same bytes.')]
+TIME = 'a day, its beginning in UTC, as 2014-07-16, or a time as 2014-07-16T12:00:00Z'
+MODEL_REPOSITORY = 'triton_models'      # inside the folder that `stream train` writes
+
+
+@app.command()
+def train(
+    files: Annotated[list[Path] | None, typer.Argument(
+        metavar='[FILE]...', help='Recorded files to learn from.')] = None,
+    format_name: FormatName = 'events',
+    simulated: Annotated[int | None, typer.Option(
+        '--simulate', min=10, metavar='SHOPPERS', help='Learn from so many simulated shoppers instead.')] = None,
+    days: Annotated[int, typer.Option(min=120, help='Days that are simulated.')] = 730,
+    until: Annotated[str | None, typer.Option(
+        metavar='TIME', help=f'Use nothing at or after this time: {TIME}.')] = None,
+    seed: Seed = 7,
+    out: Annotated[Path, typer.Option(metavar='DIR', help='Folder for the checkpoint and the served model.')]
+    = Path('build/shopper'),
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train a model, judge it on users and days that it has not seen, and export it."""
+    settings = effective_settings(config, **parsed(overrides))
+    learning = _learning('stream.learn.train')
+    if bool(files) == bool(simulated):
+        raise UsageError('Nothing to learn from, or two things.', 'name recorded files, or --simulate SHOPPERS.')
+    if simulated:
+        options = learning.simulated(simulated, days, seed)
+    else:
+        names = [path.name for path in files or ()]
+        options = learning.TrainOptions(
+            recorded(files or [], format_name, settings), seed=seed,
+            source=', '.join(names) + (f' until {until}' if until else ''),
+            command=f'stream train --format {format_name} {" ".join(names)}' + (f' --until {until}' if until else '')
+            + f' --seed {seed} --out DIR')
+    options = replace(options, rules=settings.event_rules(), limits=settings.window_limits(),
+                      until_ms=time_ms(until) if until else None)
+    learning.train(options, out, Console(stderr=True, soft_wrap=True))
+    version_dir = _learning('stream.learn.export').export(out, out / MODEL_REPOSITORY)
+    say(f'model: {version_dir}. Next: stream predict FILE --at TIME --model {out}, or stream export {out}')
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar='CHECKPOINT', help='Folder that `stream train` wrote.')],
+    into: Annotated[Path, typer.Option(metavar='DIR', help='Model repository.')] = Path('triton_models'),
+    name: Annotated[str, typer.Option(help="The model's name in the repository.")] = 'shopper',
+    version: Annotated[int, typer.Option(min=1, help='Number of the version.')] = 1,
+) -> None:
+    """Write a checkpoint as ONNX with Triton's configuration, checked against torch, into a model repository."""
+    say(f'model: {_learning("stream.learn.export").export(checkpoint, into, name, version)}')
+
+
+@app.command()
+def predict(
+    files: Annotated[list[Path], typer.Argument(metavar='FILE...', help='Recorded files.')],
+    at: Annotated[str, typer.Option(metavar='TIME', help=f'As of when; nothing at or after it is looked at: {TIME}.')],
+    out: Annotated[Path, typer.Option(metavar='FILE', help='Where the lines go.')] = Path('predictions.jsonl'),
+    format_name: FormatName = 'events',
+    model: Annotated[Path | None, typer.Option(
+        metavar='DIR', help='What `stream train` wrote, or a model version; default: setting `model`.')] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Score every user seen before a time: one JSON line each, with purchase and churn within days, tier, spend."""
+    from stream.learn import dataset
+    from stream.learn.predict import predict as predicted
+    from stream.scoring.make import shipped
+    settings = effective_settings(config, **parsed(overrides))
+    version_dir = version_of(model) if model else shipped(settings.model)
+    if out.is_dir() or out.resolve() in {file.resolve() for file in files}:
+        raise UsageError(f'{out} is a folder, or one of the files.', 'name another file with --out.')
+    at_ms = time_ms(at)
+    history = dataset.read(recorded(files, format_name, settings), settings.event_rules()).before(at_ms)
+    lines = 0
+    with written(out) as file:
+        for line in predicted(history, at_ms, version_dir, settings.window_limits()):
+            file.write(line + b'\n')
+            lines += 1
+    say(f'{lines:,} users as of {datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d %H:%M} UTC: {out}')
+
+
+def time_ms(text: str) -> int:
+    """Unix ms of a day's beginning, or of a time with a zone. Errors: UsageError where it is neither."""
+    found = parse_rfc3339_ms(f'{text}T00:00:00Z' if re.fullmatch(r'\d{4}-\d{2}-\d{2}', text) else text)
+    if found is None:
+        raise UsageError(f'{text} is no time.', f'give {TIME}.')
+    return found
+
+
+def version_of(folder: Path) -> Path:
+    """The model version that a folder is, or holds. Errors: UsageError where it holds none."""
+    if (folder / MANIFEST).is_file():
+        return folder
+    found = sorted(folder.glob(f'{MODEL_REPOSITORY}/*/*/{MANIFEST}'))
+    if len(found) != 1:
+        raise UsageError(f'{folder} is no model version, and {len(found) or "none"} is in it.',
+                         'name what `stream train --out` wrote, or <repository>/<name>/<version>.')
+    return found[0].parent
+
+
+def recorded(files: list[Path], format_name: str, settings: Settings) -> Iterator[bytes]:
+    """The event JSON of recorded files, in the order in which the worker would read it."""
+    from stream.replay.recording import Recording
+    from stream.replay.topic_records import event_bytes
+    recording = Recording(files, format_of(format_name, settings))
+    recording.scan()
+    for block in recording.blocks(10_000, 1 << 62):
+        for index, value in enumerate(block.values):
+            if index not in block.bad:
+                yield value if recording.records is None else event_bytes(value)
+
+
+def _learning(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UsageError(f'Training needs {error.name}, which is not installed.',
+                         "install it: pip install -e '.[train]' (or `make train`).") from error

@@ -1,0 +1,116 @@
+"""What reads a window: slots in, one state per row out. A model (stream.learn.model) puts its heads on it.
+
+`events`, the default, is a small encoder of our own on event tokens: what a slot is, is the sum of embeddings of its
+type, item and category and of its numbers. A query comes last and looks back over all slots; slots see only what came
+before them, so that the state after each slot can foretell the next one (stream.learn.pretrain). b rows, l slots,
+h units.
+
+Sources: Devlin et al. (2018), BERT, arXiv 1810.04805, from Hugging Face `transformers`, here with causal attention, as
+in Radford et al. (2018). Kang, McAuley (2018), SASRec, arXiv 1808.09781, for causal attention over a shopper's events.
+"""
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+from stream.core.features import (
+    CATEGORY_BUCKETS,
+    ITEM_BUCKETS,
+    SLOT_NUMBER_NAMES,
+    SLOT_NUMBERS,
+    SLOTS_MAX,
+    TYPE_VOCABULARY,
+)
+
+_AGE = SLOT_NUMBER_NAMES.index('age_days')
+_DECAY_DAYS = (3.0, 10.0, 30.0, 90.0)       # a slot's weight falls to 1/e in so many days
+_AGES = 3                                   # of the newest slot, of the oldest one, and how many there are
+_HIDE = -1e9
+
+
+class Backbone(Protocol):
+    """`width`: units of the state that it gives for a window."""
+
+    width: int
+
+    def __call__(self, categories: Tensor, numbers: Tensor) -> Tensor:
+        """[b, width] from int [b, l, 3] and float [b, l, SLOT_NUMBERS] as in `stream.core.features.Batch`.
+
+        Promise  a row's state depends neither on its padding nor on its neighbours.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """Sizes: hidden units, encoder layers, attention heads, feed-forward units; dropout share.
+
+    items   whether the slot's item has an embedding of its own: 260,000 weights, which a small recording learns by
+            heart
+    """
+
+    hidden: int = 64
+    layers: int = 2
+    heads: int = 4
+    intermediate: int = 128
+    dropout: float = 0.2
+    items: bool = False
+
+
+class EventsBackbone(nn.Module):
+    """The encoder on event tokens."""
+
+    def __init__(self, options: EncoderOptions) -> None:
+        super().__init__()
+        h = self.width = options.hidden
+        self.type_embedding = nn.Embedding(TYPE_VOCABULARY, h)
+        self.category_embedding = nn.Embedding(CATEGORY_BUCKETS, h)
+        self.item_embedding = nn.Embedding(ITEM_BUCKETS, h) if options.items else None
+        for embedding in filter(None, (self.type_embedding, self.category_embedding, self.item_embedding)):
+            nn.init.normal_(embedding.weight, std=0.02)
+        self.numbers = nn.Sequential(               # + decays, + how often the slot's item is in the window
+            nn.Linear(SLOT_NUMBERS + len(_DECAY_DAYS) + 1, h), nn.GELU(), nn.Linear(h, h))
+        self.query = nn.Parameter(torch.randn(h) * 0.1)     # the token that collects what the scores need
+        self.query_ages = nn.Linear(_AGES, h)
+        self.masked = nn.Parameter(torch.randn(h) * 0.1)    # stands for a slot that pretraining hides
+        self.encoder = BertModel(BertConfig(
+            vocab_size=1, hidden_size=h, num_hidden_layers=options.layers, num_attention_heads=options.heads,
+            intermediate_size=options.intermediate, max_position_embeddings=1 + SLOTS_MAX, type_vocab_size=1,
+            hidden_dropout_prob=options.dropout, attention_probs_dropout_prob=options.dropout,
+            attn_implementation='eager'), add_pooling_layer=False)
+        self.encoder.set_input_embeddings(None)             # its words are not used: slots come embedded
+
+    def forward(self, categories: Tensor, numbers: Tensor) -> Tensor:
+        """The query's state, [b, h]."""
+        return self.states(categories, numbers)[:, -1]
+
+    def states(self, categories: Tensor, numbers: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """States [b, l + 1, h], the query's last. `hidden` [b, l]: slots whose content the encoder must not see."""
+        length = categories.shape[1]
+        kind, item, category = categories.unbind(-1)                                # [b, l] each
+        filled = kind > 0                                                           # [b, l]
+        age_days = numbers[:, :, _AGE].exp() - 1                                    # [b, l]
+        same = (item[:, :, None] == item[:, None, :]) & (item > 0)[:, None, :]      # [b, l, l]
+        # How often a slot's item came before in the window.
+        again = torch.log1p((same.tril().sum(-1) - 1).clamp(min=0).float())         # [b, l]
+        decays = [torch.exp(-age_days / days) for days in _DECAY_DAYS]
+        slots = (self.type_embedding(kind) + self.category_embedding(category)
+                 + self.numbers(torch.cat([numbers, torch.stack([*decays, again], -1)], -1)))       # [b, l, h]
+        if self.item_embedding is not None:
+            slots = slots + self.item_embedding(item)
+        if hidden is not None:
+            slots = torch.where(hidden[:, :, None], self.masked, slots)
+        newest = torch.where(filled, numbers[:, :, _AGE], 99.0).amin(1) * filled.any(1)
+        oldest = torch.where(filled, numbers[:, :, _AGE], 0.0).amax(1)
+        count = filled.sum(1)                                                       # [b]
+        ages = torch.stack([newest, oldest, torch.log1p(count.float())], -1)        # [b, 3]
+        tokens = torch.cat([slots, (self.query + self.query_ages(ages))[:, None]], 1)               # [b, l + 1, h]
+        seen = torch.cat([filled, torch.ones_like(filled[:, :1])], 1)               # [b, l + 1]
+        before = torch.ones(length + 1, length + 1, dtype=torch.bool, device=seen.device).tril()
+        places = (count[:, None] - torch.arange(length, device=seen.device)) * filled       # newest slot 1
+        places = torch.cat([places, torch.zeros_like(places[:, :1])], 1)            # padding and the query 0
+        return self.encoder(
+            inputs_embeds=tokens, position_ids=places,
+            attention_mask=(~(before & seen[:, None, :])).float()[:, None] * _HIDE).last_hidden_state

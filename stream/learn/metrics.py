@@ -1,0 +1,134 @@
+"""How good scores are: pure functions of scores and what happened, and bootstrap intervals over users.
+
+An interval is [value, low, high]: the middle 95 % of a bootstrap over users, since the rows of one user are not
+independent. Two contenders are compared over the same resamples.
+"""
+from collections.abc import Callable
+
+import numpy as np
+from scipy.stats import rankdata
+
+CALIBRATION_BINS = 10
+_TINY = 1e-7
+
+Metric = Callable[[np.ndarray, np.ndarray], float]      # (scores, truth) of some rows
+
+
+def auc(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Chance that a random positive row is above a random negative one, ties counting half; NaN without both."""
+    positives = int((truth > 0).sum())
+    negatives = len(truth) - positives
+    if not positives or not negatives:
+        return float('nan')
+    return float((rankdata(scores)[truth > 0].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def pr_auc(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Average precision: the mean, over the positives, of the precision where each is found; NaN without any."""
+    if not (truth > 0).any():
+        return float('nan')
+    order = np.argsort(-scores, kind='stable')
+    found = np.cumsum(truth[order] > 0)
+    ordered = scores[order]
+    last = np.append(ordered[1:] != ordered[:-1], True)         # equal scores are found together
+    precision, recall = found[last] / (np.flatnonzero(last) + 1), found[last] / found[-1]
+    return float((np.diff(recall, prepend=0) * precision).sum())
+
+
+def log_loss(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Mean of minus log probability of what happened, nats; scores [n] of a yes, or [n, classes]."""
+    chances = np.column_stack([1 - scores, scores]) if scores.ndim == 1 else scores
+    return float(-np.log(np.maximum(chances[np.arange(len(truth)), truth.astype(np.int64)], _TINY)).mean())
+
+
+def brier(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Mean squared difference of probability and outcome."""
+    return float(((scores - truth) ** 2).mean())
+
+
+def calibration(scores: np.ndarray, truth: np.ndarray) -> list[dict[str, float]]:
+    """Bins of equally many rows, by score: rows, mean score, share of positives."""
+    bins = [rows for rows in np.array_split(np.argsort(scores, kind='stable'), CALIBRATION_BINS) if len(rows)]
+    return [{'rows': len(rows), 'score': float(scores[rows].mean()), 'rate': float(truth[rows].mean())}
+            for rows in bins]
+
+
+def ece(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Expected calibration error: mean distance of score and rate over the bins of `calibration`, weighted by rows.
+
+    Source   Naeini, Cooper, Hauskrecht (2015), "Obtaining Well Calibrated Probabilities Using Bayesian Binning"
+             (equal-frequency bins here).
+    """
+    return sum(row['rows'] * abs(row['score'] - row['rate']) for row in calibration(scores, truth)) / len(truth)
+
+
+def spearman(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Rank correlation; NaN where one side is constant."""
+    a, b = rankdata(scores), rankdata(truth)
+    if a.std() == 0 or b.std() == 0:
+        return float('nan')
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def top_decile_share(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Share of all that was spent, by the tenth of rows with the highest scores."""
+    best = np.argsort(-scores, kind='stable')[:max(1, len(scores) // 10)]
+    return float(truth[best].sum() / max(truth.sum(), _TINY))
+
+
+def mean_absolute_error(scores: np.ndarray, truth: np.ndarray) -> float:
+    """In the unit of both."""
+    return float(np.abs(scores - truth).mean())
+
+
+def total_ratio(scores: np.ndarray, truth: np.ndarray) -> float:
+    """All that was foretold, over all that came."""
+    return float(scores.sum() / max(truth.sum(), _TINY))
+
+
+def accuracy(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Share of rows whose likeliest class it was; scores [n, classes]."""
+    return float((scores.argmax(1) == truth).mean())
+
+
+def within_one(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Share of rows whose likeliest class is at most one away."""
+    return float((np.abs(scores.argmax(1) - truth) <= 1).mean())
+
+
+def at_threshold(scores: np.ndarray, truth: np.ndarray, threshold: float) -> dict[str, float]:
+    """The confusion matrix of calling whoever reaches a threshold, and accuracy, precision, recall, F1; NaN where a
+    share is of nothing."""
+    called, is_so = scores >= threshold, truth > 0
+    hits, alarms = float((called & is_so).sum()), float((called & ~is_so).sum())
+    missed, quiet = float((~called & is_so).sum()), float((~called & ~is_so).sum())
+    precision = hits / (hits + alarms) if hits + alarms else float('nan')
+    recall = hits / (hits + missed) if hits + missed else float('nan')
+    return {'true_positive': hits, 'false_positive': alarms, 'false_negative': missed, 'true_negative': quiet,
+            'accuracy': (hits + quiet) / max(len(truth), 1), 'precision': precision, 'recall': recall,
+            'f1': 2 * hits / (2 * hits + alarms + missed) if hits + alarms + missed else float('nan')}
+
+
+RANKING: dict[str, Metric] = {'auc': auc, 'pr_auc': pr_auc}
+BINARY: dict[str, Metric] = {'auc': auc, 'pr_auc': pr_auc, 'log_loss': log_loss, 'brier': brier, 'ece': ece}
+CLASSES: dict[str, Metric] = {'log_loss': log_loss, 'accuracy': accuracy, 'within_one_tier': within_one}
+AMOUNT: dict[str, Metric] = {'spearman': spearman, 'top_decile_share': top_decile_share,
+                             'mean_absolute_error': mean_absolute_error, 'total_predicted_over_real': total_ratio}
+
+
+def resamples(users: np.ndarray, count: int, seed: int) -> list[np.ndarray]:
+    """All rows, then `count` times the rows of as many users drawn with replacement."""
+    rng = np.random.default_rng(seed)
+    by_user = np.split(np.argsort(users, kind='stable'), np.flatnonzero(np.diff(np.sort(users))) + 1)
+    alone = len(by_user) == len(users)      # one row a user: a draw of users is a draw of rows
+    rows = np.concatenate(by_user)
+    draws = (rng.integers(len(by_user), size=len(by_user)) for _ in range(count))
+    return [np.arange(len(users)), *(rows[draw] if alone else np.concatenate([by_user[user] for user in draw])
+                                     for draw in draws)]
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """The first value, of all rows, and the middle 95 % of the others that could be computed."""
+    others = values[1:][np.isfinite(values[1:])]
+    low, high = np.quantile(others, (0.025, 0.975)) if len(others) else (np.nan, np.nan)
+    return [float(values[0]), float(low), float(high)]

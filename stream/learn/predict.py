@@ -1,0 +1,50 @@
+"""Scores of every user of a recording as of a time, from the served model: one JSON line a user.
+
+The same path as the worker's: events before the time are folded by the core, features made of the windows, the exported
+graph run. No torch, and nothing at or after the time is looked at.
+"""
+from collections.abc import Iterator
+from pathlib import Path
+
+import orjson
+
+from stream.core.window import WindowLimits
+from stream.errors import ModelError
+from stream.learn.dataset import History, at_time
+from stream.learn.served import score
+from stream.scoring.artefact import load_artefact
+
+CHURN_DAYS = (30, 90)
+PURCHASE_DAYS = (1, 7, 30, 90)
+
+
+def predict(history: History, at_ms: int, version_dir: Path, limits: WindowLimits) -> Iterator[bytes]:
+    """JSON lines in the order of the user ids.
+
+    Errors   UsageError where nobody was seen before; ModelError where the model is not what its manifest says, or lacks
+             a horizon.
+    """
+    artefact = load_artefact(version_dir)
+    manifest = artefact.manifest
+    if missing := set(PURCHASE_DAYS) - set(manifest.horizon_days):
+        raise ModelError(f'The model in {version_dir} does not tell purchases within {sorted(missing)} days.',
+                         do='train and export one with this version.')
+    place = {days: manifest.horizon_days.index(days) for days in PURCHASE_DAYS}
+    order = sorted(range(len(history.user_ids)), key=history.user_ids.__getitem__)
+    people = at_time(history, order, at_ms, limits, at_ms)
+    answers = score(artefact.weights, people.inputs)
+    purchase = answers['purchase'].astype(float)
+    tiers = answers['tier_probabilities'].astype(float)
+    spend = answers['expected_spend'][:, 0].astype(float)
+    money = manifest.priced and history.priced
+    for row, (user, active) in enumerate(zip(people.user.tolist(), people.active.tolist(), strict=True)):
+        line = {'user_id': history.user_ids[user], 'as_of_ms': at_ms, 'active': active}
+        line |= {f'purchase_{days}d': _rounded(purchase[row, place[days]]) for days in PURCHASE_DAYS}
+        line |= {f'churn_{days}d': _rounded(1 - purchase[row, place[days]]) for days in CHURN_DAYS}
+        line |= {'tier': int(tiers[row].argmax()), 'tier_probabilities': [_rounded(share) for share in tiers[row]],
+                 'expected_spend_90d': round(float(spend[row]), 2) if money else None}
+        yield orjson.dumps(line)
+
+
+def _rounded(probability: float) -> float:
+    return round(float(probability), 6)

@@ -1,0 +1,92 @@
+"""`stream predict`: one line for everybody who was seen before a time, from the served model alone."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from stream.cli import app
+from stream.cli_learn import time_ms, version_of
+from stream.errors import UsageError
+from stream.scoring.artefact import load_artefact
+
+SHIPPED = Path(__file__).parents[2] / 'triton_models' / 'shopper' / '1'
+
+
+@pytest.fixture(scope='module')
+def recording(lines, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp('recorded') / 'events.jsonl'
+    path.write_bytes(b'\n'.join(lines) + b'\n')
+    return path
+
+
+def predicted(recording: Path, out: Path, *arguments: str) -> list[dict]:
+    done = CliRunner().invoke(app, ['predict', str(recording), '--at', '2025-06-01', '--out', str(out), *arguments])
+    assert done.exit_code == 0, done.output
+    return [json.loads(line) for line in out.read_bytes().splitlines()]
+
+
+def test_one_line_for_everybody_who_was_seen_before(recording, lines, tmp_path):
+    found = predicted(recording, tmp_path / 'p.jsonl', '--model', str(SHIPPED))
+    at_ms = time_ms('2025-06-01')
+    before = {json.loads(line)['user_id'] for line in lines if json.loads(line)['ts'] < at_ms}
+    assert [line['user_id'] for line in found] == sorted(before)
+    manifest = load_artefact(SHIPPED).manifest
+    for line in found:
+        assert line['as_of_ms'] == at_ms and isinstance(line['active'], bool)
+        chances = [line[f'purchase_{days}d'] for days in (1, 7, 30, 90)]
+        assert 0 <= chances[0] <= chances[1] <= chances[2] <= chances[3] <= 1
+        assert line['churn_30d'] == pytest.approx(1 - chances[2], abs=2e-6)
+        assert line['churn_90d'] == pytest.approx(1 - chances[3], abs=2e-6)
+        assert len(line['tier_probabilities']) == len(manifest.tier_names)
+        assert line['tier'] == max(range(len(manifest.tier_names)), key=line['tier_probabilities'].__getitem__)
+        assert line['expected_spend_90d'] >= 0
+    assert len({line['purchase_7d'] for line in found}) > len(found) / 2
+
+
+def test_nothing_after_the_time_is_looked_at(recording, lines, tmp_path):
+    early = tmp_path / 'early.jsonl'
+    early.write_bytes(b'\n'.join(line for line in lines if json.loads(line)['ts'] < time_ms('2025-06-01')) + b'\n')
+    assert predicted(early, tmp_path / 'a.jsonl', '--model', str(SHIPPED)) == predicted(
+        recording, tmp_path / 'b.jsonl', '--model', str(SHIPPED))
+
+
+def test_without_prices_no_spend_is_told(tmp_path):
+    recording = tmp_path / 'events.jsonl'
+    recording.write_text('\n'.join(json.dumps({
+        'event_id': f'e{number}', 'user_id': 'ann', 'ts': time_ms('2025-05-01') + number, 'type': 'purchase'})
+        for number in range(3)))
+    line, = predicted(recording, tmp_path / 'p.jsonl', '--model', str(SHIPPED))
+    assert line['expected_spend_90d'] is None and line['active'] and line['tier'] >= 0
+
+
+def test_it_needs_no_torch(recording, tmp_path):
+    program = ("import sys; sys.modules['torch'] = None; from stream.cli import main; "
+               f"sys.argv = ['stream', 'predict', {str(recording)!r}, '--at', '2025-06-01', '--out', "
+               f"{str(tmp_path / 'p.jsonl')!r}]; main()")
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize('text', ['yesterday', '2025-13-01', '2025-06-01T10:00:00'])
+def test_what_is_no_time_is_told(text):
+    with pytest.raises(UsageError, match='Do: '):
+        time_ms(text)
+
+
+def test_a_folder_without_a_model_is_told(tmp_path):
+    with pytest.raises(UsageError, match='stream train'):
+        version_of(tmp_path)
+    assert version_of(SHIPPED) == SHIPPED
+
+
+def test_what_train_writes_is_what_predict_takes(recording, tmp_path):
+    pytest.importorskip('torch', reason='torch is not installed: pip install stream-scoring[train]')
+    out = tmp_path / 'shop'
+    done = CliRunner().invoke(app, ['train', str(recording), '--until', '2025-06-01', '--out', str(out), '--seed', '3'])
+    assert done.exit_code == 0, done.output
+    manifest = load_artefact(version_of(out)).manifest
+    assert '--until 2025-06-01' in manifest.command and 'until 2025-06-01' in manifest.trained_on
+    assert len(predicted(recording, tmp_path / 'p.jsonl', '--model', str(out))) > 30
