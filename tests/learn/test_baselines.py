@@ -26,7 +26,7 @@ from stream.learn.baselines import (
 )
 from stream.learn.bgnbd import BgNbd, GammaGamma
 from stream.learn.dataset import moments
-from stream.learn.evaluate import auc, log_loss, spearman
+from stream.learn.metrics import auc, log_loss, spearman
 
 START_MS = 1_700_006_400_000
 WEEK = HORIZON_DAYS.index(7)
