@@ -1,0 +1,390 @@
+"""The model beside its contenders, on people and days that none of them has seen: read from top to bottom.
+
+    1 cut-offs   times T of the recording: what was before T is known, what came after it is to be foretold
+    2 folds      users are cut into parts by a hash of their id; each part is scored by what the other parts taught
+    3 training   the model and the contenders on the same moments, as it was just before T: a label that is not settled
+                 by then is not known
+    4 scoring    the part's users as of T; the model through its exported graph, as it is served
+    5 figures    of all parts together (stream.learn.judge)
+
+A fold of a cut-off needs nothing of the others: they run in several processes, each on one thread, and the figures do
+not depend on how many processes there are.
+"""
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, fields, replace
+from io import StringIO
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from threadpoolctl import threadpool_limits
+
+from stream.core.window import DAY_MS, WindowLimits
+from stream.errors import UsageError
+from stream.learn.baselines import BuyTillYouDie, Network, Table, purchase_contenders, spend_contenders
+from stream.learn.calibrate import SETTLED_ROWS_MIN
+from stream.learn.checkpoint import some_windows
+from stream.learn.dataset import ACTIVE_DAYS, HORIZON_DAYS, Examples, History, Kind, at_time, part_of
+from stream.learn.export import write_graph
+from stream.learn.fit import FitOptions, Fitted, fit, tier_of, window_logits
+from stream.learn.judge import COMMONEST, COUNTERS, MODEL, WINDOW, Scored, judge_chances, judge_spend, judge_tiers
+from stream.learn.served import score
+
+POSITIVES_MIN = 10
+CUTOFFS_MAX = 2
+CUTOFF_DAYS = (273, 90, 30)         # before the last day: T so that such a horizon is settled
+PAST_SHARE_MIN = 0.45               # of the recording, that must lie before T
+CHURN_HORIZON = HORIZON_DAYS.index(90)
+_FOLD_SEED = 1 << 32                # far from the seed of training, whose validation users are cut by the same hash
+_MONEY_RULES = ('past spend', 'spend of 90 days')
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """How to compare.
+
+    folds               parts of the users
+    contender_rows_max  cut-offs that the contenders learn from at most, drawn from those that the model learns from
+    resamples           of the bootstrap
+    processes           at a time; 1: none but this one
+    """
+
+    seed: int = 7
+    folds: int = 3
+    contender_rows_max: int = 60_000
+    resamples: int = 300
+    processes: int = 1
+    fit: FitOptions = field(default_factory=FitOptions)
+    limits: WindowLimits = field(default_factory=WindowLimits)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A question with yes or no. `churn`: whether nothing is bought, asked of whoever is active."""
+
+    horizon: int
+    churn: bool = False
+
+    @property
+    def name(self) -> str:
+        return f'{"churn" if self.churn else "purchase"}_{HORIZON_DAYS[self.horizon]}d'
+
+
+@dataclass(frozen=True)
+class FoldScores:
+    """What a part's users were given, n of them.
+
+    user      int64 [n], places in the history's `user_ids`
+    chances   by task and contender
+    spend     by contender, float64 [n]; empty where there is no money, or too little settled spend to learn from
+    tiers     by contender, float64 [n, tiers]; as `spend`
+    tier      int64 [n], what it came to be; -1: not settled
+    left_out  (task, contender, reason) where one could not be fitted
+    training  its figures, ready for JSON
+    """
+
+    user: np.ndarray
+    chances: dict[str, dict[str, Scored]]
+    spend: dict[str, np.ndarray]
+    tiers: dict[str, np.ndarray]
+    tier: np.ndarray
+    left_out: list[tuple[str, str, str]]
+    training: dict[str, Any]
+
+
+def compare(history: History, cutoffs_ms: Sequence[int], options: CompareOptions, say: Callable[[str], None]) -> dict:
+    """All figures, ready for JSON.
+
+    say      is given a line about each part when it is done
+    Errors   UsageError where a cut-off leaves nothing to learn or to foretell.
+    Promise  on one machine the same options give the same figures.
+    """
+    began = time.monotonic()
+    cutoffs = [_Cutoff.of(history, at_ms, options) for at_ms in cutoffs_ms]
+    jobs = [(history, cutoff.at_ms, part, cutoff.tasks, options) for cutoff in cutoffs for part in range(options.folds)]
+    found: dict[int, list[FoldScores]] = {cutoff.at_ms: [] for cutoff in cutoffs}
+    for (_, at_ms, part, *_), scores in zip(jobs, _run(score_fold, jobs, options.processes), strict=True):
+        found[at_ms].append(scores)
+        training = scores.training
+        say(f'{day_of(at_ms)}, part {part + 1} of {options.folds}: {len(scores.user):,} users scored by what '
+            f'{training["users"]:,} others taught ({training["moments"]:,} moments, best pass {training["best_epoch"]} '
+            f'of {len(training["epochs"])}), after {time.monotonic() - began:.0f} s')
+    questions = [(cutoff.at_ms, *question) for cutoff in cutoffs
+                 for question in _questions(cutoff, found[cutoff.at_ms], options)]
+    judged = list(_run(_judge, [question[2:] for question in questions], options.processes))
+    say(f'{options.resamples} resamples of the users for {len(questions)} questions, '
+        f'after {time.monotonic() - began:.0f} s')
+    answers = {(at_ms, name): figures for (at_ms, name, *_), figures in zip(questions, judged, strict=True)}
+    return {
+        'recording': {'events': len(history), 'users': len(history.user_ids), 'refused': history.refused,
+                      'first_ms': history.start_ms, 'last_ms': history.end_ms, 'priced': history.priced},
+        'protocol': {'folds': options.folds, 'seed': options.seed, 'resamples': options.resamples,
+                     'contender_rows_max': options.contender_rows_max, 'active_days': ACTIVE_DAYS},
+        'cutoffs': [{
+            'at_ms': cutoff.at_ms, 'users': len(cutoff.asked), 'active': int(cutoff.asked.active.sum()),
+            'tasks': [{'name': task.name, 'days': HORIZON_DAYS[task.horizon], 'churn': task.churn}
+                      | answers[cutoff.at_ms, task.name] for task in cutoff.tasks],
+            'spend': answers.get((cutoff.at_ms, 'spend')), 'tier': answers.get((cutoff.at_ms, 'tier')),
+            'skipped': [{'task': name, 'reason': reason} for name, reason in cutoff.skipped],
+            'left_out': [{'task': task, 'contender': name, 'reason': reason} for task, name, reason
+                         in sorted({left for scores in found[cutoff.at_ms] for left in scores.left_out})],
+            'training': [scores.training for scores in found[cutoff.at_ms]],
+        } for cutoff in cutoffs],
+    }
+
+
+# ---- 1 cut-offs -----------------------------------------------------------------------------------------------------
+
+def default_cutoffs(history: History) -> list[int]:
+    """Midnights (UTC) so long before the last day that a horizon is settled, where enough of the recording lies before
+    them; at most CUTOFFS_MAX, the longest horizons. Errors: UsageError where there is none."""
+    last_ms = history.end_ms // DAY_MS * DAY_MS
+    past_ms = PAST_SHARE_MIN * (history.end_ms - history.start_ms)
+    fitting = [last_ms - days * DAY_MS for days in CUTOFF_DAYS if last_ms - days * DAY_MS - history.start_ms >= past_ms]
+    if not fitting:
+        raise UsageError(f'{(history.end_ms - history.start_ms) / DAY_MS:.0f} days are too few to learn from some and '
+                         f'to foretell {CUTOFF_DAYS[-1]} others.', do='use a longer recording, or name a day with --at.')
+    return fitting[:CUTOFFS_MAX]
+
+
+def known_until(history: History) -> int:
+    """The end of the last day, ms: nobody knows what comes later."""
+    return (history.end_ms // DAY_MS + 1) * DAY_MS
+
+
+def day_of(at_ms: int) -> str:
+    """As an ISO day, UTC."""
+    return str(np.datetime64(at_ms, 'ms').astype('datetime64[D]'))
+
+
+@dataclass(frozen=True)
+class _Cutoff:
+    """A cut-off, everybody who was seen before it, and what can be asked of them, or cannot, with the reason."""
+
+    at_ms: int
+    asked: Examples
+    tasks: list[Task]
+    skipped: list[tuple[str, str]]
+
+    @staticmethod
+    def of(history: History, at_ms: int, options: CompareOptions) -> '_Cutoff':
+        end_ms, shortest_ms = known_until(history), HORIZON_DAYS[0] * DAY_MS
+        if not history.start_ms + shortest_ms < at_ms <= end_ms - shortest_ms:
+            raise UsageError(f'Before {day_of(at_ms)} there is nothing to learn from, or nothing to foretell after it.',
+                             do=f'name a day within {day_of(history.start_ms)} to {day_of(history.end_ms)}.')
+        asked = at_time(history, range(len(history.user_ids)), at_ms, options.limits, end_ms)
+        tasks, skipped = [], []
+        for task in (*map(Task, range(len(HORIZON_DAYS))), Task(CHURN_HORIZON, churn=True)):
+            truth = _truth(asked, task)
+            fewer = min(int((truth == 1).sum()), int((truth == 0).sum()))
+            if at_ms + HORIZON_DAYS[task.horizon] * DAY_MS > end_ms:
+                skipped.append((task.name, 'the recording ends before it is settled'))
+            elif fewer < POSITIVES_MIN:
+                skipped.append((task.name, f'only {fewer} users on one side, {POSITIVES_MIN} are asked for'))
+            else:
+                tasks.append(task)
+        return _Cutoff(at_ms, asked, tasks, skipped)
+
+
+def _truth(asked: Examples, task: Task) -> np.ndarray:
+    """float64 [n], 1: it came to be; NaN: not asked of this user."""
+    bought = asked.labels.bought[:, task.horizon].astype(float)
+    return np.where(asked.active, 1 - bought, np.nan) if task.churn else bought
+
+
+# ---- 2 folds --------------------------------------------------------------------------------------------------------
+
+def fold_of(user_id: str, options: CompareOptions) -> int:
+    """Which part of the users somebody is in."""
+    return part_of(user_id, [1 / options.folds] * (options.folds - 1), options.seed + _FOLD_SEED)
+
+
+def score_fold(history: History, at_ms: int, part: int, tasks: list[Task], options: CompareOptions) -> FoldScores:
+    """Train on the users of the other parts as it was just before a cut-off; score those of this one."""
+    with threadpool_limits(1):      # the processes are as many as the cores; and a sum in another order is another sum
+        known = history.before(at_ms)
+        learners = [user for user, user_id in enumerate(known.user_ids) if fold_of(user_id, options) != part]
+        fitted = fit(known, learners, at_ms, replace(options.fit, seed=options.seed), options.limits,
+                     Console(file=StringIO()))
+        as_of = at_time(known, learners, at_ms, options.limits, at_ms)
+        train = _contender_table(fitted.data, as_of, options)
+
+        held_out = [user for user, user_id in enumerate(history.user_ids) if fold_of(user_id, options) == part]
+        test = at_time(history, held_out, at_ms, options.limits, known_until(history))
+        with tempfile.TemporaryDirectory() as folder:
+            graph = Path(folder) / 'model.onnx'
+            write_graph(fitted.model, some_windows(test), graph)
+            served = score(graph, test.inputs)
+
+        contenders = _Contenders(train, _table(test), known.priced, options.seed)
+        own = _model_chances(fitted, served['purchase'].astype(float), test, tasks)
+        chances = {task.name: own[task.name] | contenders.chances(task) for task in tasks}
+        spend, tiers = {}, {}
+        before = tier_of(fitted.data.labels.spend[fitted.data.kind == Kind.CUTOFF], fitted.tier_edges)
+        settled = before >= 0
+        if known.priced and settled.sum() >= SETTLED_ROWS_MIN:
+            spend = {MODEL: served['expected_spend'][:, 0].astype(float)} | contenders.spend()
+            shares = np.bincount(before[settled], minlength=fitted.model.tiers) / settled.sum()
+            tiers = {MODEL: served['tier_probabilities'].astype(float), COMMONEST: np.tile(shares, (len(test), 1))}
+    return FoldScores(
+        test.user, chances, spend, tiers, tier_of(test.labels.spend, fitted.tier_edges), contenders.left_out,
+        {'users': len(learners), 'moments': len(fitted.data), 'contender_rows': len(train) - len(as_of),
+         'epochs': fitted.epochs, 'best_epoch': fitted.best_epoch, 'tier_edges': fitted.tier_edges.tolist(),
+         'network': contenders.network_curves})
+
+
+def _run(function: Callable[..., Any], jobs: list[tuple], processes: int) -> Iterator[Any]:
+    """The function's answers to the jobs, in their order."""
+    if processes == 1:
+        yield from (function(*job) for job in jobs)
+        return
+    # Forked, a process would inherit the threads' locks, but not the threads.
+    with ProcessPoolExecutor(min(processes, len(jobs)), get_context('spawn'), signal.signal,
+                             (signal.SIGINT, signal.SIG_IGN)) as pool:
+        try:
+            yield from pool.map(function, *zip(*jobs, strict=True))
+        except BaseException:
+            for process in active_children():       # else the pool would wait for what nobody asks for any more
+                process.terminate()
+            raise
+
+
+# ---- 3 training -----------------------------------------------------------------------------------------------------
+
+def _contender_table(data: Examples, as_of: Examples, options: CompareOptions) -> Table:
+    """What contenders learn from: the cut-offs that the model learns from, and the training users as of T. Nobody knows
+    the labels of these, but to BG/NBD a user's orders so far are all there is."""
+    rows = np.flatnonzero(data.kind == Kind.CUTOFF)
+    if len(rows) > options.contender_rows_max:
+        rows = np.sort(np.random.default_rng(options.seed).choice(rows, options.contender_rows_max, replace=False))
+    parts = _table(data).take(rows), _table(as_of)
+    return Table(*(np.concatenate([getattr(part, column.name) for part in parts]) for column in fields(Table)))
+
+
+def _table(examples: Examples) -> Table:
+    return Table.of(examples.snapshots, examples.inputs, examples.labels.bought, examples.labels.spend, examples.user)
+
+
+class _Contenders:
+    """All contenders, fitted to `train` when a task is asked for, and their scores of `test`.
+
+    left_out        (task, contender, reason) where one could not be fitted
+    network_curves  of each task the loss of the network by passes: of the training users, of the validation users
+    """
+
+    def __init__(self, train: Table, test: Table, priced: bool, seed: int) -> None:
+        self._test = test
+        self._seed = seed
+        self._train = train
+        self._active = train.take((train.orders > 0) & (train.age_days - train.recency_days <= ACTIVE_DAYS))
+        self._priced = priced
+        self._scores: dict[tuple[str, int, bool], np.ndarray] = {}
+        self.left_out: list[tuple[str, str, str]] = []
+        self.network_curves: dict[str, dict[str, list[float]]] = {}
+
+    def chances(self, task: Task) -> dict[str, Scored]:
+        """By name, as they answer the task.
+
+        Of a horizon that too few labels settle the regressions, trees and networks learn the longest one that is
+        settled, and then only rank. BG/NBD foretells any horizon.
+        """
+        answers = {}
+        for name, contender in purchase_contenders(self._seed).items():
+            if name in _MONEY_RULES and not self._priced:
+                continue
+            lawful = isinstance(contender, BuyTillYouDie)
+            taught = task.horizon if lawful else self._taught(task.horizon)
+            key = name, taught, task.churn
+            try:
+                if key not in self._scores:
+                    contender.fit(self._active if task.churn and not lawful else self._train, taught)
+                    self._scores[key] = contender.predict(self._test)
+                    if isinstance(contender, Network):
+                        self.network_curves[task.name] = {
+                            'train': contender.loss_curve, 'validation': contender.validation_curve}
+            except UsageError as error:
+                self.left_out.append((task.name, name, error.problem))
+                continue
+            scored = Scored(self._scores[key], contender.is_chance and taught == task.horizon)
+            answers[name] = scored.turned_round() if task.churn else scored
+        return answers
+
+    def spend(self) -> dict[str, np.ndarray]:
+        """By name, of the next 90 days."""
+        answers = {}
+        for name, contender in spend_contenders(self._seed).items():
+            try:
+                answers[name] = contender.fit(self._train).predict(self._test)
+            except UsageError as error:
+                self.left_out.append(('spend', name, error.problem))
+        return answers
+
+    def _taught(self, horizon: int) -> int:
+        known = (~np.isnan(self._train.bought[:, :horizon + 1])).sum(0)
+        return int(np.flatnonzero(known >= SETTLED_ROWS_MIN).max(initial=0))
+
+
+# ---- 4 scoring ------------------------------------------------------------------------------------------------------
+
+def _model_chances(fitted: Fitted, purchase: np.ndarray, test: Examples, tasks: list[Task],
+                   ) -> dict[str, dict[str, Scored]]:
+    """By task: the model's chances as they are served, `purchase` [n, horizons], and how each branch alone ranks."""
+    window = window_logits(fitted.model, test, np.arange(len(test))).numpy()
+    with torch.no_grad():
+        counters = fitted.model.counters(torch.from_numpy(test.inputs.counters)).numpy()
+    answers = {}
+    for task in tasks:
+        source = int(fitted.model.told_from[task.horizon])
+        by_name = {MODEL: Scored(purchase[:, task.horizon], True),
+                   WINDOW: Scored(window[:, source].astype(float), False),
+                   COUNTERS: Scored(counters[:, source].astype(float), False)}
+        answers[task.name] = {name: scored.turned_round() for name, scored in by_name.items()} if task.churn else by_name
+    return answers
+
+
+# ---- 5 figures ------------------------------------------------------------------------------------------------------
+
+def _questions(cutoff: _Cutoff, found: list[FoldScores], options: CompareOptions) -> Iterator[tuple]:
+    """(name, function, its arguments) of each question about a cut-off, all parts together."""
+    asked = cutoff.asked
+    order = np.argsort(np.concatenate([scores.user for scores in found]))       # the order of `asked`
+    drawn = options.resamples, options.seed
+    orders = asked.snapshots.headers['orders']
+    segments = {'never ordered': orders == 0, 'ordered once': orders == 1, 'ordered 2 to 4 times': (orders > 1) & (orders < 5),
+                'ordered 5 times or more': orders > 4, f'bought in the last {ACTIVE_DAYS} days': asked.active,
+                f'bought, but not in the last {ACTIVE_DAYS} days': (orders > 0) & ~asked.active}
+    for task in cutoff.tasks:
+        truth = _truth(asked, task)
+        rows = ~np.isnan(truth)
+        by_name = {
+            name: Scored(np.concatenate([scores.chances[task.name][name].scores for scores in found])[order][rows],
+                         all(scores.chances[task.name][name].is_chance for scores in found))
+            for name in _in_all([scores.chances[task.name] for scores in found])}
+        yield task.name, judge_chances, by_name, truth[rows], {
+            words: chosen[rows] for words, chosen in segments.items() if chosen[rows].any()}, *drawn
+    spend = asked.labels.spend.astype(float)
+    if np.isnan(spend).any():
+        return
+    for name, judge, parts, truth in (
+            ('spend', judge_spend, [scores.spend for scores in found], spend),
+            ('tier', judge_tiers, [scores.tiers for scores in found],
+             np.concatenate([scores.tier for scores in found])[order])):
+        by_name = {name: np.concatenate([part[name] for part in parts])[order] for name in _in_all(parts)}
+        if MODEL in by_name:
+            yield name, judge, by_name, truth, *drawn
+
+
+def _in_all(parts: list[dict[str, Any]]) -> list[str]:
+    """The names that are in each part, in their order."""
+    return [name for name in parts[0] if all(name in part for part in parts)]
+
+
+def _judge(judge: Callable[..., dict], *arguments: Any) -> dict:
+    return judge(*arguments)

@@ -1,0 +1,116 @@
+"""Scores of the model and its contenders, and what happened, become figures that are ready for JSON.
+
+An interval is [value, low, high], see `stream.learn.metrics`. `model_less` of a contender is the model's figure less the
+contender's, over the same resamples of users: only where the interval of a difference lies on one side of 0 is one of
+them said to be better.
+"""
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from stream.learn.curves import curves
+from stream.learn.metrics import (
+    AMOUNT,
+    BINARY,
+    CLASSES,
+    RANKING,
+    Metric,
+    at_threshold,
+    auc,
+    calibration,
+    interval,
+    resamples,
+)
+
+MODEL = 'our model'
+WINDOW, COUNTERS = 'its window branch alone', 'its counters branch alone'
+REFERENCES = ('logistic regression', 'LightGBM', 'BG/NBD')      # whom it has to beat
+COMMONEST = 'shares of the training users'
+SPEND_BINS = 10
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A contender's scores of some rows, float64 [n]: more is likelier. `is_chance`: they are probabilities."""
+
+    scores: np.ndarray
+    is_chance: bool
+
+    def turned_round(self) -> 'Scored':
+        """Of the opposite."""
+        return Scored(1 - self.scores if self.is_chance else -self.scores, self.is_chance)
+
+
+def judge_chances(by_name: Mapping[str, Scored], truth: np.ndarray, segments: Mapping[str, np.ndarray], count: int,
+                  seed: int) -> dict:
+    """Figures of a question with yes or no.
+
+    by_name   with MODEL among them, all of the same rows, one row a user
+    truth     float [n], 0 or 1
+    segments  bool [n] each
+    count     of the bootstrap
+    """
+    base_rate = float(truth.mean())
+    samples = resamples(np.arange(len(truth)), count, seed)
+    contenders = _contenders({name: (scored.scores, BINARY if scored.is_chance else RANKING)
+                              for name, scored in by_name.items()}, truth, samples)
+    references = [name for name in REFERENCES if name in contenders]
+    best = max(references, key=lambda name: contenders[name]['metrics']['auc'][0], default=None)
+    shown = [name for name in (MODEL, *REFERENCES) if name in by_name]
+    return {
+        'rows': len(truth), 'positives': int(truth.sum()), 'base_rate': base_rate,
+        'contenders': contenders,
+        'best_reference': best,
+        'verdict': _verdict(contenders[best]['model_less']['auc']) if best else None,
+        'curves': {name: curves(by_name[name].scores, truth) for name in shown},
+        'calibration': {name: calibration(by_name[name].scores, truth) for name in shown if by_name[name].is_chance},
+        'thresholds': {
+            name: {words: {'threshold': threshold} | at_threshold(by_name[name].scores, truth, threshold)
+                   for words, threshold in (('one half', 0.5), ('base rate', base_rate))}
+            for name in shown if by_name[name].is_chance},
+        'segments': {words: {'rows': int(rows.sum()), 'positives': int(truth[rows].sum()),
+                             'auc': {name: auc(by_name[name].scores[rows], truth[rows]) for name in shown}}
+                     for words, rows in segments.items()},
+    }
+
+
+def judge_spend(by_name: Mapping[str, np.ndarray], truth: np.ndarray, count: int, seed: int) -> dict:
+    """Figures of a forecast of spend: forecasts by name, MODEL among them, and what was spent, float64 [n] each."""
+    samples = resamples(np.arange(len(truth)), count, seed)
+    by_forecast = [rows for rows in np.array_split(np.argsort(by_name[MODEL], kind='stable'), SPEND_BINS) if len(rows)]
+    return {
+        'rows': len(truth), 'mean': float(truth.mean()), 'spending': float((truth > 0).mean()),
+        'contenders': _contenders({name: (scores, AMOUNT) for name, scores in by_name.items()}, truth, samples),
+        'bins': [{'rows': len(rows), 'forecast': float(by_name[MODEL][rows].mean()), 'spent': float(truth[rows].mean())}
+                 for rows in by_forecast],
+    }
+
+
+def judge_tiers(by_name: Mapping[str, np.ndarray], truth: np.ndarray, count: int, seed: int) -> dict:
+    """Figures of the tier: chances by name, float64 [n, tiers], MODEL among them, and the tier it was, int64 [n].
+
+    `confusion[i][j]`: rows of tier i that the model held likeliest to be of tier j.
+    """
+    samples = resamples(np.arange(len(truth)), count, seed)
+    tiers = by_name[MODEL].shape[1]
+    confusion = np.bincount(truth * tiers + by_name[MODEL].argmax(1), minlength=tiers * tiers).reshape(tiers, tiers)
+    return {'rows': len(truth), 'confusion': confusion.tolist(),
+            'contenders': _contenders({name: (scores, CLASSES) for name, scores in by_name.items()}, truth, samples)}
+
+
+def _contenders(by_name: Mapping[str, tuple[np.ndarray, Mapping[str, Metric]]], truth: np.ndarray,
+                samples: list[np.ndarray]) -> dict[str, dict]:
+    drawn = {name: {metric: np.array([rule(scores[rows], truth[rows]) for rows in samples])
+                    for metric, rule in rules.items()} for name, (scores, rules) in by_name.items()}
+    model = drawn[MODEL]
+    return {name: {'metrics': {metric: interval(values) for metric, values in numbers.items()},
+                   'model_less': {} if name == MODEL else {metric: interval(model[metric] - values)
+                                                           for metric, values in numbers.items()}}
+            for name, numbers in drawn.items()}
+
+
+def _verdict(difference: list[float]) -> str:
+    """Of an interval of the model's AUROC less another one's."""
+    _, low, high = difference
+    return 'better' if low > 0 else 'worse' if high < 0 else 'no difference shown'
