@@ -1,14 +1,18 @@
 """Commands of the model: learn from recorded events, export, score everybody as of a time."""
 import importlib
+import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
+import orjson
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from stream.cli_shared import (
     ConfigFile,
@@ -81,6 +85,44 @@ def export(
 
 
 @app.command()
+def compare(
+    files: Annotated[list[Path], typer.Argument(metavar='FILE...', help='Recorded files.')],
+    format_name: FormatName = 'events',
+    at: Annotated[list[str] | None, typer.Option(
+        metavar='DAY', help='As of when, repeatable: what was before is learnt from, what came after is to be '
+                            'foretold. Default: 273, 90 or 30 days before the last day, the two longest that leave '
+                            f'enough before them. {TIME[0].upper()}{TIME[1:]}.')] = None,
+    folds: Annotated[int, typer.Option(
+        min=2, help='Parts of the users; each is scored by what was trained on the others.')] = 3,
+    seed: Seed = 7,
+    out: Annotated[Path, typer.Option(
+        metavar='DIR', help='Folder for index.html and figures.json.')] = Path('report'),
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Compare the model with simpler ones on a recording: trained alike, judged on users and days they never saw."""
+    settings = effective_settings(config, **parsed(overrides))
+    comparing, reporting = _learning('stream.learn.compare'), _learning('stream.learn.compare_report')
+    if out.exists() and not out.is_dir():
+        raise UsageError(f'{out} is a file.', 'name a folder with --out.')
+    times_ms = sorted({time_ms(text) for text in at or ()})
+    from stream.learn import dataset
+    history = dataset.read(recorded(files, format_name, settings), settings.event_rules())
+    options = comparing.CompareOptions(seed=seed, folds=folds, processes=os.cpu_count() or 1,
+                                       limits=settings.window_limits())
+    figures = {'about': {'sources': [file.name for file in files], 'format': format_name,
+                         'currency': settings.currency}}
+    figures |= comparing.compare(history, times_ms or comparing.default_cutoffs(history), options, say)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in (('figures.json', orjson.dumps(figures, option=orjson.OPT_INDENT_2) + b'\n'),
+                          ('index.html', reporting.render_report(figures).encode())):
+        with written(out / name) as file:
+            file.write(content)
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(_standing(figures, reporting))
+    say(f'report: {out / "index.html"}')
+
+
+@app.command()
 def predict(
     files: Annotated[list[Path], typer.Argument(metavar='FILE...', help='Recorded files.')],
     at: Annotated[str, typer.Option(metavar='TIME', help=f'As of when; nothing at or after it is looked at: {TIME}.')],
@@ -146,3 +188,22 @@ def _learning(module: str) -> Any:
     except ModuleNotFoundError as error:
         raise UsageError(f'Training needs {error.name}, which is not installed.',
                          "install it: pip install -e '.[train]' (or `make train`).") from error
+
+
+def _standing(figures: dict[str, Any], reporting: Any) -> Table:
+    """Who ranks how well, question by question: AUROC with its interval."""
+    table = Table(title='AUROC [95 % over users]: 0.5 is guessing, 1 is perfect', title_justify='left')
+    for column in ('as of', 'a user…', 'true for', 'who', 'AUROC', 'our model less it', ''):
+        table.add_column(column, justify='right' if column in ('true for', 'AUROC', 'our model less it') else 'left')
+    for cutoff in figures['cutoffs']:
+        for task in cutoff['tasks']:
+            true_for = f'{task["base_rate"]:.1%} of {task["rows"]:,}'
+            asked = reporting.day(cutoff['at_ms']), reporting.question(task), true_for
+            for place, name in enumerate(reporting.on_terminal(task)):
+                scored = task['contenders'][name]
+                less = ' '.join(reporting.difference(scored['model_less']['auc'])) if scored['model_less'] else ''
+                table.add_row(*(asked if place == 0 else ('', '', '')), name,
+                              ' '.join(reporting.interval(scored['metrics']['auc'])), less,
+                              task['verdict'] if name == task['best_reference'] else '')
+            table.add_section()
+    return table

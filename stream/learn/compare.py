@@ -76,6 +76,10 @@ class Task:
     def name(self) -> str:
         return f'{"churn" if self.churn else "purchase"}_{HORIZON_DAYS[self.horizon]}d'
 
+    def words(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {'name': self.name, 'days': HORIZON_DAYS[self.horizon], 'churn': self.churn}
+
 
 @dataclass(frozen=True)
 class FoldScores:
@@ -129,10 +133,9 @@ def compare(history: History, cutoffs_ms: Sequence[int], options: CompareOptions
                      'contender_rows_max': options.contender_rows_max, 'active_days': ACTIVE_DAYS},
         'cutoffs': [{
             'at_ms': cutoff.at_ms, 'users': len(cutoff.asked), 'active': int(cutoff.asked.active.sum()),
-            'tasks': [{'name': task.name, 'days': HORIZON_DAYS[task.horizon], 'churn': task.churn}
-                      | answers[cutoff.at_ms, task.name] for task in cutoff.tasks],
+            'tasks': [task.words() | answers[cutoff.at_ms, task.name] for task in cutoff.tasks],
             'spend': answers.get((cutoff.at_ms, 'spend')), 'tier': answers.get((cutoff.at_ms, 'tier')),
-            'skipped': [{'task': name, 'reason': reason} for name, reason in cutoff.skipped],
+            'skipped': [task.words() | {'reason': reason} for task, reason in cutoff.skipped],
             'left_out': [{'task': task, 'contender': name, 'reason': reason} for task, name, reason
                          in sorted({left for scores in found[cutoff.at_ms] for left in scores.left_out})],
             'training': [scores.training for scores in found[cutoff.at_ms]],
@@ -149,8 +152,9 @@ def default_cutoffs(history: History) -> list[int]:
     past_ms = PAST_SHARE_MIN * (history.end_ms - history.start_ms)
     fitting = [last_ms - days * DAY_MS for days in CUTOFF_DAYS if last_ms - days * DAY_MS - history.start_ms >= past_ms]
     if not fitting:
-        raise UsageError(f'{(history.end_ms - history.start_ms) / DAY_MS:.0f} days are too few to learn from some and '
-                         f'to foretell {CUTOFF_DAYS[-1]} others.', do='use a longer recording, or name a day with --at.')
+        days = (history.end_ms - history.start_ms) / DAY_MS
+        raise UsageError(f'{days:.0f} days are too few to learn from some and to foretell {CUTOFF_DAYS[-1]} others.',
+                         do='use a longer recording, or name a day with --at.')
     return fitting[:CUTOFFS_MAX]
 
 
@@ -171,7 +175,7 @@ class _Cutoff:
     at_ms: int
     asked: Examples
     tasks: list[Task]
-    skipped: list[tuple[str, str]]
+    skipped: list[tuple[Task, str]]
 
     @staticmethod
     def of(history: History, at_ms: int, options: CompareOptions) -> '_Cutoff':
@@ -185,9 +189,9 @@ class _Cutoff:
             truth = _truth(asked, task)
             fewer = min(int((truth == 1).sum()), int((truth == 0).sum()))
             if at_ms + HORIZON_DAYS[task.horizon] * DAY_MS > end_ms:
-                skipped.append((task.name, 'the recording ends before it is settled'))
+                skipped.append((task, 'the recording ends before it is settled'))
             elif fewer < POSITIVES_MIN:
-                skipped.append((task.name, f'only {fewer} users on one side, {POSITIVES_MIN} are asked for'))
+                skipped.append((task, f'only {fewer} users on one side, {POSITIVES_MIN} are asked for'))
             else:
                 tasks.append(task)
         return _Cutoff(at_ms, asked, tasks, skipped)
@@ -345,21 +349,19 @@ def _model_chances(fitted: Fitted, purchase: np.ndarray, test: Examples, tasks: 
         by_name = {MODEL: Scored(purchase[:, task.horizon], True),
                    WINDOW: Scored(window[:, source].astype(float), False),
                    COUNTERS: Scored(counters[:, source].astype(float), False)}
-        answers[task.name] = {name: scored.turned_round() for name, scored in by_name.items()} if task.churn else by_name
+        answers[task.name] = {name: scored.turned_round() if task.churn else scored
+                              for name, scored in by_name.items()}
     return answers
 
 
 # ---- 5 figures ------------------------------------------------------------------------------------------------------
 
 def _questions(cutoff: _Cutoff, found: list[FoldScores], options: CompareOptions) -> Iterator[tuple]:
-    """(name, function, its arguments) of each question about a cut-off, all parts together."""
+    """(name, what judges it, its arguments) of each question about a cut-off, all parts together."""
     asked = cutoff.asked
     order = np.argsort(np.concatenate([scores.user for scores in found]))       # the order of `asked`
     drawn = options.resamples, options.seed
-    orders = asked.snapshots.headers['orders']
-    segments = {'never ordered': orders == 0, 'ordered once': orders == 1, 'ordered 2 to 4 times': (orders > 1) & (orders < 5),
-                'ordered 5 times or more': orders > 4, f'bought in the last {ACTIVE_DAYS} days': asked.active,
-                f'bought, but not in the last {ACTIVE_DAYS} days': (orders > 0) & ~asked.active}
+    segments = _segments(asked)
     for task in cutoff.tasks:
         truth = _truth(asked, task)
         rows = ~np.isnan(truth)
@@ -367,8 +369,8 @@ def _questions(cutoff: _Cutoff, found: list[FoldScores], options: CompareOptions
             name: Scored(np.concatenate([scores.chances[task.name][name].scores for scores in found])[order][rows],
                          all(scores.chances[task.name][name].is_chance for scores in found))
             for name in _in_all([scores.chances[task.name] for scores in found])}
-        yield task.name, judge_chances, by_name, truth[rows], {
-            words: chosen[rows] for words, chosen in segments.items() if chosen[rows].any()}, *drawn
+        yield task.name, judge_chances, (by_name, truth[rows], {
+            words: chosen[rows] for words, chosen in segments.items() if chosen[rows].any()}, *drawn)
     spend = asked.labels.spend.astype(float)
     if np.isnan(spend).any():
         return
@@ -378,7 +380,15 @@ def _questions(cutoff: _Cutoff, found: list[FoldScores], options: CompareOptions
              np.concatenate([scores.tier for scores in found])[order])):
         by_name = {name: np.concatenate([part[name] for part in parts])[order] for name in _in_all(parts)}
         if MODEL in by_name:
-            yield name, judge, by_name, truth, *drawn
+            yield name, judge, (by_name, truth, *drawn)
+
+
+def _segments(asked: Examples) -> dict[str, np.ndarray]:
+    """Kinds of users, bool [n] each."""
+    orders, active = asked.snapshots.headers['orders'], asked.active
+    return {'never ordered': orders == 0, 'ordered once': orders == 1,
+            'ordered 2 to 4 times': (orders > 1) & (orders < 5), 'ordered 5 times or more': orders > 4, f'ordered in the last {ACTIVE_DAYS} days': active,
+            f'ordered, but not in the last {ACTIVE_DAYS} days': (orders > 0) & ~active}
 
 
 def _in_all(parts: list[dict[str, Any]]) -> list[str]:
@@ -386,5 +396,5 @@ def _in_all(parts: list[dict[str, Any]]) -> list[str]:
     return [name for name in parts[0] if all(name in part for part in parts)]
 
 
-def _judge(judge: Callable[..., dict], *arguments: Any) -> dict:
+def _judge(judge: Callable[..., dict], arguments: tuple) -> dict:
     return judge(*arguments)

@@ -6,13 +6,15 @@ were called in any order. A curve is thinned to about `POINTS` points, ends incl
     roc               x: share of the negatives that were called, y: share of the positives
     precision_recall  x: share of the positives that were called, y: share of the called that are positive
     gain              x: share of all rows that were called, y: share of the positives
-    lift              x: share of all rows that were called, y: share of positives among them over that among all
+    lift              x: share of all rows that were called, y: share of positives among them over that among all;
+                      from LIFT_FROM on, since among a handful it is mere chance
 
 `truth` holds 0 and 1, both of them, else every curve is empty.
 """
 import numpy as np
 
 POINTS = 100
+LIFT_FROM = 0.01
 
 Curve = tuple[list[float], list[float]]     # x, y
 
@@ -25,11 +27,12 @@ def curves(scores: np.ndarray, truth: np.ndarray) -> dict[str, Curve]:
     called, hits = _steps(scores, truth)
     share, recall = called / rows, hits / positives
     precision = hits[1:] / called[1:]
+    far = share[1:] >= LIFT_FROM
     return {
         'roc': _thinned((called - hits) / (rows - positives), recall),
         'precision_recall': _thinned(recall[1:], precision),
         'gain': _thinned(share, recall),
-        'lift': _thinned(share[1:], precision / (positives / rows)),
+        'lift': _thinned(share[1:][far], precision[far] / (positives / rows)),
     }
 
 

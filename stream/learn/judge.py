@@ -1,8 +1,8 @@
 """Scores of the model and its contenders, and what happened, become figures that are ready for JSON.
 
-An interval is [value, low, high], see `stream.learn.metrics`. `model_less` of a contender is the model's figure less the
-contender's, over the same resamples of users: only where the interval of a difference lies on one side of 0 is one of
-them said to be better.
+An interval is [value, low, high], see `stream.learn.metrics`. `model_less` of a contender is the model's figure less
+the contender's, over the same resamples of users: only where the interval of a difference lies on one side of 0 is one
+of them said to be better.
 """
 from collections.abc import Mapping
 from dataclasses import dataclass

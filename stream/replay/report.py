@@ -3,20 +3,14 @@
 Every plot over time is drawn twice, for a desk and for a phone, and the style sheet shows one: a shrunk plot has
 letters that nobody can read. Legends are HTML beside the plots, with the totals, so that they wrap and can be read out.
 """
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.resources import files
-from io import StringIO
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
-from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
 from matplotlib.figure import Figure
@@ -26,6 +20,7 @@ from stream.core.decide import Kind
 from stream.core.events import CART_TYPES, EventType, Reason
 from stream.core.messages import ModelInfo
 from stream.core.window import DAY_MS
+from stream.page import INK, SCORE, WIDE, Draw, render
 from stream.replay.replay import Counts
 from stream.replay.statistics import SCORE_BINS, Statistics
 from stream.scoring.step import Publish
@@ -38,9 +33,6 @@ _AXIS_BINS_MIN = 7
 _LOG_FROM = 100                 # a tallest bar this many times the middling one hides it on a linear axis
 _SOURCES_SHOWN_MAX = 8
 _SHA256_SHOWN = 12
-
-_WIDE, _NARROW = 900, 360       # px
-_INK, _FAINT, _SCORE = '#222222', '#d9d9d9', '#5b8db8'
 
 # Qualitative colours that stay apart under colour blindness: Paul Tol's "muted" scheme for browsing, Okabe and Ito's
 # (Color Universal Design, 2008) for the cart and for alerts.
@@ -90,15 +82,6 @@ REASON_WORDS = {
     'unrenderable': 'the row cannot be written as an event',
 }
 
-# 'none' keeps text as text, so that the page's font draws it and it can be searched.
-_STYLE = {
-    'svg.fonttype': 'none', 'svg.hashsalt': 'stream', 'text.parse_math': False, 'font.size': 13.0,
-    'text.color': _INK, 'axes.labelcolor': _INK, 'xtick.color': _INK, 'ytick.color': _INK, 'axes.edgecolor': '#888888',
-    'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'axes.grid.axis': 'y',
-    'axes.axisbelow': True, 'grid.color': _FAINT, 'grid.linewidth': 0.8, 'xtick.labelsize': 12.0,
-    'ytick.labelsize': 12.0, 'ytick.major.size': 0.0, 'figure.facecolor': 'none', 'axes.facecolor': 'none',
-}
-_NO_METADATA = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
 
 
 @dataclass(frozen=True)
@@ -147,31 +130,25 @@ def write_report(path: Path, statistics: Statistics, counts: Counts, model: Mode
 
 def render_report(statistics: Statistics, counts: Counts, model: ModelInfo, about: ReportAbout) -> str:
     """The page as text."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-                              keep_trailing_newline=True)
-    environment.filters['number'] = _number
-    template = environment.from_string(files('stream.replay').joinpath('report.html.j2').read_text('utf-8'))
     tier_name = _tier_namer(about.tier_names)
     at_risk = statistics.users_at_risk()
     hours = [*statistics.events_per_hour, *statistics.alerts_per_hour]
     span = (min(hours), max(hours)) if hours else None
-    with style.context(['default', _STYLE]):
-        draw = _Draw()
-        return template.render(
-            about=about, counts=counts, model=model,
-            sources=about.sources[:_SOURCES_SHOWN_MAX], sources_more=max(0, len(about.sources) - _SOURCES_SHOWN_MAX),
-            short_sha256=model.sha256[:_SHA256_SHOWN],
-            span=_span(about.first_ms, about.last_ms),
-            publish_words=_PUBLISH_WORDS[about.publish],
-            events=_events_over_time(draw, statistics, span),
-            scores=_scores(draw, statistics, about),
-            tiers=_tiers(draw, statistics, len(about.tier_names or ()), tier_name),
-            alerts=_alerts_over_time(draw, statistics, span),
-            dead=[(reason, REASON_WORDS.get(reason, ''), number) for reason, number in
-                  sorted(statistics.dead.items(), key=lambda item: (-item[1], item[0]))],
-            at_risk=[_at_risk(value, tier_name) for value in at_risk[:USERS_AT_RISK_MAX]],
-            at_risk_total=len(at_risk),
-        )
+    return render('stream.replay', 'report.html.j2', {'number': _number}, lambda draw: {
+        'about': about, 'counts': counts, 'model': model,
+        'sources': about.sources[:_SOURCES_SHOWN_MAX], 'sources_more': max(0, len(about.sources) - _SOURCES_SHOWN_MAX),
+        'short_sha256': model.sha256[:_SHA256_SHOWN],
+        'span': _span(about.first_ms, about.last_ms),
+        'publish_words': _PUBLISH_WORDS[about.publish],
+        'events': _events_over_time(draw, statistics, span),
+        'scores': _scores(draw, statistics, about),
+        'tiers': _tiers(draw, statistics, len(about.tier_names or ()), tier_name),
+        'alerts': _alerts_over_time(draw, statistics, span),
+        'dead': [(reason, REASON_WORDS.get(reason, ''), number) for reason, number in
+                 sorted(statistics.dead.items(), key=lambda item: (-item[1], item[0]))],
+        'at_risk': [_at_risk(value, tier_name) for value in at_risk[:USERS_AT_RISK_MAX]],
+        'at_risk_total': len(at_risk),
+    })
 
 
 def binned(per_hour: Mapping[int, Mapping[str, int]], first_hour: int, last_hour: int,
@@ -196,7 +173,7 @@ def binned(per_hour: Mapping[int, Mapping[str, int]], first_hour: int, last_hour
 # The sections
 
 
-def _events_over_time(draw: '_Draw', statistics: Statistics, span: tuple[int, int] | None) -> list[dict[str, Any]]:
+def _events_over_time(draw: Draw, statistics: Statistics, span: tuple[int, int] | None) -> list[dict[str, Any]]:
     if not statistics.events_per_hour or span is None:
         return []
     charts = []
@@ -208,7 +185,7 @@ def _events_over_time(draw: '_Draw', statistics: Statistics, span: tuple[int, in
     return charts
 
 
-def _alerts_over_time(draw: '_Draw', statistics: Statistics, span: tuple[int, int] | None) -> dict[str, Any] | None:
+def _alerts_over_time(draw: Draw, statistics: Statistics, span: tuple[int, int] | None) -> dict[str, Any] | None:
     if not statistics.alerts_per_hour or span is None:
         return None
     series = binned(statistics.alerts_per_hour, *span, tuple(_ALERTS))
@@ -216,7 +193,7 @@ def _alerts_over_time(draw: '_Draw', statistics: Statistics, span: tuple[int, in
     return _over_time(draw, series, colours, 'Alerts over time', lambda label: _ALERTS[label][0])
 
 
-def _over_time(draw: '_Draw', series: Series, colours: Mapping[str, str], label: str,
+def _over_time(draw: Draw, series: Series, colours: Mapping[str, str], label: str,
                words: Callable[[str], str]) -> dict[str, Any]:
     step = {1: 'hour', 24: 'day', 168: 'week', 672: '4 weeks', 8736: '52 weeks'}[series.bin_hours]
     legend = [(words(name), colours[name], int(row.sum())) for name, row in series.counts.items()]
@@ -225,7 +202,7 @@ def _over_time(draw: '_Draw', series: Series, colours: Mapping[str, str], label:
             'legend': legend, 'step': step, 'whole_bins': series.bin_hours <= 24}
 
 
-def _scores(draw: '_Draw', statistics: Statistics, about: ReportAbout) -> list[dict[str, Any]]:
+def _scores(draw: Draw, statistics: Statistics, about: ReportAbout) -> list[dict[str, Any]]:
     charts = []
     for name, title, meaning, lines in (
         ('intent', 'Purchase intent', 'the chance of a purchase within 7 days',
@@ -249,7 +226,7 @@ def _scores(draw: '_Draw', statistics: Statistics, about: ReportAbout) -> list[d
     return charts
 
 
-def _tiers(draw: '_Draw', statistics: Statistics, named: int, tier_name: Callable[[int], str]) -> Markup | None:
+def _tiers(draw: Draw, statistics: Statistics, named: int, tier_name: Callable[[int], str]) -> Markup | None:
     if not statistics.tiers:
         return None
     tiers = max(named, *(tier + 1 for tier in statistics.tiers if tier is not None), 0)
@@ -277,42 +254,6 @@ def _at_risk(value: dict[str, Any], tier_name: Callable[[int], str]) -> dict[str
 # The drawings
 
 
-class _Draw:
-    """Figures as inline SVG. Ids are numbered by figure: matplotlib uses the same ones in each, a page may not."""
-
-    def __init__(self) -> None:
-        self._prefixes: Iterator[int] = count(1)
-
-    def once(self, fill: Callable[[Figure], None], width: int, height: int, label: str, css_class: str = '') -> Markup:
-        """One figure of that many px; `label` is what a screen reader says."""
-        figure = Figure((width / 72, height / 72), layout='constrained')     # SVG of matplotlib has 72 units an inch
-        fill(figure)
-        out = StringIO()
-        figure.savefig(out, format='svg', metadata=_NO_METADATA)
-        return self._inline(out.getvalue(), width, height, label, css_class)
-
-    def twice(self, fill: Callable[[Figure], None], height: int, label: str) -> Markup:
-        """The figure for a desk and the one for a phone."""
-        return (self.once(fill, _WIDE, height, label, 'wide') + Markup('\n')
-                + self.once(fill, _NARROW, height, label, 'narrow'))
-
-    def _inline(self, svg: str, width: int, height: int, label: str, css_class: str) -> Markup:
-        body = svg[svg.index('>', svg.index('<svg')) + 1:].strip()
-        prefix = f'f{next(self._prefixes)}-'
-        body = re.sub(r' d="[^"]*"', _rounded, body)
-        body = re.sub(r'\bid="', f'id="{prefix}', body)
-        body = re.sub(r'href="#', f'href="#{prefix}', body)
-        body = re.sub(r'url\(#', f'url(#{prefix}', body)
-        head = Markup('<svg class="plot {}" viewBox="0 0 {} {}" role="img" aria-label="{}" '
-                      'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">')
-        return head.format(css_class, width, height, label) + Markup(body)
-
-
-def _rounded(path: re.Match[str]) -> str:
-    """A path to a hundredth of a px: half the bytes of the page."""
-    return re.sub(r'\d+\.\d{3,}', lambda number: f'{float(number[0]):.2f}', path[0])
-
-
 def _stack(figure: Figure, series: Series, colours: Mapping[str, str], step: str) -> None:
     axes = figure.add_subplot()
     edges = date2num(series.edges.astype('datetime64[h]'))
@@ -323,7 +264,7 @@ def _stack(figure: Figure, series: Series, colours: Mapping[str, str], step: str
     spare = max(0, _AXIS_BINS_MIN - len(floor)) / 2 * (edges[1] - edges[0])
     axes.set_xlim(edges[0] - spare, edges[-1] + spare)
     axes.set_ylim(0, floor.max() * 1.05)
-    narrow = figure.get_figwidth() * 72 < _WIDE
+    narrow = figure.get_figwidth() * 72 < WIDE
     # With fewer ticks than these there are ranges for which it finds no interval, and warns.
     locator = AutoDateLocator(tz=UTC, minticks=2 if narrow else 3, maxticks=5 if narrow else 9)
     axes.xaxis.set_major_locator(locator)
@@ -338,7 +279,7 @@ def _histogram(figure: Figure, histogram: np.ndarray, lines: Sequence[tuple[floa
     axes = figure.add_subplot()
     floor = 0.5 if log else 0.0     # on a log axis a bar has no zero to stand on; half a score is below any count
     axes.stairs(np.maximum(histogram, floor), np.linspace(0, 1, SCORE_BINS + 1), baseline=floor, fill=True,
-                color=_SCORE)
+                color=SCORE)
     axes.set_xlim(0, 1)
     if log:
         axes.set_yscale('log')
@@ -348,7 +289,7 @@ def _histogram(figure: Figure, histogram: np.ndarray, lines: Sequence[tuple[floa
         _count_axis(axes, axes.yaxis)
     axes.set_ylim(floor, histogram.max() * (1.6 if log else 1.05))
     for place, (at, words, dashes) in enumerate(lines):
-        axes.axvline(at, color=_INK, linestyle=dashes, linewidth=1.4)
+        axes.axvline(at, color=INK, linestyle=dashes, linewidth=1.4)
         left = at > 0.5
         axes.annotate(f'{words} {at:g}', (at, 1), (-3 if left else 3, 3 + 15 * (len(lines) - 1 - place)),
                       xycoords=axes.get_xaxis_transform(), textcoords='offset points',
@@ -362,7 +303,7 @@ def _bars(figure: Figure, rows: Sequence[tuple[str, int, bool]]) -> None:
     names = [name for name, _, _ in rows]
     places = np.arange(len(rows))
     numbers = np.array([number for _, number, _ in rows])
-    bars = axes.barh(places, numbers, height=0.68, color=[_SCORE if known else '#BBBBBB' for _, _, known in rows])
+    bars = axes.barh(places, numbers, height=0.68, color=[SCORE if known else '#BBBBBB' for _, _, known in rows])
     axes.bar_label(bars, [_number(int(number)) for number in numbers], padding=5)
     axes.set_yticks(places, names)
     axes.invert_yaxis()

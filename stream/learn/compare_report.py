@@ -1,0 +1,228 @@
+"""The figures of a comparison (stream.learn.compare) as one HTML page; nothing is computed here but places on paper."""
+import math
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
+from stream.learn.judge import COMMONEST, COUNTERS, MODEL, REFERENCES, WINDOW
+from stream.page import Draw, render
+
+# Okabe and Ito's colours (Color Universal Design, 2008), which stay apart under colour blindness.
+_COLOURS = dict(zip((MODEL, *REFERENCES), ('#0072B2', '#E69F00', '#009E73', '#CC79A7'), strict=True))
+_PART_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+_CHANCE = '#888888'         # the line of whoever knows nothing
+_WIDTH, _HEIGHT = 300, 250  # px of a plot
+
+METRICS = {
+    'auc': 'AUROC', 'pr_auc': 'Average precision', 'log_loss': 'Log loss', 'brier': 'Brier score',
+    'ece': 'Calibration error', 'spearman': 'Rank correlation', 'top_decile_share': 'Spend of the top tenth',
+    'mean_absolute_error': 'Mean error', 'total_predicted_over_real': 'Total forecast / real', 'accuracy': 'Accuracy',
+    'within_one_tier': 'At most one tier off',
+}
+CONTENDERS = {
+    MODEL: 'the window of events and the counters together, through the exported graph',
+    WINDOW: 'what the network that reads the events would rank like without the counters',
+    COUNTERS: 'what the linear part on the counters would rank like without the events',
+    'recency rule': 'whoever ordered last comes first',
+    'past rate': 'orders per day so far',
+    'past spend': 'all that was spent so far',
+    'spend of 90 days': 'what was spent in the last 90 days',
+    'BG/NBD': 'a law of buying until one day one stops, for orders',
+    'BG/NBD + Gamma-Gamma': 'the same law for orders, and one for what an order is worth',
+    'logistic regression': 'on the counters',
+    'PCA + logistic': 'on the principal components of the counters',
+    'LDA + logistic': 'on the direction that separates best',
+    'LightGBM': 'boosted trees on the counters',
+    'MLP regression': 'a network of one hidden layer on the counters; it only ranks',
+    COMMONEST: 'each tier with the share that it has among them',
+}
+
+
+def render_report(figures: Mapping[str, Any]) -> str:
+    """The page as text.
+
+    figures  of `stream.learn.compare.compare`, and `about`: sources (file names), format, currency
+    Promise  the same figures give the same bytes (with the same release of matplotlib).
+    """
+    return render('stream.learn', 'compare.html.j2', {
+        'number': lambda value: f'{value:,}', 'day': day, 'share': partial(_plain, '{:.1%}'),
+        'figure': partial(_plain, '{:,.3f}'), 'amount': partial(_plain, '{:,.2f}'),
+    }, lambda draw: {
+        'about': figures['about'], 'recording': figures['recording'], 'protocol': figures['protocol'],
+        'verdicts': _verdicts(figures['cutoffs']), 'metrics': METRICS, 'contenders': CONTENDERS,
+        'present': _present(figures['cutoffs']), 'references': REFERENCES, 'model': MODEL,
+        'legend': list(_COLOURS.items()), 'question': question, 'interval': interval, 'difference': difference,
+        'cutoffs': [_cutoff(draw, cutoff, figures['about']['currency']) for cutoff in figures['cutoffs']],
+    })
+
+
+# Words
+
+def on_terminal(task: Mapping[str, Any]) -> list[str]:
+    """The contenders of the short table, the model first."""
+    return [name for name in (MODEL, WINDOW, COUNTERS, *REFERENCES) if name in task['contenders']]
+
+
+def question(task: Mapping[str, Any]) -> str:
+    """What is asked of each user."""
+    weeks = f' ({task["days"] // 7} weeks)' if task['days'] > 90 else ''
+    within = f'within {task["days"]} {"day" if task["days"] == 1 else "days"}{weeks}'
+    return f'buys nothing {within}' if task['churn'] else f'buys {within}'
+
+
+def interval(values: Sequence[float], places: int = 3) -> tuple[str, str]:
+    """A figure, and the interval around it."""
+    value, low, high = (_plain(f'{{:,.{places}f}}', value) for value in values)
+    return value, f'{low} to {high}'
+
+
+def difference(values: Sequence[float], places: int = 3) -> tuple[str, str]:
+    """The same with signs; what is too small to show has none."""
+    zero = f'{0:.{places}f}'
+    value, low, high = (_plain(f'{{:+,.{places}f}}', value).replace('-', '−') for value in values)
+    value, low, high = (zero if text[1:] == zero else text for text in (value, low, high))
+    return value, f'{low} to {high}'
+
+
+def _plain(form: str, value: float | None) -> str:
+    return '–' if value is None or math.isnan(value) else form.format(value)
+
+
+def day(at_ms: int) -> str:
+    """As an ISO day, UTC."""
+    return datetime.fromtimestamp(at_ms / 1000, UTC).strftime('%Y-%m-%d')
+
+
+def _verdicts(cutoffs: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How many questions ended how."""
+    counts = {'better': 0, 'no difference shown': 0, 'worse': 0}
+    for cutoff in cutoffs:
+        for task in cutoff['tasks']:
+            if task['verdict']:
+                counts[task['verdict']] += 1
+    return counts
+
+
+def _present(cutoffs: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The contenders that answered anything."""
+    return {name for cutoff in cutoffs for judged in (*cutoff['tasks'], cutoff['spend'], cutoff['tier']) if judged
+            for name in judged['contenders']}
+
+
+# The sections
+
+def _cutoff(draw: Draw, cutoff: Mapping[str, Any], currency: str) -> dict[str, Any]:
+    return {
+        **cutoff,
+        'tasks': [{**task, 'plots': _task_plots(draw, task),
+                   'measures': [metric for metric in METRICS if metric in task['contenders'][MODEL]['metrics']]}
+                  for task in cutoff['tasks']],
+        'spend_plot': cutoff['spend'] and draw.once(
+            partial(_spend_bins, bins=cutoff['spend']['bins'], currency=currency), 2 * _WIDTH, _HEIGHT,
+            'Mean spend by tenths of the forecast: forecast and real.'),
+        'training_plots': _training_plots(draw, cutoff['training']),
+    }
+
+
+def _task_plots(draw: Draw, task: Mapping[str, Any]) -> list[tuple[str, str, Markup]]:
+    """(title, what it shows, plot) of each."""
+    words, rate = question(task), task['base_rate']
+    plots = []
+    for name, title, meaning, axes, chance in (
+            ('roc', 'ROC', 'The further up and left, the better.',
+             ('false alarms among the others', 'found of those it came true for'), ([0, 1], [0, 1])),
+            ('precision_recall', 'Precision and recall', 'The further up, the better; grey: calling anybody at random.',
+             ('found of those it came true for', 'right among the called'), ([0, 1], [rate, rate])),
+            ('gain', 'Gain', 'How many are found by calling only the highest scores; grey: at random.',
+             ('called of all users', 'found of those it came true for'), ([0, 1], [0, 1])),
+            ('lift', 'Lift', 'How many times as many are found as by calling at random.',
+             ('called of all users', 'times as many'), ([0, 1], [1, 1]))):
+        fill = partial(_curves, curves={who: task['curves'][who][name] for who in task['curves']}, labels=axes,
+                       chance=chance, as_share=name != 'lift')
+        plots.append((title, meaning, draw.once(fill, _WIDTH, _HEIGHT, f'{title}: {words}. {meaning}')))
+    meaning = 'Each dot is a tenth of the users; on the grey line a chance means what it says.'
+    plots.insert(2, ('Calibration', meaning, draw.once(
+        partial(_reliability, by_name=task['calibration']), _WIDTH, _HEIGHT, f'Calibration: {words}. {meaning}')))
+    return plots
+
+
+def _training_plots(draw: Draw, training: Sequence[Mapping[str, Any]]) -> list[tuple[str, Markup]]:
+    own = [([epoch['train'] for epoch in part['epochs']], [epoch['validation'] for epoch in part['epochs']])
+           for part in training]
+    plots = [(f'{MODEL.capitalize()}: sum of its tasks’ losses', own)]
+    shared = [name for name in training[0]['network'] if all(name in part['network'] for part in training)]
+    for name in shared[-1:]:        # the longest horizon that it learned is enough to see how it goes
+        plots.append((f'MLP regression on {name}: squared error',
+                      [(part['network'][name]['train'], part['network'][name]['validation']) for part in training]))
+    return [(title, draw.once(partial(_losses, parts=parts), 3 * _WIDTH // 2, _HEIGHT, title))
+            for title, parts in plots]
+
+
+# The drawings
+
+def _curves(figure: Figure, curves: Mapping[str, Any], labels: tuple[str, str], chance: tuple[list, list],
+            as_share: bool) -> None:
+    axes = figure.add_subplot()
+    axes.plot(*chance, color=_CHANCE, linestyle='--', linewidth=1)
+    for name, (x, y) in reversed(curves.items()):       # the model on top
+        axes.plot(x, y, color=_COLOURS[name], linewidth=2 if name == MODEL else 1.3)
+    _share_axis(axes, 'x')
+    if as_share:
+        _share_axis(axes, 'y')
+    else:
+        axes.set_ylim(0, None)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+
+
+def _reliability(figure: Figure, by_name: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    axes = figure.add_subplot()
+    top = max(max(row['score'], row['rate']) for rows in by_name.values() for row in rows) * 1.05
+    axes.plot([0, top], [0, top], color=_CHANCE, linestyle='--', linewidth=1)
+    for name, rows in reversed(by_name.items()):
+        axes.plot([row['score'] for row in rows], [row['rate'] for row in rows], marker='o', markersize=4,
+                  color=_COLOURS[name], linewidth=1.6 if name == MODEL else 1)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(4))
+        axis.set_major_formatter(PercentFormatter(1, decimals=0 if top > 0.05 else 1))
+    axes.set_xlim(0, top)
+    axes.set_ylim(0, top)
+    axes.set_xlabel('chance that was given')
+    axes.set_ylabel('share that came true')
+
+
+def _spend_bins(figure: Figure, bins: Sequence[Mapping[str, float]], currency: str) -> None:
+    axes = figure.add_subplot()
+    places = range(1, len(bins) + 1)
+    axes.bar([place - 0.2 for place in places], [row['forecast'] for row in bins], 0.38, color=_COLOURS[MODEL])
+    axes.bar([place + 0.2 for place in places], [row['spent'] for row in bins], 0.38, color='#E69F00')
+    axes.set_xticks(list(places))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:,.0f}'))
+    axes.set_xlabel('tenths of the users, by forecast')
+    axes.set_ylabel(f'mean spend, {currency}')
+
+
+def _losses(figure: Figure, parts: Sequence[tuple[Sequence[float], Sequence[float]]]) -> None:
+    axes = figure.add_subplot()
+    for place, (train, validation) in enumerate(parts):
+        colour = _PART_COLOURS[place % len(_PART_COLOURS)]
+        axes.plot(range(1, len(train) + 1), train, color=colour, linestyle='--', linewidth=1.2)
+        axes.plot(range(1, len(validation) + 1), validation, color=colour, linewidth=1.8)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlabel('pass over the training moments')
+    axes.set_ylabel('loss')
+
+
+def _share_axis(axes: Axes, which: str) -> None:
+    axis = axes.xaxis if which == 'x' else axes.yaxis
+    axis.set_major_locator(MaxNLocator(4))
+    axis.set_major_formatter(PercentFormatter(1, decimals=0))
+    (axes.set_xlim if which == 'x' else axes.set_ylim)(0, 1)
