@@ -387,7 +387,8 @@ def _segments(asked: Examples) -> dict[str, np.ndarray]:
     """Kinds of users, bool [n] each."""
     orders, active = asked.snapshots.headers['orders'], asked.active
     return {'never ordered': orders == 0, 'ordered once': orders == 1,
-            'ordered 2 to 4 times': (orders > 1) & (orders < 5), 'ordered 5 times or more': orders > 4, f'ordered in the last {ACTIVE_DAYS} days': active,
+            'ordered 2 to 4 times': (orders > 1) & (orders < 5), 'ordered 5 times or more': orders > 4,
+            f'ordered in the last {ACTIVE_DAYS} days': active,
             f'ordered, but not in the last {ACTIVE_DAYS} days': (orders > 0) & ~active}
 
 

@@ -70,7 +70,7 @@ def test_thresholds_and_segments_by_a_recount():
     assert (figures['rows'], figures['positives'], figures['base_rate']) == (1500, TRUTH.sum(), TRUTH.mean())
     at = figures['thresholds'][MODEL]['base rate']
     assert at['threshold'] == TRUTH.mean()
-    assert at['true_positive'] + at['false_positive'] == (CHANCE >= TRUTH.mean()).sum()
+    assert at['true_positive'] + at['false_positive'] == (TRUTH.mean() <= CHANCE).sum()
     assert figures['thresholds'][MODEL]['one half']['threshold'] == 0.5
     segment = figures['segments']['the first half']
     assert (segment['rows'], segment['positives']) == (750, TRUTH[:750].sum())
