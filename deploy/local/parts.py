@@ -147,6 +147,14 @@ def free_port() -> int:
     raise PartError('There is no free port on 127.0.0.1.', 'stop what listens there.')
 
 
+def free_ports(count: int) -> list[int]:
+    """So many different ones."""
+    ports: set[int] = set()
+    while len(ports) < count:       # ends: `free_port` draws from thousands, or raises
+        ports.add(free_port())
+    return list(ports)
+
+
 def answers(url: str) -> bool:
     """Whether a server of this machine says 200, whatever proxy the environment names."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -384,7 +392,7 @@ class Kafka(Part):
         return f'{HOST}:{self.port}'
 
     def _choose_ports(self) -> None:
-        self.port, self._controller_port = free_port(), free_port()
+        self.port, self._controller_port = free_ports(2)
 
     def _command(self) -> tuple[list[str], dict[str, str]]:
         config, data = self.folder / 'server.properties', self.folder / 'data'
@@ -456,7 +464,7 @@ class Triton(Part):
         return f'{HOST}:{self.port}'
 
     def _choose_ports(self) -> None:
-        self.port, self.http_port, self.metrics_port = free_port(), free_port(), free_port()
+        self.port, self.http_port, self.metrics_port = free_ports(3)
 
     def _command(self) -> tuple[list[str], dict[str, str]]:
         models = self.folder / 'models'
