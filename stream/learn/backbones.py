@@ -3,12 +3,13 @@
 `events`, the default, is a small encoder of our own on event tokens: what a slot is, is the sum of embeddings of its
 type, item and category and of its numbers. A query comes last and looks back over all slots; slots see only what came
 before them, so that the state after each slot can foretell the next one (stream.learn.pretrain). b rows, l slots,
-h units.
+h units. The others read the window as text (stream.learn.text_backbones).
 
 Sources: Devlin et al. (2018), BERT, arXiv 1810.04805, from Hugging Face `transformers`, here with causal attention, as
 in Radford et al. (2018). Kang, McAuley (2018), SASRec, arXiv 1808.09781, for causal attention over a shopper's events.
 """
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -23,6 +24,10 @@ from stream.core.features import (
     SLOTS_MAX,
     TYPE_VOCABULARY,
 )
+from stream.errors import UsageError
+from stream.learn.catalogue import WithItems, bag_of_words, item_table, read_catalogue
+from stream.learn.text_backbones import TEXT_BACKBONES, load_text_backbone
+from stream.learn.tuning import tune
 
 _AGE = SLOT_NUMBER_NAMES.index('age_days')
 _DECAY_DAYS = (3.0, 10.0, 30.0, 90.0)       # a slot's weight falls to 1/e in so many days
@@ -44,6 +49,24 @@ class Backbone(Protocol):
 
 
 @dataclass(frozen=True)
+class BackboneOptions:
+    """What reads the window.
+
+    name           'events', or one of TEXT_BACKBONES, which are pretrained
+    source         the folder of a pretrained one, or its id on the hub
+    tuning         which of the pretrained weights move: see stream.learn.tuning
+    learning_rate  of those that move, at its peak; None: what suits the tuning
+    catalogue      a file of what is known of the items (stream.learn.catalogue)
+    """
+
+    name: str = 'events'
+    source: str = ''
+    tuning: str = 'full'
+    learning_rate: float | None = None
+    catalogue: str | None = None
+
+
+@dataclass(frozen=True)
 class EncoderOptions:
     """Sizes: hidden units, encoder layers, attention heads, feed-forward units; dropout share.
 
@@ -57,6 +80,29 @@ class EncoderOptions:
     intermediate: int = 128
     dropout: float = 0.2
     items: bool = False
+
+
+def make_backbone(options: BackboneOptions, encoder: EncoderOptions) -> nn.Module:
+    """The backbone that the options name, ready to be trained; `encoder` is for that of events.
+
+    Errors   UsageError where an option does not suit the others, or there is no such model; InputError where the
+             catalogue cannot be read.
+    """
+    catalogue = read_catalogue(Path(options.catalogue)) if options.catalogue else None
+    if options.name in TEXT_BACKBONES:
+        backbone = load_text_backbone(options.name, options.source, catalogue.category_names() if catalogue else {})
+        # Before it is tuned: what an item's text says is what pretraining knows of it.
+        table = item_table(catalogue, backbone.embed) if catalogue else None
+        tune(backbone, options.tuning)
+    elif options.name != 'events':
+        raise UsageError(f'There is no backbone {options.name!r}.', do=f'use events, {", ".join(TEXT_BACKBONES)}.')
+    elif options.source or options.tuning != 'full':
+        raise UsageError('The backbone of events is not pretrained: there is nothing to load or to keep.',
+                         do='leave source and tuning out, or use a backbone that reads text.')
+    else:
+        backbone = EventsBackbone(encoder)
+        table = item_table(catalogue, bag_of_words) if catalogue else None
+    return backbone if table is None else WithItems(backbone, table)
 
 
 class EventsBackbone(nn.Module):

@@ -23,7 +23,7 @@ from torch import Tensor
 from stream.core.features import padded
 from stream.core.window import DAY_MS, WindowLimits
 from stream.errors import UsageError
-from stream.learn.backbones import EncoderOptions, EventsBackbone
+from stream.learn.backbones import BackboneOptions, EncoderOptions, make_backbone
 from stream.learn.calibrate import SETTLED_ROWS_MIN, calibrate
 from stream.learn.dataset import (
     HORIZON_DAYS,
@@ -36,6 +36,7 @@ from stream.learn.dataset import (
     sample,
 )
 from stream.learn.model import ShopperModel, losses
+from stream.learn.tuning import learning_rate, pretrained
 
 SCORING_ROWS = 256
 YEAR = ('year_sin', 'year_cos')
@@ -51,7 +52,8 @@ class FitOptions:
     validation_share  of the users, for the best epoch and the mixing of the branches
     tiers             tiers of spend: 0 is nothing, the others are equally many of those who spend
     rows_per_epoch    moments drawn for each pass
-    learning_rate     at its peak, after the first `warmup_share` of all steps; a cosine to 0 follows
+    learning_rate     at its peak, after the first `warmup_share` of all steps; a cosine to 0 follows; pretrained
+                      weights have one of their own
     clip_norm         longest gradient
     patience          epochs without a better validation loss before training stops
     counters_decay    the linear branch's ridge: so many rows' worth of evidence for a weight of 0
@@ -63,6 +65,7 @@ class FitOptions:
     examples_max: int = 120_000
     validation_share: float = 0.15
     tiers: int = 5
+    backbone: BackboneOptions = field(default_factory=BackboneOptions)
     encoder: EncoderOptions = field(default_factory=EncoderOptions)
     epochs: int = 8
     rows_per_epoch: int = 6_000
@@ -134,7 +137,7 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
 
     # 2 counters
 
-    model = ShopperModel(EventsBackbone(options.encoder), options.tiers)
+    model = ShopperModel(make_backbone(options.backbone, options.encoder), options.tiers)
     counters = torch.from_numpy(data.inputs.counters)
     # Of one year, its phase is but another name of the time since the recording began.
     ignored = YEAR if known_until_ms - history.start_ms < YEARS_MIN * 365 * DAY_MS else ()
@@ -147,8 +150,8 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
         model.head.bias.copy_(model.counters.head.bias)     # the first step already tells the base rates
     train_rows, validation_rows = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     epoch_rows = min(options.rows_per_epoch, len(train_rows))
-    parameters = [*model.backbone.parameters(), *model.head.parameters()]
-    optimizer, schedule = _optimizer(parameters, options, options.epochs * math.ceil(epoch_rows / options.batch_rows))
+    optimizer, schedule = _optimizer(model, options, options.epochs * math.ceil(epoch_rows / options.batch_rows))
+    moving = _moving(model)
     epochs, best, best_epoch, best_weights = [], math.inf, 0, model.state_dict()
     rng = np.random.default_rng(options.seed)
     for epoch in range(options.epochs):
@@ -161,7 +164,7 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
             loss = _total(parts, options)
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm, error_if_nonfinite=True)
+            torch.nn.utils.clip_grad_norm_(moving, options.clip_norm, error_if_nonfinite=True)
             optimizer.step()
             schedule.step()
             trained += loss.item() * len(rows) / epoch_rows
@@ -246,13 +249,25 @@ def _chunks(data: Examples, rows: np.ndarray, size: int, rng: np.random.Generato
     return [ordered[at:at + size] for at in range(0, len(rows), size)]
 
 
-def _optimizer(parameters: list[torch.nn.Parameter], options: FitOptions, steps: int,
+def _moving(model: ShopperModel) -> list[torch.nn.Parameter]:
+    """What the window's branch trains."""
+    return [weight for weight in (*model.backbone.parameters(), *model.head.parameters()) if weight.requires_grad]
+
+
+def _optimizer(model: ShopperModel, options: FitOptions, steps: int,
                ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW with a linear warm-up and a cosine to 0; only matrices decay."""
-    decay = [parameter for parameter in parameters if parameter.ndim >= 2]
-    keep = [parameter for parameter in parameters if parameter.ndim < 2]
-    optimizer = torch.optim.AdamW([{'params': decay, 'weight_decay': options.weight_decay},
-                                   {'params': keep, 'weight_decay': 0.0}], lr=options.learning_rate)
+    """AdamW with a linear warm-up and a cosine to 0; only matrices decay, and no factors, which are nothing at 1."""
+    tuned = set(pretrained(model.backbone))
+    moving = _moving(model)
+    rated = [(options.learning_rate, options.weight_decay, [weight for weight in moving if weight not in tuned])]
+    if theirs := [weight for weight in moving if weight in tuned]:
+        tuning = options.backbone.tuning
+        rated.append((options.backbone.learning_rate or learning_rate(tuning),
+                      0.0 if tuning == 'ia3' else options.weight_decay, theirs))
+    optimizer = torch.optim.AdamW([
+        {'params': [weight for weight in weights if (weight.ndim >= 2) == matrix], 'lr': rate,
+         'weight_decay': decay if matrix else 0.0}
+        for rate, decay, weights in rated for matrix in (True, False)])
     warmup = max(1, round(steps * options.warmup_share))
 
     def rate(step: int) -> float:
