@@ -9,8 +9,8 @@ A catalogue is a file of JSON lines, or a Parquet file (.parquet), with the colu
 
 Each item becomes a vector: its embedding and its text's, side by side. A text is embedded by the text backbone where
 there is one, else as a hashed bag of words. Events carry an item's bucket, so that the items of a bucket share the
-mean of their vectors. Beside a backbone (`WithItems`), the mean over the window's slots goes through a linear layer and is
-added to the state: late, so that no backbone has to know of it.
+mean of their vectors. Beside a backbone (`WithItems`), the mean over the window's slots goes through a linear layer and
+is added to the state: late, so that no backbone has to know of it.
 
 Source: Weinberger et al. (2009), "Feature Hashing for Large Scale Multitask Learning", arXiv 0902.2206, for signed
 hashing.

@@ -30,8 +30,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 from transformers.utils import logging
 
 from stream.core.events import TYPE_NAMES
@@ -224,7 +223,7 @@ def _packed(ids: Tensor) -> tuple[Tensor, Tensor]:
     real = ids >= 0
     count = real.sum(1)
     places = torch.where(real, real.long().cumsum(1) - 1, ids.shape[1])    # no token: to a column that is cut off
-    packed = torch.zeros_like(pad(ids, (0, 1))).scatter(1, places, ids)
+    packed = torch.zeros_like(torch.cat([ids, ids[:, :1]], 1)).scatter(1, places, ids)
     longest = count.amax()
     return packed[:, :longest], (torch.arange(ids.shape[1], device=ids.device) < count[:, None])[:, :longest]
 
@@ -238,22 +237,21 @@ def load_text_backbone(name: str, source: str, category_names: Mapping[int, str]
         raise UsageError(f'{name!r} is no backbone that reads text.', do=f'use one of {", ".join(TEXT_BACKBONES)}.')
     if not source:
         raise UsageError(f'The backbone {name} is pretrained.', do='name its folder, or its id on the hub.')
-    model, options = (T5EncoderModel, {}) if name == 't5' else (AutoModel, {})
-    if name == 'bert':
-        options = {'add_pooling_layer': False}
     try:
         with _quiet():
+            kind = AutoConfig.from_pretrained(source).model_type
+            if kind != name:
+                raise UsageError(f'{source!r} holds a {kind}, not a {name}.',
+                                 do='name the backbone that it holds, or another folder.')
             # Eager attention is what torch exports as plain operations.
-            reader, found = model.from_pretrained(source, attn_implementation='eager', dtype=torch.float32,
-                                                  output_loading_info=True, **options)
+            reader, found = (T5EncoderModel if name == 't5' else AutoModel).from_pretrained(
+                source, attn_implementation='eager', dtype=torch.float32, output_loading_info=True,
+                **({'add_pooling_layer': False} if name == 'bert' else {}))
             tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f'No pretrained {name} can be loaded from {source!r}: {str(error).splitlines()[0]}',
                          do='name a folder that holds config.json, model.safetensors and tokenizer.json, or an id of '
                             'the hub while it can be reached.') from error
-    if reader.config.model_type != name:
-        raise UsageError(f'{source!r} holds a {reader.config.model_type}, not a {name}.',
-                         do='name the backbone that it holds, or another folder.')
     if found['missing_keys']:
         raise UsageError(f'{source!r} lacks weights: {", ".join(sorted(found["missing_keys"])[:3])}, ..',
                          do='use a checkpoint of the whole model.')
