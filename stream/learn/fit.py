@@ -158,8 +158,8 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
         model.train()
         trained = 0.0
         drawn = _chunks(data, rng.choice(train_rows, epoch_rows, replace=False), options.batch_rows, rng)
-        for rows in track(rng.permutation(np.array(drawn, object)), f'epoch {epoch + 1}', console=console,
-                          transient=True, disable=not console.is_terminal):
+        for rows in track([drawn[place] for place in rng.permutation(len(drawn))], f'epoch {epoch + 1}',
+                          console=console, transient=True, disable=not console.is_terminal):
             parts = losses(_window_logits(model, data, rows), *(label[rows] for label in labels))
             loss = _total(parts, options)
             optimizer.zero_grad()
