@@ -41,7 +41,7 @@ RATES = {'full': 1e-2, 'lora': 3e-2, 'ia3': 3e-1, 'prefix': 3e-1, 'freeze': 1e-2
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
-    return {name: str(save_tiny(name, tmp_path_factory.mktemp(name))) for name in TEXT_BACKBONES}
+    return {name: str(save_tiny(name, tmp_path_factory.mktemp(name), positions=64)) for name in TEXT_BACKBONES}
 
 
 @pytest.fixture(scope='module')
@@ -75,7 +75,7 @@ def test_what_is_tuned_moves_learns_and_is_served(name, tuning, folders, history
     monkeypatch.setattr(fit_module, 'make_backbone', recorded)
     # The heads stand still where a backbone moves, so that what is learned is the backbone's.
     fitted = fit(history, range(40), history.end_ms, FitOptions(
-        examples=ExampleOptions(2, (1, 0, 0)), validation_share=0.3, epochs=3, rows_per_epoch=60, batch_rows=20,
+        examples=ExampleOptions(2, 1.0), validation_share=0.3, epochs=3, rows_per_epoch=10_000, batch_rows=20,
         learning_rate=0.05 if tuning == 'frozen' else 0.0,
         backbone=BackboneOptions(name, folders[name], tuning, RATES.get(tuning.partition(':')[0]))),
         WindowLimits(), Console(quiet=True))
@@ -143,7 +143,8 @@ def test_what_cannot_be_tuned_says_so(folders):
     for name in ('distilbert', 't5'):
         with pytest.raises(UsageError, match=f'prefix cannot be put before a {name}'):
             make_backbone(BackboneOptions(name, folders[name], 'prefix'), EncoderOptions())
-    for tuning in ('', 'freeze', 'freeze:', 'freeze:heads', 'freeze:layers=0', 'freeze:layers=1,', 'embeddings', 'qlora'):
+    for tuning in ('', 'freeze', 'freeze:', 'freeze:heads', 'freeze:layers=0', 'freeze:layers=1,', 'embeddings',
+                   'qlora'):
         with pytest.raises(UsageError, match='no way to tune'):
             make_backbone(BackboneOptions('bert', folders['bert'], tuning), EncoderOptions())
     with pytest.raises(UsageError, match='has 2 layers, not 3'):
