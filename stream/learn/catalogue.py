@@ -85,7 +85,8 @@ def read_catalogue(path: Path) -> Catalogue:
     if not widths and not any(row.text for row in rows):
         raise InputError(f'The catalogue {path} has neither a text nor an embedding.', do='write one of the columns.')
     width = widths.pop() if widths else 0
-    embeddings = np.array([row.embedding or [0.0] * width for row in rows], np.float32).reshape(len(rows), width)
+    with np.errstate(over='ignore'):    # what is too large becomes infinite, and is refused as such
+        embeddings = np.array([row.embedding or [0.0] * width for row in rows], np.float32).reshape(len(rows), width)
     if not np.isfinite(embeddings).all():
         raise InputError(f'The embeddings in {path} are not all finite.', do='leave such items out.')
     return Catalogue([row.item_id for row in rows], [row.text or '' for row in rows], embeddings,

@@ -103,7 +103,7 @@ def export_graph(model: torch.nn.Module, path: Path) -> None:
         warnings.filterwarnings('ignore', category=DeprecationWarning)
         # Shapes read as Python numbers become constants; the tests at other shapes show that none of them matters.
         warnings.filterwarnings('ignore', category=torch.jit.TracerWarning)
-        # Transformers looks its masks up by places that it counts itself, so none of them is negative.
+        # Of the places by which masks and tables are looked up none is negative.
         warnings.filterwarnings('ignore', 'Exporting aten::index operator of advanced indexing', UserWarning)
         torch.onnx.export(
             model, (categories, numbers, torch.zeros(2, COUNTERS), torch.arange(2)[:, None]), path, dynamo=False,
