@@ -114,8 +114,7 @@ def compare(
                          'currency': settings.currency}}
     figures |= comparing.compare(history, times_ms or comparing.default_cutoffs(history), options, say)
     out.mkdir(parents=True, exist_ok=True)
-    as_json = orjson.dumps(figures, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY)
-    for name, content in (('figures.json', as_json + b'\n'),
+    for name, content in (('figures.json', orjson.dumps(figures, option=orjson.OPT_INDENT_2) + b'\n'),
                           ('index.html', reporting.render_report(figures).encode())):
         with written(out / name) as file:
             file.write(content)

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from io import StringIO
 from multiprocessing import active_children, get_context
@@ -114,15 +115,16 @@ def compare(history: History, cutoffs_ms: Sequence[int], options: CompareOptions
     cutoffs = [_Cutoff.of(history, at_ms, options) for at_ms in cutoffs_ms]
     jobs = [(history, cutoff.at_ms, part, cutoff.tasks, options) for cutoff in cutoffs for part in range(options.folds)]
     found: dict[int, list[FoldScores]] = {cutoff.at_ms: [] for cutoff in cutoffs}
-    for (_, at_ms, part, *_), scores in zip(jobs, _run(score_fold, jobs, options.processes), strict=True):
-        found[at_ms].append(scores)
-        training = scores.training
-        say(f'{day_of(at_ms)}, part {part + 1} of {options.folds}: {len(scores.user):,} users scored by what '
-            f'{training["users"]:,} others taught ({training["moments"]:,} moments, best pass {training["best_epoch"]} '
-            f'of {len(training["epochs"])}), after {time.monotonic() - began:.0f} s')
-    questions = [(cutoff.at_ms, *question) for cutoff in cutoffs
-                 for question in _questions(cutoff, found[cutoff.at_ms], options)]
-    judged = list(_run(_judge, [question[2:] for question in questions], options.processes))
+    with _runner(min(options.processes, len(jobs))) as run:
+        for (_, at_ms, part, *_), scores in zip(jobs, run(score_fold, jobs), strict=True):
+            found[at_ms].append(scores)
+            training = scores.training
+            say(f'{day_of(at_ms)}, part {part + 1} of {options.folds}: {len(scores.user):,} users scored by what '
+                f'{training["users"]:,} others taught ({training["moments"]:,} moments, best pass '
+                f'{training["best_epoch"]} of {len(training["epochs"])}), after {time.monotonic() - began:.0f} s')
+        questions = [(cutoff.at_ms, *question) for cutoff in cutoffs
+                     for question in _questions(cutoff, found[cutoff.at_ms], options)]
+        judged = list(run(_judge, [question[2:] for question in questions]))
     say(f'{options.resamples} resamples of the users for {len(questions)} questions, '
         f'after {time.monotonic() - began:.0f} s')
     answers = {(at_ms, name): figures for (at_ms, name, *_), figures in zip(questions, judged, strict=True)}
@@ -244,16 +246,16 @@ def score_fold(history: History, at_ms: int, part: int, tasks: list[Task], optio
          'network': contenders.network_curves})
 
 
-def _run(function: Callable[..., Any], jobs: list[tuple], processes: int) -> Iterator[Any]:
-    """The function's answers to the jobs, in their order."""
+@contextmanager
+def _runner(processes: int) -> Iterator[Callable[[Callable, list[tuple]], Iterator[Any]]]:
+    """What gives a function's answers to jobs, in their order."""
     if processes == 1:
-        yield from (function(*job) for job in jobs)
+        yield lambda function, jobs: (function(*job) for job in jobs)
         return
     # Forked, a process would inherit the threads' locks, but not the threads.
-    with ProcessPoolExecutor(min(processes, len(jobs)), get_context('spawn'), signal.signal,
-                             (signal.SIGINT, signal.SIG_IGN)) as pool:
+    with ProcessPoolExecutor(processes, get_context('spawn'), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         try:
-            yield from pool.map(function, *zip(*jobs, strict=True))
+            yield lambda function, jobs: pool.map(function, *zip(*jobs, strict=True))
         except BaseException:
             for process in active_children():       # else the pool would wait for what nobody asks for any more
                 process.terminate()
@@ -312,7 +314,8 @@ class _Contenders:
                     self._scores[key] = contender.predict(self._test)
                     if isinstance(contender, Network):
                         self.network_curves[task.name] = {
-                            'train': contender.loss_curve, 'validation': contender.validation_curve}
+                            'train': list(map(float, contender.loss_curve)),
+                            'validation': contender.validation_curve}
             except UsageError as error:
                 self.left_out.append((task.name, name, error.problem))
                 continue

@@ -1,0 +1,343 @@
+"""The protocol: what is asked, who is taught by whom, and that nothing of the future or of the judged gets in."""
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import orjson
+import pytest
+
+pytest.importorskip('torch', reason='torch is not installed: pip install stream-scoring[train]')
+
+from typer.testing import CliRunner
+
+from stream.cli import app
+from stream.core.events import EventRules, EventType
+from stream.core.window import DAY_MS
+from stream.errors import UsageError
+from stream.learn import compare as comparing
+from stream.learn.backbones import EncoderOptions
+from stream.learn.compare import (
+    CompareOptions,
+    Task,
+    compare,
+    day_of,
+    default_cutoffs,
+    fold_of,
+    known_until,
+    score_fold,
+)
+from stream.learn.compare_report import CONTENDERS, difference, interval, question, render_report
+from stream.learn.dataset import HORIZON_DAYS, ExampleOptions, History, history_of, part_of, read
+from stream.learn.fit import FitOptions
+from stream.learn.judge import COUNTERS, MODEL, WINDOW
+from stream.replay.recording import Recording
+
+FIT = FitOptions(encoder=EncoderOptions(hidden=16, layers=1, heads=2, intermediate=32), epochs=2, rows_per_epoch=400,
+                 examples=ExampleOptions(90, 2))
+OPTIONS = CompareOptions(seed=3, folds=2, resamples=30, fit=FIT)
+NASTY = '''<script>alert("1")</script>'&amp;'''
+
+
+def ms(day: str) -> int:
+    return int(np.datetime64(day, 'ms').astype(np.int64))
+
+
+def spanning(first: str, last: str) -> History:
+    """A recording of nothing, with a beginning and an end."""
+    return History([], [], 0, ms(first), ms(last) + DAY_MS // 2, True)
+
+
+@pytest.fixture(scope='module')
+def history(lines) -> History:
+    return read(lines, EventRules())
+
+
+@pytest.fixture(scope='module')
+def cut_ms(history) -> int:
+    return default_cutoffs(history)[0]
+
+
+@pytest.fixture(scope='module')
+def figures(history, cut_ms) -> dict:
+    """Of one cut-off, in this process."""
+    said = []
+    found = compare(history, [cut_ms], OPTIONS, said.append)
+    assert [line.split(':')[0] for line in said[:2]] == [f'{day_of(cut_ms)}, part {part} of 2' for part in (1, 2)]
+    return found
+
+
+# ---- cut-offs and questions -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(('first', 'last', 'cutoffs'), [
+    ('1997-01-01', '1998-06-30', ['1997-09-30', '1998-04-01']),
+    ('2010-12-01', '2011-12-09', ['2011-09-10', '2011-11-09']),
+    ('2014-04-15', '2014-08-15', ['2014-07-16']),
+    ('2014-01-01', '2017-01-01', ['2016-04-03', '2016-10-03']),
+])
+def test_default_cutoffs(first, last, cutoffs):
+    assert [day_of(at_ms) for at_ms in default_cutoffs(spanning(first, last))] == cutoffs
+
+
+def test_too_short_a_recording_has_no_cutoff():
+    with pytest.raises(UsageError, match=r'50 days are too few.*--at'):
+        default_cutoffs(spanning('2014-01-01', '2014-02-20'))
+
+
+def test_a_cutoff_outside_the_recording_is_refused(history):
+    for at_ms in (history.start_ms, known_until(history)):
+        with pytest.raises(UsageError, match='nothing to learn from'):
+            compare(history, [at_ms], OPTIONS, print)
+
+
+def test_questions_are_those_that_are_settled_and_have_both_answers(history, cut_ms, figures):
+    cutoff = figures['cutoffs'][0]
+    end_ms = known_until(history)
+    asked, skipped = ({task['name'] for task in cutoff[part]} for part in ('tasks', 'skipped'))
+    assert asked | skipped == {*(f'purchase_{days}d' for days in HORIZON_DAYS), 'churn_90d'}
+    assert {'purchase_30d', 'purchase_90d', 'churn_90d'} <= asked
+    assert skipped >= {f'purchase_{days}d' for days in HORIZON_DAYS if cut_ms + days * DAY_MS > end_ms} != set()
+    for task in cutoff['tasks']:        # recounted from the events
+        lives = [[event for event in events if event.ts_ms < cut_ms] for events in history.events]
+        came = [any(event.type == EventType.PURCHASE and 0 <= event.ts_ms - cut_ms < task['days'] * DAY_MS
+                    for event in events) for events in history.events]
+        active = [any(event.type == EventType.PURCHASE and cut_ms - event.ts_ms <= 90 * DAY_MS for event in life)
+                  for life in lives]
+        if task['churn']:
+            assert (task['rows'], task['positives']) == (
+                sum(active), sum(one and not other for one, other in zip(active, came, strict=True)))
+        else:
+            assert (task['rows'], task['positives']) == (
+                sum(map(bool, lives)), sum(bool(life) and one for life, one in zip(lives, came, strict=True)))
+
+
+def test_rare_answers_are_not_asked_for(history, monkeypatch, cut_ms):
+    monkeypatch.setattr(comparing, 'POSITIVES_MIN', 10_000)
+    cutoff = comparing._Cutoff.of(history, cut_ms, OPTIONS)
+    assert cutoff.tasks == []
+    assert any('users on one side, 10000 are asked for' in reason for _, reason in cutoff.skipped)
+
+
+def test_cdnow_as_published(real_data):
+    """The cut-offs, customers and repeat buyers of the set on which BG/NBD was shown, by our reading of it."""
+    recording = Recording([real_data / 'cdnow' / 'CDNOW_master.txt.gz'], 'cdnow')
+    recording.scan()
+    cdnow = read((value for block in recording.blocks(10_000, 1 << 62) for value in block.values), EventRules())
+    cutoffs = [comparing._Cutoff.of(cdnow, at_ms, OPTIONS) for at_ms in default_cutoffs(cdnow)]
+    assert [day_of(cutoff.at_ms) for cutoff in cutoffs] == ['1997-09-30', '1998-04-01']
+    assert [len(cutoff.asked) for cutoff in cutoffs] == [16_585, 16_585]
+    assert [task.name for task in cutoffs[0].tasks] == [
+        'purchase_1d', 'purchase_7d', 'purchase_30d', 'purchase_90d', 'purchase_273d', 'churn_90d']
+
+
+# ---- who is taught by whom ------------------------------------------------------------------------------------------
+
+def test_folds_cut_the_users_and_leave_each_training_its_validation_users():
+    users = [f'user {number}' for number in range(6000)]
+    options = replace(OPTIONS, folds=3)
+    parts = np.array([fold_of(user, options) for user in users])
+    assert (abs(np.bincount(parts, minlength=3) - 2000) < 150).all()
+    validation = np.array([part_of(user, (0.15,), options.seed) == 0 for user in users])
+    for part in range(3):
+        assert 0.12 < validation[parts != part].mean() < 0.18
+
+
+def test_everybody_is_scored_once(history, cut_ms):
+    tasks = [Task(2)]
+    found = [score_fold(history, cut_ms, part, tasks, OPTIONS) for part in range(2)]
+    users = np.concatenate([scores.user for scores in found])
+    seen = [user for user, events in enumerate(history.events) if events[0].ts_ms < cut_ms]
+    assert sorted(users.tolist()) == seen
+    for part, scores in enumerate(found):
+        assert {fold_of(history.user_ids[user], OPTIONS) for user in scores.user} == {part}
+        assert all(len(scored.scores) == len(scores.user) for scored in scores.chances['purchase_30d'].values())
+
+
+def test_neither_the_future_nor_the_judged_teach(history, cut_ms):
+    """What comes after the cut-off is taken away, and what the judged did before it: the training is the same. What is
+    foretold of the judged is the same without the future, too."""
+    tasks = [Task(2), Task(3, churn=True)]
+
+    def scored(changed: History):
+        return score_fold(changed, cut_ms, 0, tasks, OPTIONS)
+
+    whole = scored(history)
+    blind = scored(replace(history.before(cut_ms), end_ms=history.end_ms))
+    ids = [[changed.user_ids[user] for user in scores.user] for changed, scores in
+           ((history, whole), (history.before(cut_ms), blind))]
+    assert ids[0] == ids[1]
+    assert whole.training == blind.training
+    for task, by_name in whole.chances.items():
+        for name, scores in by_name.items():
+            assert np.array_equal(scores.scores, blind.chances[task][name].scores), name
+    assert np.array_equal(whole.spend[MODEL], blind.spend[MODEL])
+    assert not np.array_equal(whole.tier, blind.tier)       # the answers, of course, are not
+
+    others = {user_id: events if fold_of(user_id, OPTIONS) else events[:1]
+              for user_id, events in zip(history.user_ids, history.events, strict=True)}
+    assert scored(history_of(others)).training == whole.training
+
+
+def test_a_horizon_that_is_not_settled_is_told_from_the_longest_that_is(history, cut_ms):
+    tasks = [Task(horizon) for horizon in range(len(HORIZON_DAYS))]
+    chances = score_fold(history, cut_ms, 0, tasks, OPTIONS).chances
+    assert chances['purchase_7d']['logistic regression'].is_chance
+    far = chances['purchase_273d']
+    assert not far['logistic regression'].is_chance
+    assert far['BG/NBD'].is_chance
+    assert far[MODEL].is_chance
+    assert (far[MODEL].scores >= chances['purchase_90d'][MODEL].scores).all()
+    assert (far['BG/NBD'].scores[far['BG/NBD'].scores > 0] <= 1).all()
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+def test_figures_are_there_of_everybody(figures):
+    cutoff = figures['cutoffs'][0]
+    for task in cutoff['tasks']:
+        assert {MODEL, WINDOW, COUNTERS, 'BG/NBD', 'logistic regression', 'LightGBM', 'recency rule',
+                'past spend'} <= set(task['contenders'])
+        assert set(task['contenders']) <= set(CONTENDERS)
+    month = next(task for task in cutoff['tasks'] if task['name'] == 'purchase_30d')
+    assert month['contenders']['logistic regression']['metrics']['auc'][0] > 0.6     # shoppers differ, and it shows
+    assert set(cutoff['spend']['contenders']) >= {MODEL, 'BG/NBD + Gamma-Gamma', 'LightGBM'}
+    assert np.sum(cutoff['tier']['confusion']) == cutoff['tier']['rows'] == cutoff['users']
+    assert [len(part['epochs']) for part in cutoff['training']] == [2, 2]
+    assert set(cutoff['training'][0]['network']) <= {task['name'] for task in cutoff['tasks']} != set()
+
+
+def test_without_prices_nothing_is_said_of_money(lines, cut_ms):
+    bare = [orjson.dumps({name: value for name, value in orjson.loads(line).items() if name != 'price'})
+            for line in lines]
+    found = score_fold(read(bare, EventRules()), cut_ms, 0, [Task(2)], OPTIONS)
+    assert (found.spend, found.tiers) == ({}, {})
+    assert not {'past spend', 'spend of 90 days'} & set(found.chances['purchase_30d'])
+
+
+def test_processes_do_not_show(history, cut_ms, figures):
+    again = compare(history, [cut_ms], replace(OPTIONS, processes=2), lambda line: None)
+    assert orjson.dumps(again) == orjson.dumps(figures)
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+class Page(HTMLParser):
+    """Tags with their attributes, what is left open, text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in {'meta', 'br'}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return ' '.join(''.join(self.words).split())
+
+
+@pytest.fixture(scope='module')
+def told(figures) -> dict:
+    return {'about': {'sources': [NASTY], 'format': 'events', 'currency': 'EUR'}} | figures
+
+
+def test_the_page_says_what_the_figures_say(told, cut_ms):
+    page = Page(render_report(told))
+    assert page.open == []
+    for words in (f'As of {day_of(cut_ms)}', 'A user buys within 30 days', 'A user buys nothing within 90 days', 'EUR',
+                  'Tier of spend in 90 days', 'the recording ends before it is settled'):
+        assert words in page.text
+    for task in told['cutoffs'][0]['tasks']:
+        value, bounds = interval(task['contenders'][MODEL]['metrics']['auc'])
+        assert f'{value}{bounds}' in page.text
+        assert ''.join(difference(task['contenders'][task['best_reference']]['model_less']['auc'])) in page.text
+
+
+def test_the_page_needs_nothing_and_runs_nothing(told):
+    html = render_report(told)
+    page = Page(html)
+    assert NASTY in page.text
+    assert not {'script', 'link', 'img', 'iframe', 'object', 'image'} & {tag for tag, _ in page.tags}
+    assert all(attributes.get(name, '#').startswith('#') for _, attributes in page.tags
+               for name in ('href', 'xlink:href', 'src'))
+    plots = [attributes for tag, attributes in page.tags if tag == 'svg' and 'plot' in attributes.get('class', '')]
+    assert len(plots) == 5 * len(told['cutoffs'][0]['tasks']) + 1 + 2
+    assert all(plot['aria-label'] for plot in plots)
+    ids = [attributes['id'] for _, attributes in page.tags if 'id' in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_the_page_is_made_of_the_written_figures_and_the_same_each_time(told):
+    assert render_report(orjson.loads(orjson.dumps(told))) == render_report(told)
+
+
+def test_words_of_figures():
+    assert interval([0.8412, 0.8, float('nan')]) == ('0.841', '0.800 to –')
+    assert difference([0.0123, -0.0002, 0.025]) == ('+0.012', '0.000 to +0.025')
+    assert difference([-0.5, None, 0]) == ('−0.500', '– to 0.000')
+    assert question({'days': 273, 'churn': False}) == 'buys within 273 days (39 weeks)'
+    assert question({'days': 1, 'churn': False}) == 'buys within 1 day'
+    assert question({'days': 90, 'churn': True}) == 'buys nothing within 90 days'
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def run(lines, tmp_path, monkeypatch, figures):
+    """`stream compare` in a folder, with figures that are there already."""
+    asked = []
+
+    def made(history, cutoffs_ms, options, say):
+        asked.append((len(history), cutoffs_ms, options))
+        return figures
+
+    monkeypatch.setattr(comparing, 'compare', made)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'events.jsonl').write_bytes(b'\n'.join(lines))
+
+    def run(*arguments):
+        return CliRunner().invoke(app, ['compare', 'events.jsonl', *arguments]), asked
+
+    return run
+
+
+def test_the_command_writes_the_page_and_the_figures(run, tmp_path, lines, cut_ms, figures):
+    done, asked = run('--folds', '4', '--seed', '11', '--at', '2024-05-06', '--at', '2024-04-01', '--out', 'there')
+    assert done.exit_code == 0, done.output
+    (events, cutoffs, options), = asked
+    assert (events, cutoffs) == (len(lines), [ms('2024-04-01'), ms('2024-05-06')])
+    assert (options.folds, options.seed) == (4, 11)
+    assert '<html' in (tmp_path / 'there' / 'index.html').read_text()
+    kept = orjson.loads((tmp_path / 'there' / 'figures.json').read_bytes())
+    assert kept['about']['sources'] == ['events.jsonl']
+    assert kept['cutoffs'] == orjson.loads(orjson.dumps(figures['cutoffs']))
+    assert 'buys within 30 days' in done.stdout
+    assert interval(figures['cutoffs'][0]['tasks'][0]['contenders'][MODEL]['metrics']['auc'])[0] in done.stdout
+
+
+def test_the_command_finds_its_cutoffs(run, cut_ms):
+    _, asked = run()
+    assert asked[0][1][0] == cut_ms
+
+
+def test_the_command_says_what_is_wrong(run, tmp_path):
+    (tmp_path / 'taken').touch()
+    for arguments, words in ((('--at', 'yesterday'), 'yesterday is no time'), (('--out', 'taken'), 'is a file')):
+        done, asked = run(*arguments)
+        assert isinstance(done.exception, UsageError)
+        assert words in str(done.exception)
+        assert not asked
