@@ -118,7 +118,7 @@ def compare(
                           ('index.html', reporting.render_report(figures).encode())):
         with written(out / name) as file:
             file.write(content)
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(_standing(figures, reporting))
+    Console(width=None if sys.stdout.isatty() else 150, highlight=False).print(_standing(figures, reporting))
     say(f'report: {out / "index.html"}')
 
 
@@ -149,6 +149,10 @@ def predict(
             file.write(line + b'\n')
             lines += 1
     say(f'{lines:,} users as of {datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d %H:%M} UTC: {out}')
+
+
+def _with_range(value: str = '', bounds: str = '') -> str:
+    return f'{value} ({bounds})' if value else ''
 
 
 def time_ms(text: str) -> int:
@@ -193,17 +197,18 @@ def _learning(module: str) -> Any:
 def _standing(figures: dict[str, Any], reporting: Any) -> Table:
     """Who ranks how well, question by question: AUROC with its interval."""
     table = Table(title='AUROC [95 % over users]: 0.5 is guessing, 1 is perfect', title_justify='left')
-    for column in ('as of', 'a user…', 'true for', 'who', 'AUROC', 'our model less it', ''):
-        table.add_column(column, justify='right' if column in ('true for', 'AUROC', 'our model less it') else 'left')
+    for column in ('as of', 'a user…', 'who', 'AUROC', 'our model less it', 'our model is'):
+        figure = column in ('AUROC', 'our model less it')
+        table.add_column(column, justify='right' if figure else 'left', no_wrap=figure)
     for cutoff in figures['cutoffs']:
         for task in cutoff['tasks']:
-            true_for = f'{task["base_rate"]:.1%} of {task["rows"]:,}'
-            asked = reporting.day(cutoff['at_ms']), reporting.question(task), true_for
+            asked = [(reporting.day(cutoff['at_ms']), reporting.question(task)),
+                     ('', f'true for {task["base_rate"]:.1%} of {task["rows"]:,}')]
             for place, name in enumerate(reporting.on_terminal(task)):
+                at, about = asked[place] if place < len(asked) else ('', '')
                 scored = task['contenders'][name]
-                less = ' '.join(reporting.difference(scored['model_less']['auc'])) if scored['model_less'] else ''
-                table.add_row(*(asked if place == 0 else ('', '', '')), name,
-                              ' '.join(reporting.interval(scored['metrics']['auc'])), less,
-                              task['verdict'] if name == task['best_reference'] else '')
+                less = reporting.difference(scored['model_less']['auc']) if scored['model_less'] else ()
+                table.add_row(at, about, name, _with_range(*reporting.interval(scored['metrics']['auc'])),
+                              _with_range(*less), task['verdict'] if name == task['best_reference'] else '')
             table.add_section()
     return table

@@ -123,10 +123,10 @@ def _cutoff(draw: Draw, cutoff: Mapping[str, Any], currency: str) -> dict[str, A
         'tasks': [{**task, 'plots': _task_plots(draw, task),
                    'measures': [metric for metric in METRICS if metric in task['contenders'][MODEL]['metrics']]}
                   for task in cutoff['tasks']],
-        'spend_plot': cutoff['spend'] and draw.once(
-            partial(_spend_bins, bins=cutoff['spend']['bins'], currency=currency), 2 * _WIDTH, _HEIGHT,
+        'spend_plot': cutoff['spend'] and draw.twice(
+            partial(_spend_bins, bins=cutoff['spend']['bins'], currency=currency), _HEIGHT,
             'Mean spend by tenths of the forecast: forecast and real.'),
-        'training_plots': _training_plots(draw, cutoff['training']),
+        'training_plots': _training_plots(draw, cutoff['training'], cutoff['tasks']),
     }
 
 
@@ -152,14 +152,17 @@ def _task_plots(draw: Draw, task: Mapping[str, Any]) -> list[tuple[str, str, Mar
     return plots
 
 
-def _training_plots(draw: Draw, training: Sequence[Mapping[str, Any]]) -> list[tuple[str, Markup]]:
+def _training_plots(draw: Draw, training: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]],
+                    ) -> list[tuple[str, Markup]]:
     own = [([epoch['train'] for epoch in part['epochs']], [epoch['validation'] for epoch in part['epochs']])
            for part in training]
     plots = [(f'{MODEL.capitalize()}: sum of its tasks’ losses', own)]
-    shared = [name for name in training[0]['network'] if all(name in part['network'] for part in training)]
-    for name in shared[-1:]:        # the longest horizon that it learned is enough to see how it goes
-        plots.append((f'MLP regression on {name}: squared error',
-                      [(part['network'][name]['train'], part['network'][name]['validation']) for part in training]))
+    learned = [task for task in tasks
+               if not task['churn'] and all(task['name'] in part['network'] for part in training)]
+    for task in learned[-1:]:       # the longest horizon that it learned is enough to see how it goes
+        networks = [part['network'][task['name']] for part in training]
+        plots.append((f'MLP regression, “{question(task)}”: squared error',
+                      [(network['train'], network['validation']) for network in networks]))
     return [(title, draw.once(partial(_losses, parts=parts), 3 * _WIDTH // 2, _HEIGHT, title))
             for title, parts in plots]
 

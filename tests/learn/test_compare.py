@@ -275,7 +275,7 @@ def test_the_page_needs_nothing_and_runs_nothing(told):
     assert all(attributes.get(name, '#').startswith('#') for _, attributes in page.tags
                for name in ('href', 'xlink:href', 'src'))
     plots = [attributes for tag, attributes in page.tags if tag == 'svg' and 'plot' in attributes.get('class', '')]
-    assert len(plots) == 5 * len(told['cutoffs'][0]['tasks']) + 1 + 2
+    assert len(plots) == 5 * len(told['cutoffs'][0]['tasks']) + 2 + 2
     assert all(plot['aria-label'] for plot in plots)
     ids = [attributes['id'] for _, attributes in page.tags if 'id' in attributes]
     assert len(ids) == len(set(ids))
