@@ -8,9 +8,10 @@ h units. The others read the window as text (stream.learn.text_backbones).
 Sources: Devlin et al. (2018), BERT, arXiv 1810.04805, from Hugging Face `transformers`, here with causal attention, as
 in Radford et al. (2018). Kang, McAuley (2018), SASRec, arXiv 1808.09781, for causal attention over a shopper's events.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,14 @@ from stream.core.features import (
 )
 from stream.errors import UsageError
 from stream.learn.catalogue import WithItems, bag_of_words, item_table, read_catalogue
-from stream.learn.text_backbones import TEXT_BACKBONES, load_text_backbone
-from stream.learn.tuning import tune
+from stream.learn.text_backbones import (
+    TEXT_BACKBONES,
+    TextBackbone,
+    TextName,
+    load_text_backbone,
+    untrained_reader,
+)
+from stream.learn.tuning import prefix_tokens, put_prefix, tune
 
 _AGE = SLOT_NUMBER_NAMES.index('age_days')
 _DECAY_DAYS = (3.0, 10.0, 30.0, 90.0)       # a slot's weight falls to 1/e in so many days
@@ -90,9 +97,10 @@ def make_backbone(options: BackboneOptions, encoder: EncoderOptions) -> nn.Modul
     """
     catalogue = read_catalogue(Path(options.catalogue)) if options.catalogue else None
     if options.name in TEXT_BACKBONES:
-        backbone = load_text_backbone(options.name, options.source, catalogue.category_names() if catalogue else {})
+        backbone, tokenizer = load_text_backbone(options.name, options.source,
+                                                 catalogue.category_names() if catalogue else {})
         # Before it is tuned: what an item's text says is what pretraining knows of it.
-        table = item_table(catalogue, backbone.embed) if catalogue else None
+        table = item_table(catalogue, partial(backbone.embed, tokenizer)) if catalogue else None
         tune(backbone, options.tuning)
     elif options.name != 'events':
         raise UsageError(f'There is no backbone {options.name!r}.', do=f'use events, {", ".join(TEXT_BACKBONES)}.')
@@ -105,11 +113,66 @@ def make_backbone(options: BackboneOptions, encoder: EncoderOptions) -> nn.Modul
     return backbone if table is None else WithItems(backbone, table)
 
 
+@dataclass(frozen=True)
+class Description:
+    """A backbone but for its weights: what it takes to make it again where neither its source nor the catalogue is.
+
+    encoder             sizes of that of events
+    reader              configuration of a pretrained one, as `transformers` writes it
+    tables              shapes of its token tables
+    category_names      of category buckets, as it calls them
+    tokens_max          the longest text, beside a prefix
+    prefix_tokens       of prefix tuning
+    catalogue_columns   of the table of items; 0: there is none
+    """
+
+    name: Literal['events'] | TextName
+    encoder: EncoderOptions | None = None
+    reader: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    category_names: dict[int, str] = field(default_factory=dict)
+    tokens_max: int = 0
+    prefix_tokens: int = 0
+    catalogue_columns: int = 0
+
+
+def describe(backbone: nn.Module) -> Description:
+    """The description of a backbone; LoRA and IA3 are to be merged before."""
+    if isinstance(backbone, WithItems):
+        return replace(describe(backbone.backbone), catalogue_columns=backbone.table.shape[1])
+    if isinstance(backbone, TextBackbone):
+        return Description(
+            backbone.name, reader=backbone.reader.config.to_diff_dict(),
+            tables={name: tuple(table.shape) for name, table in backbone.named_buffers(recurse=False)},
+            category_names=backbone.category_names, tokens_max=backbone.tokens_max,
+            prefix_tokens=prefix_tokens(backbone))
+    return Description('events', encoder=backbone.options)
+
+
+def remake(description: Description) -> nn.Module:
+    """The backbone of a description, its weights and tables still to be loaded.
+
+    Errors   whatever `transformers` raises where the description is none of its.
+    """
+    if description.encoder is not None:
+        backbone = EventsBackbone(description.encoder)
+    else:
+        reader = untrained_reader(description.name, description.reader)
+        tables = {name: torch.zeros(shape, dtype=torch.long) for name, shape in description.tables.items()}
+        backbone = TextBackbone(description.name, reader, tables, description.category_names,
+                                description.tokens_max + description.prefix_tokens)
+        if description.prefix_tokens:
+            put_prefix(backbone, description.prefix_tokens)
+    columns = description.catalogue_columns
+    return WithItems(backbone, torch.zeros(ITEM_BUCKETS, columns)) if columns else backbone
+
+
 class EventsBackbone(nn.Module):
     """The encoder on event tokens."""
 
     def __init__(self, options: EncoderOptions) -> None:
         super().__init__()
+        self.options = options
         h = self.width = options.hidden
         self.type_embedding = nn.Embedding(TYPE_VOCABULARY, h)
         self.category_embedding = nn.Embedding(CATEGORY_BUCKETS, h)

@@ -4,6 +4,7 @@ from datetime import UTC, datetime
 
 from stream.core.features import COUNTERS, SLOT_NUMBERS
 from stream.core.window import DAY_MS
+from stream.learn.backbones import describe
 from stream.learn.checkpoint import Checkpoint
 from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT, REFUND_DAYS, SPEND_DAYS
 
@@ -14,7 +15,6 @@ def card(kept: Checkpoint, name: str, version: int, difference: float, graph: by
     config, metrics = kept.config, kept.metrics
     data, test, edges = config['data'], metrics['test'], config['tiers']['edges']
     best = metrics['epochs'][metrics['best_epoch'] - 1]
-    sizes = config['encoder']
     parameters = sum(parameter.numel() for parameter in kept.model.parameters())
     bounds = ['nothing', *(f'{low:.2f} to {high:.2f}' for low, high in zip([0, *edges], edges, strict=False)),
               f'{edges[-1]:.2f} and more']
@@ -36,12 +36,11 @@ Scores a shopper by the newest events and lifetime counters: will this person bu
 Inputs: `categories` int32 [rows, slots, 3], `numbers` float32 [rows, slots, {SLOT_NUMBERS}], `counters` float32 \
 [rows, {COUNTERS}], `row_id` int64 [rows, 1], as `stream.core.features` builds them. A padded slot is all 0.
 
-- Graph: an encoder on event tokens ({sizes['layers']} layers, {sizes['hidden']} units, {sizes['heads']} heads, \
-causal, a query last) and a linear branch over the counters, mixed at the logit and calibrated; \
+- Graph: {_backbone(kept)} and a linear branch over the counters, mixed at the logit and calibrated; \
 {parameters:,} parameters, {size / 1e6:.1f} MB.
 - `{version}/model.onnx`: SHA-256 `{digest}`; \
 differs from torch by at most {difference:.0e} on windows of the test split.
-- Licence: Apache-2.0.
+- Licence: Apache-2.0{_licence(config)}.
 - Made by: `{config['command']}`, then `stream export DIR --into triton_models` (seed {config['seed']}, \
 {metrics['seconds']:,} s on one CPU core).
 
@@ -95,6 +94,25 @@ Ten bins of equally many moments: mean score, and what really happened.
 - Expected spend never exceeds the largest one seen in training.
 - Not for decisions with legal or similarly serious effects on people.
 '''
+
+
+def _backbone(kept: Checkpoint) -> str:
+    told = describe(kept.model.backbone)
+    learning = kept.config['learning']['backbone']
+    if told.encoder:
+        text = (f'backbone `events`, an encoder on event tokens ({told.encoder.layers} layers, {told.encoder.hidden} '
+                f'units, {told.encoder.heads} heads, causal, a query last)')
+    else:
+        text = (f'backbone `{told.name}` from `{learning["source"]}`, tuning `{learning["tuning"]}`, on the window '
+                f'written as text ({kept.model.backbone.width} units, at most {told.tokens_max} tokens)')
+    if told.catalogue_columns:
+        text += f', the items of the catalogue `{learning["catalogue"]}` ({told.catalogue_columns} columns)'
+    return text
+
+
+def _licence(config: dict) -> str:
+    source = config['learning']['backbone']['source']
+    return f'; the weights of `{source}`, which it started from, have one of their own' if source else ''
 
 
 def _kept(config: dict) -> str:

@@ -1,10 +1,13 @@
 """A trained model in a folder: weights and windows as safetensors, options and figures as JSON.
 
-    model.safetensors     weights and buffers
+    model.safetensors     weights and buffers: token tables and the table of items too, so that neither the pretrained
+                          model's folder nor the catalogue is needed any more
     windows.safetensors   a few real windows of each length, as '<length>.<input name>': what the exported graph is
                           checked on
-    config.json           options, data, tier edges, feature layout
+    config.json           options, data, tier edges, feature layout; what model the weights belong to
     metrics.json          what the test said (stream.learn.evaluate)
+
+LoRA and IA3 become part of the weights that they change; a prefix stays what it is.
 """
 import json
 from dataclasses import dataclass
@@ -15,11 +18,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from stream.core.features import batches
+from stream.core.features import COUNTERS, SLOT_NUMBERS, batches
 from stream.errors import ModelError
-from stream.learn.backbones import EncoderOptions, EventsBackbone
+from stream.learn.backbones import Description, describe, remake
 from stream.learn.dataset import Examples
 from stream.learn.model import INPUT_NAMES, ShopperModel
+from stream.learn.tuning import merged
 from stream.scoring.artefact import LAYOUT, FeatureLayout
 
 WEIGHTS_FILE, CONFIG_FILE, METRICS_FILE, WINDOWS_FILE = (
@@ -40,17 +44,19 @@ class Checkpoint:
 def save(kept: Checkpoint, out: Path) -> None:
     """Write the folder. Promise: the same checkpoint gives the same bytes."""
     out.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(kept.model.state_dict(), out / WEIGHTS_FILE)
+    model = merged(kept.model)
+    safetensors.torch.save_file(_weights(model), out / WEIGHTS_FILE)
     safetensors.torch.save_file({f'{length}.{name}': tensor for length, batch in kept.windows.items()
                                  for name, tensor in batch.items()}, out / WINDOWS_FILE)
-    for name, content in ((CONFIG_FILE, kept.config), (METRICS_FILE, kept.metrics)):
+    backbone = msgspec.to_builtins(describe(model.backbone), str_keys=True)
+    for name, content in ((CONFIG_FILE, kept.config | {'backbone': backbone}), (METRICS_FILE, kept.metrics)):
         (out / name).write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1) + b'\n')   # NaN: null
 
 
 def load(checkpoint: Path) -> Checkpoint:
     """Read a checkpoint directory.
 
-    Errors   ModelError where it is not one, or where it was trained on another feature layout.
+    Errors   ModelError where it is not one, or it is damaged, or it was trained on another feature layout.
     """
     for name in (CONFIG_FILE, METRICS_FILE, WEIGHTS_FILE, WINDOWS_FILE):
         if not (checkpoint / name).is_file():
@@ -60,20 +66,28 @@ def load(checkpoint: Path) -> Checkpoint:
         config = json.loads((checkpoint / CONFIG_FILE).read_bytes())
         metrics = json.loads((checkpoint / METRICS_FILE).read_bytes())
         weights = safetensors.torch.load_file(checkpoint / WEIGHTS_FILE)
-        flat = safetensors.torch.load_file(checkpoint / WINDOWS_FILE)
-    except (ValueError, safetensors.SafetensorError) as error:
-        raise ModelError(f'The checkpoint {checkpoint} is damaged: {error}.', do='train again.') from error
-    if msgspec.convert(config['layout'], FeatureLayout) != LAYOUT:
+        windows = _windows(safetensors.torch.load_file(checkpoint / WINDOWS_FILE))
+        layout = msgspec.convert(config['layout'], FeatureLayout)
+        tiers = len(config['tiers']['names'])
+        description = msgspec.convert(config['backbone'], Description, strict=False)
+    except KeyError as error:
+        raise _damaged(checkpoint, f'{CONFIG_FILE} lacks {error}') from error
+    except (ValueError, TypeError, safetensors.SafetensorError) as error:       # msgspec's are ValueErrors
+        raise _damaged(checkpoint, error) from error
+    if layout != LAYOUT:
         raise ModelError(f'The checkpoint {checkpoint} was trained on another feature layout.',
                          do='train again with this version.')
-    model = ShopperModel(EventsBackbone(EncoderOptions(**config['encoder'])), len(config['tiers']['names']))
-    model.load_state_dict(weights)
-    model.eval()
-    windows: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in flat.items():
-        length, name = key.split('.')
-        windows.setdefault(int(length), {})[name] = tensor
-    return Checkpoint(model, config, metrics, windows)
+    try:
+        model = ShopperModel(remake(description), tiers)
+    except Exception as error:      # what transformers says of a configuration that is none has no common base
+        raise _damaged(checkpoint, error) from error
+    if odd := weights.keys() ^ _weights(model).keys():
+        raise _damaged(checkpoint, f'weights that are missing or belong to nothing: {", ".join(sorted(odd)[:3])}')
+    try:
+        model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise _damaged(checkpoint, error) from error
+    return Checkpoint(model.eval(), config, metrics, windows)
 
 
 def some_windows(examples: Examples) -> dict[int, dict[str, Tensor]]:
@@ -83,3 +97,36 @@ def some_windows(examples: Examples) -> dict[int, dict[str, Tensor]]:
         kept.setdefault(batch.categories.shape[1], {
             name: torch.from_numpy(getattr(batch, name)) for name in INPUT_NAMES})
     return kept
+
+
+def _weights(model: ShopperModel) -> dict[str, Tensor]:
+    """Weights and buffers by name, each once: some pretrained models have two names for their embeddings."""
+    found: dict[str, Tensor] = {}
+    places = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.numel() == 0 or tensor.data_ptr() not in places:
+            found[name] = tensor
+            places.add(tensor.data_ptr())
+    return found
+
+
+def _windows(flat: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """Batches by length. Errors: ValueError where they are none."""
+    windows: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in flat.items():
+        length, name = key.split('.')
+        windows.setdefault(int(length), {})[name] = tensor
+    for length, batch in windows.items():
+        rows = len(next(iter(batch.values())))
+        shapes = dict(zip(INPUT_NAMES, ([rows, length, 3], [rows, length, SLOT_NUMBERS], [rows, COUNTERS], [rows, 1]),
+                          strict=True))
+        if {name: list(part.shape) for name, part in batch.items()} != shapes:
+            raise ValueError(f'windows of {length} slots have other shapes')
+    if not windows:
+        raise ValueError('there are no windows')
+    return windows
+
+
+def _damaged(checkpoint: Path, why: object) -> ModelError:
+    told = str(why).strip().splitlines()[0].rstrip('.:')
+    return ModelError(f'The checkpoint {checkpoint} is damaged: {told}.', do='train again.')

@@ -29,6 +29,7 @@ from stream.learn.card import card
 from stream.learn.checkpoint import Checkpoint, load
 from stream.learn.dataset import HORIZON_DAYS, REFUND_DAYS, SPEND_DAYS
 from stream.learn.model import HORIZONS, INPUT_NAMES, ShopperModel
+from stream.learn.tuning import merged
 from stream.scoring.artefact import LAYOUT, MANIFEST, WEIGHTS, Manifest, sha256
 from stream.scoring.repository import CONFIG_FILE, LABELS_FILE, Served, Tensor, triton_config
 
@@ -109,10 +110,12 @@ def padded(batch: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tenso
 
 def write_graph(model: ShopperModel, windows: dict[int, dict[str, torch.Tensor]], path: Path) -> None:
     """Write the model as ONNX, for any number of rows and slots. `windows`: some real ones, to trace it with."""
-    example = windows[max(windows)]
+    model, example = merged(model), windows[max(windows)]
     with warnings.catch_warnings():
         # Torch deprecates this exporter, and parts that it uses itself; the one that replaces it needs a package more.
         warnings.filterwarnings('ignore', category=DeprecationWarning)
+        # Of the places by which masks and tables are looked up none is negative.
+        warnings.filterwarnings('ignore', 'Exporting aten::index operator of advanced indexing', UserWarning)
         # Shapes read as Python numbers become constants; parity at every length shows that none of them matters.
         warnings.filterwarnings('ignore', category=torch.jit.TracerWarning)
         torch.onnx.export(

@@ -3,8 +3,8 @@
     categories, numbers -> which words each slot has -> their token ids, packed -> the pretrained model -> one state
 
 Serving sends the same tensors as to any other backbone, so the writing happens inside the graph: every word that a slot
-can have is tokenised once, when the backbone is made, into tables that the graph looks up. What is written, oldest slot
-first, is
+can have is tokenised once, when the pretrained model is loaded, into tables that the graph looks up. They are buffers:
+a checkpoint holds them, and needs no tokenizer. What is written, oldest slot first, is
 
     history: {slot} {slot} .. {slot} {now}
 
@@ -27,6 +27,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,10 @@ from stream.core.events import TYPE_NAMES
 from stream.core.features import CATEGORY_BUCKETS, SLOT_NUMBER_NAMES
 from stream.errors import UsageError
 
-TEXT_BACKBONES = ('bert', 'distilbert', 't5', 'gpt2')
+TextName = Literal['bert', 'distilbert', 't5', 'gpt2']
+TEXT_BACKBONES: tuple[TextName, ...] = get_args(TextName)
+ATTENTION = 'eager'         # what torch exports as plain operations
+READER_OPTIONS: dict[str, dict[str, bool]] = {'bert': {'add_pooling_layer': False}}
 TOKENS_MAX = 512            # of a model that has no bound of its own: T5 was pretrained on so many
 OPENING = 'history:'
 NAME_WORDS_MAX = 4          # of a category's name
@@ -107,28 +111,23 @@ def _bucket(values: Tensor, edges: Tensor) -> Tensor:
 class TextBackbone(nn.Module):
     """A pretrained model on the window's text.
 
-    reader       the pretrained model; stream.learn.tuning puts what is tuned into it
-    tokens_max   the longest text, special tokens included
+    reader           the pretrained model; stream.learn.tuning puts what is tuned into it
+    tables           token ids of what can be written, see `token_tables`
+    category_names   of category buckets; the others are called by their number
+    tokens_max       the longest text, special tokens included
     """
 
-    def __init__(self, name: str, reader: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-                 category_names: Mapping[int, str]) -> None:
+    def __init__(self, name: str, reader: PreTrainedModel, tables: Mapping[str, Tensor],
+                 category_names: Mapping[int, str], tokens_max: int) -> None:
         super().__init__()
         self.name = name
         self.reader = reader
         self.width: int = reader.config.hidden_size
-        self.tokens_max = min(getattr(reader.config, 'max_position_embeddings', TOKENS_MAX), tokenizer.model_max_length)
+        self.tokens_max = tokens_max
+        self.category_names = dict(category_names)
         self.words = slot_words(category_names)
-        self._tokenizer = tokenizer
-        opening = self._tokens([OPENING])[0]
-        around = tokenizer(OPENING)['input_ids']
-        at = next(at for at in range(len(around)) if around[at:at + len(opening)] == opening)
-        self.register_buffer('opening', torch.tensor(around[:at + len(opening)]))
-        self.register_buffer('closing', torch.tensor(around[at + len(opening):], dtype=torch.long))
-        for field, words in enumerate(self.words):
-            self.register_buffer(f'tokens_{field}', self._table(words, len(opening)))
-        self.register_buffer('tokens_now', self._table(_NOW_WORDS, len(opening)))
-        self._check_words()
+        for table, ids in tables.items():
+            self.register_buffer(table, ids)
 
     def forward(self, categories: Tensor, numbers: Tensor) -> Tensor:
         """[b, width]"""
@@ -161,14 +160,14 @@ class TextBackbone(nn.Module):
             texts.append(' '.join(filter(None, [OPENING, *slots, _NOW_WORDS[int(now[row])]])))
         return texts
 
-    def embed(self, texts: Sequence[str]) -> Tensor:
+    def embed(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor:
         """The mean state of any texts, float [n, width], without gradients; cut at the model's longest input."""
         parts = []
         training = self.training
         self.eval()
         with torch.no_grad():
             for at in range(0, len(texts), _EMBEDDED_ROWS):
-                some = self._tokenizer(list(texts[at:at + _EMBEDDED_ROWS]), truncation=True, max_length=self.tokens_max)
+                some = tokenizer(list(texts[at:at + _EMBEDDED_ROWS]), truncation=True, max_length=self.tokens_max)
                 width = max(1, *map(len, some['input_ids']))
                 ids = torch.tensor([row + [-1] * (width - len(row)) for row in some['input_ids']])
                 states = self.reader(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(), **self._how())
@@ -193,26 +192,35 @@ class TextBackbone(nn.Module):
     def _how(self) -> dict:
         return {'use_cache': False} if self.name == 'gpt2' else {}
 
-    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._tokenizer(list(texts), add_special_tokens=False, verbose=False)['input_ids']
 
-    def _table(self, words: Sequence[str], opening: int) -> Tensor:
-        """Token ids by value, int64 [values, the longest one's], -1 at the end of shorter ones.
+def token_tables(tokenizer: PreTrainedTokenizerBase, words: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+    """What the graph has to know of a tokenizer, int64.
 
-        Within a text words follow a space, which many tokenizers keep as a part of the word.
-        """
-        rows = [ids[opening:] for ids in self._tokens([f'{OPENING} {word}' if word else OPENING for word in words])]
+    words             as from `slot_words`
+    opening, closing  the tokens before the first slot and after the last word, special ones included
+    tokens_0, ..      of each field of a slot the tokens by value, [values, the longest one's], -1 after shorter ones
+    tokens_now        likewise of the words for now
+    Errors            UsageError where a text's tokens are not those of its words.
+    """
+    def tokens(texts: Sequence[str]) -> list[list[int]]:
+        return tokenizer(list(texts), add_special_tokens=False, verbose=False)['input_ids']
+
+    opening = tokens([OPENING])[0]
+    around = tokenizer(OPENING)['input_ids']
+    end = next(at for at in range(len(around)) if around[at:at + len(opening)] == opening) + len(opening)
+    tables = {}
+    for table, values in [*((f'tokens_{field}', values) for field, values in enumerate(words)),
+                          ('tokens_now', _NOW_WORDS)]:
+        # Within a text words follow a space, which many tokenizers keep as a part of the word.
+        rows = [ids[len(opening):] for ids in tokens([f'{OPENING} {word}' if word else OPENING for word in values])]
         width = max(map(len, rows))
-        return torch.tensor([row + [-1] * (width - len(row)) for row in rows])
-
-    def _check_words(self) -> None:
-        """Errors: UsageError where a text's tokens are not those of its words."""
-        every = [word for words in (*self.words, _NOW_WORDS) for word in words if word]
-        tables = [getattr(self, f'tokens_{field}') for field in range(len(self.words))] + [self.tokens_now]
-        looked_up = torch.cat([table[table >= 0] for table in tables]).tolist()
-        if self._tokens([' '.join([OPENING, *every])])[0] != [*self._tokens([OPENING])[0], *looked_up]:
-            raise UsageError(f'The tokenizer of this {self.name} joins words across spaces.',
-                             do='use a checkpoint with the tokenizer that it was published with.')
+        tables[table] = torch.tensor([row + [-1] * (width - len(row)) for row in rows])
+    every = [word for values in (*words, _NOW_WORDS) for word in values if word]
+    if tokens([' '.join([OPENING, *every])])[0] != [
+            *opening, *torch.cat([table[table >= 0] for table in tables.values()]).tolist()]:
+        raise UsageError('The tokenizer joins words across spaces.',
+                         do='use a checkpoint with the tokenizer that it was published with.')
+    return {'opening': torch.tensor(around[:end]), 'closing': torch.tensor(around[end:], dtype=torch.long)} | tables
 
 
 def _packed(ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,7 +236,8 @@ def _packed(ids: Tensor) -> tuple[Tensor, Tensor]:
     return packed[:, :longest], (torch.arange(ids.shape[1], device=ids.device) < count[:, None])[:, :longest]
 
 
-def load_text_backbone(name: str, source: str, category_names: Mapping[int, str]) -> TextBackbone:
+def load_text_backbone(name: str, source: str, category_names: Mapping[int, str],
+                       ) -> tuple[TextBackbone, PreTrainedTokenizerBase]:
     """A pretrained model and its tokenizer from a folder or from the hub.
 
     Errors   UsageError where there is none, or it is of another kind, or lacks weights.
@@ -243,10 +252,9 @@ def load_text_backbone(name: str, source: str, category_names: Mapping[int, str]
             if kind != name:
                 raise UsageError(f'{source!r} holds a {kind}, not a {name}.',
                                  do='name the backbone that it holds, or another folder.')
-            # Eager attention is what torch exports as plain operations.
             reader, found = (T5EncoderModel if name == 't5' else AutoModel).from_pretrained(
-                source, attn_implementation='eager', dtype=torch.float32, output_loading_info=True,
-                **({'add_pooling_layer': False} if name == 'bert' else {}))
+                source, attn_implementation=ATTENTION, dtype=torch.float32, output_loading_info=True,
+                **READER_OPTIONS.get(name, {}))
             tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise UsageError(f'No pretrained {name} can be loaded from {source!r}: {str(error).splitlines()[0]}',
@@ -255,7 +263,17 @@ def load_text_backbone(name: str, source: str, category_names: Mapping[int, str]
     if found['missing_keys']:
         raise UsageError(f'{source!r} lacks weights: {", ".join(sorted(found["missing_keys"])[:3])}, ..',
                          do='use a checkpoint of the whole model.')
-    return TextBackbone(name, reader, tokenizer, category_names)
+    tokens_max = min(getattr(reader.config, 'max_position_embeddings', TOKENS_MAX), tokenizer.model_max_length)
+    tables = token_tables(tokenizer, slot_words(category_names))
+    return TextBackbone(name, reader, tables, category_names, tokens_max), tokenizer
+
+
+def untrained_reader(name: str, config: Mapping[str, Any]) -> PreTrainedModel:
+    """A model of that configuration whose weights are to come; `config` as from its `to_diff_dict`."""
+    given = AutoConfig.for_model(**{**config, 'model_type': name}, attn_implementation=ATTENTION)
+    with _quiet():
+        return (T5EncoderModel(given) if name == 't5' else
+                AutoModel.from_config(given, dtype=torch.float32, **READER_OPTIONS.get(name, {})))
 
 
 @contextmanager

@@ -179,15 +179,22 @@ def _config(options: TrainOptions, history: History, fitted: Fitted, known_until
         raise UsageError(f'{options.fit.tiers} tiers have no names.',
                          do=f'choose {min(TIER_NAMES)} to {max(TIER_NAMES)}.')
     fitting = asdict(options.fit)
+    backbone = options.fit.backbone
+    fitting['backbone'] |= {'source': _called(backbone.source), 'catalogue': _called(backbone.catalogue)}
     return {
         'source': options.source, 'command': options.command, 'seed': options.seed,
         'currency': options.rules.currency,
         'window': {'events_max': options.limits.events_max, 'span_ms': options.limits.span_ms,
                    'silence_ms': list(options.limits.silence_ms)},
-        'encoder': fitting.pop('encoder'), 'learning': fitting, 'refit': options.refit,
+        'learning': fitting, 'refit': options.refit,
         'tiers': {'names': list(names), 'edges': fitted.tier_edges.tolist()}, 'priced': history.priced,
         'data': {'users': len(history.user_ids), 'events': len(history), 'refused': history.refused,
                  'start_ms': history.start_ms, 'cut_ms': cut_ms, 'known_until_ms': known_until_ms,
                  'moments': len(fitted.data), **split},
         'layout': msgspec.to_builtins(LAYOUT),
     }
+
+
+def _called(source: str | None) -> str | None:
+    """A file or folder by its name alone: where it was is nobody's business. An id of the hub as it is."""
+    return Path(source).name if source and Path(source).exists() else source

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import nn
 
@@ -28,6 +29,7 @@ PREFIX_TOKENS = 8
 LORA_RANK = 8
 LORA_ALPHA = 16
 LORA_DROPOUT = 0.05
+Model = TypeVar('Model', bound=nn.Module)
 _PART = re.compile(r'(embeddings)|layers=([1-9]\d*)')
 # Weights that were pretrained move little; those that are new have further to go.
 _LEARNING_RATES = {'full': 5e-5, 'freeze': 5e-5, 'lora': 5e-4, 'ia3': 5e-3, 'prefix': 5e-3}
@@ -69,8 +71,14 @@ def tune(backbone: TextBackbone, tuning: str) -> None:
     parts = [_PART.fullmatch(part) for part in tuning.removeprefix('freeze:').split(',')]
     if tuning == 'frozen':
         backbone.reader.requires_grad_(False)
-    elif tuning in ('lora', 'ia3', 'prefix'):
+    elif tuning in ('lora', 'ia3'):
         _adapt(backbone, tuning)
+    elif tuning == 'prefix':
+        if backbone.name not in PREFIX_BACKBONES:
+            raise UsageError(
+                f'A prefix cannot be put before a {backbone.name}: it takes no keys and values from outside.',
+                do=f'use lora or ia3, or one of {", ".join(PREFIX_BACKBONES)}.')
+        put_prefix(backbone, PREFIX_TOKENS)
     elif tuning.startswith('freeze:') and all(parts):
         for part in parts:
             _freeze(backbone, bool(part[1]), int(part[2] or 0))
@@ -79,7 +87,22 @@ def tune(backbone: TextBackbone, tuning: str) -> None:
                          do='use full, frozen, freeze:embeddings, freeze:layers=N, lora, ia3 or prefix.')
 
 
-def merged(model: nn.Module) -> nn.Module:
+def put_prefix(backbone: TextBackbone, tokens: int) -> None:
+    """So many keys and values before the text, which has less room then."""
+    from peft import PrefixTuningConfig, TaskType, get_peft_model
+
+    backbone.reader = get_peft_model(backbone.reader, PrefixTuningConfig(
+        task_type=TaskType.FEATURE_EXTRACTION, num_virtual_tokens=tokens))
+    backbone.tokens_max -= tokens       # it takes the first positions
+
+
+def prefix_tokens(backbone: TextBackbone) -> int:
+    """How many keys and values there are before the text."""
+    adapters = getattr(backbone.reader, 'peft_config', {}).values()
+    return sum(getattr(adapter, 'num_virtual_tokens', 0) for adapter in adapters)
+
+
+def merged(model: Model) -> Model:
     """A copy in which LoRA and IA3 have become part of the weights that they change; a model without them as it is."""
     if not _mergeable(model):
         return model
@@ -107,11 +130,8 @@ def _freeze(backbone: TextBackbone, embeddings: bool, layers: int) -> None:
 
 def _adapt(backbone: TextBackbone, tuning: str) -> None:
     # Here and not above: it takes seconds, which only its users should pay.
-    from peft import IA3Config, LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
+    from peft import IA3Config, LoraConfig, TaskType, get_peft_model
 
-    if tuning == 'prefix' and backbone.name not in PREFIX_BACKBONES:
-        raise UsageError(f'A prefix cannot be put before a {backbone.name}: it takes no keys and values from outside.',
-                         do=f'use lora or ia3, or one of {", ".join(PREFIX_BACKBONES)}.')
     task = TaskType.FEATURE_EXTRACTION
     weights_transposed = backbone.name == 'gpt2'
     distilbert = backbone.name == 'distilbert'      # the one whose modules peft does not know
@@ -119,11 +139,8 @@ def _adapt(backbone: TextBackbone, tuning: str) -> None:
         options = LoraConfig(task_type=task, fan_in_fan_out=weights_transposed,
                              target_modules=['q_lin', 'v_lin'] if distilbert else None,
                              r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT)
-    elif tuning == 'ia3':
+    else:
         options = IA3Config(task_type=task, fan_in_fan_out=weights_transposed,
                             target_modules=['k_lin', 'v_lin', 'ffn.lin2'] if distilbert else None,
                             feedforward_modules=['ffn.lin2'] if distilbert else None)
-    else:
-        options = PrefixTuningConfig(task_type=task, num_virtual_tokens=PREFIX_TOKENS)
-        backbone.tokens_max -= PREFIX_TOKENS        # it takes the first positions
     backbone.reader = get_peft_model(backbone.reader, options)

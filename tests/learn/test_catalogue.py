@@ -1,6 +1,7 @@
 """What is known of the items reaches the window's state, by the bucket that the events carry."""
 # ruff: noqa: E402  (the imports below need torch: skip first)
 import json
+from functools import partial
 
 import numpy as np
 import pyarrow
@@ -21,6 +22,7 @@ from stream.learn.catalogue import WithItems, bag_of_words, item_bucket, item_ta
 from stream.learn.dataset import ExampleOptions, read
 from stream.learn.fit import FitOptions, fit
 from stream.learn.model import ShopperModel
+from stream.learn.text_backbones import load_text_backbone
 from tests.learn.pretrained import assert_same_scores, export_graph, save_tiny, windows
 
 TS_MS = 1_700_006_400_000
@@ -140,8 +142,8 @@ def test_text_backbones_read_the_catalogue(name, tuning, shop, tmp_path):
                  WindowLimits(), Console(quiet=True))
     backbone = fitted.model.backbone
     catalogue = read_catalogue(tmp_path.joinpath(path))
-    plain = make_backbone(BackboneOptions(name, source), EncoderOptions()).eval()
-    torch.testing.assert_close(backbone.table, item_table(catalogue, plain.embed))
+    plain, tokenizer = load_text_backbone(name, source, {})
+    torch.testing.assert_close(backbone.table, item_table(catalogue, partial(plain.embed, tokenizer)))
     bucket, category = next(iter(catalogue.category_names().items()))
     text, = backbone.backbone.written(torch.tensor([[[1, 0, bucket]]], dtype=torch.int32), torch.zeros(1, 1, 7))
     assert text == f'history: view {category} now'

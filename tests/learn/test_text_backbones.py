@@ -35,7 +35,7 @@ def folder(name, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def backbone(name, folder):
-    return load_text_backbone(name, str(folder), {}).eval()
+    return load_text_backbone(name, str(folder), {})[0].eval()
 
 
 def states(backbone, parts) -> np.ndarray:
@@ -66,8 +66,8 @@ def test_a_window_reads_as_documented(backbone):
     assert backbone.written(*parts) == [
         f'history: view category {lamps} after 3 days add to cart category {lamps} '
         f'purchase category {lamps} price 20 2 lines after 10 days rating rated 4 then 21 days silence']
-    assert load_text_backbone(backbone.name, backbone.reader.name_or_path, {lamps: 'Lamps & Light'}).written(*parts)[
-        0].startswith('history: view lamps light after')
+    named, _ = load_text_backbone(backbone.name, backbone.reader.name_or_path, {lamps: 'Lamps & Light'})
+    assert named.written(*parts)[0].startswith('history: view lamps light after')
 
 
 def test_numbers_are_called_by_the_nearest_mark(backbone):
@@ -94,7 +94,7 @@ def test_the_graph_sees_the_tokens_of_the_text(backbone, folder):
 
 
 def test_the_oldest_slots_are_left_out(name, folder):
-    backbone = load_text_backbone(name, str(folder), {})
+    backbone, _ = load_text_backbone(name, str(folder), {})
     filled = (64, 40, 2, 0)
     categories, numbers = windows(list(filled), 64)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -145,13 +145,14 @@ def test_order_and_every_field_matter(backbone):
         assert np.abs(states(backbone, (categories, changed)) - before).max() > 1e-5, column
 
 
-def test_texts_are_embedded_alone_as_together(backbone):
+def test_texts_are_embedded_alone_as_together(backbone, folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = ['history: view price 20', 'after 3 days', 'lamps', ' '.join(['view'] * 900)]
-    together = backbone.train().embed(texts)
+    together = backbone.train().embed(tokenizer, texts)
     assert backbone.training and not together.requires_grad
     backbone.eval()
     for row, text in enumerate(texts):
-        np.testing.assert_allclose(backbone.embed([text])[0], together[row], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(backbone.embed(tokenizer, [text])[0], together[row], rtol=1e-5, atol=1e-5)
     assert (together[0] - together[1]).abs().max() > 1e-4
 
 

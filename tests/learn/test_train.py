@@ -77,9 +77,6 @@ def test_a_checkpoint_of_another_layout_is_refused(checkpoint, tmp_path):
         load(copy)
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(ModelError, match=r'config\.json is missing'):
-        load(tmp_path)
 
 
 def test_simulated_options_name_the_command():

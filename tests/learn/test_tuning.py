@@ -100,7 +100,7 @@ def test_what_is_tuned_moves_learns_and_is_served(name, tuning, folders, history
 def test_merging_leaves_the_model_and_its_scores(name, folders):
     parts = windows([8, 3, 0], 8)
     for tuning in ('lora', 'ia3'):
-        backbone = load_text_backbone(name, folders[name], {})
+        backbone, _ = load_text_backbone(name, folders[name], {})
         tune(backbone, tuning)
         moved(backbone, 0.2)
         model = torch.nn.Sequential()
@@ -109,7 +109,7 @@ def test_merging_leaves_the_model_and_its_scores(name, folders):
         with torch.no_grad():
             wanted = backbone(*parts)
             got = merged(model).backbone(*parts)
-            plain = load_text_backbone(name, folders[name], {}).eval()(*parts)
+            plain = load_text_backbone(name, folders[name], {})[0].eval()(*parts)
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
         assert (plain - wanted).abs().max() > 1e-3
         assert all(torch.equal(tensor, before[weight]) for weight, tensor in weights(backbone).items())
@@ -125,7 +125,7 @@ def test_nothing_to_merge_is_no_copy(folders):
 
 @pytest.mark.parametrize('name', PREFIX_BACKBONES)
 def test_a_prefix_is_seen_and_leaves_room_for_itself(name, folders):
-    backbone = load_text_backbone(name, folders[name], {}).eval()
+    backbone = load_text_backbone(name, folders[name], {})[0].eval()
     room = backbone.tokens_max
     categories, numbers = windows([64, 64, 2], 64)      # longer than the model's input
     tune(backbone, 'prefix')
