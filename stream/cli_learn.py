@@ -46,6 +46,26 @@ def train(
     days: Annotated[int, typer.Option(min=120, help='Days that are simulated.')] = 730,
     until: Annotated[str | None, typer.Option(
         metavar='TIME', help=f'Use nothing at or after this time: {TIME}.')] = None,
+    backbone: Annotated[str, typer.Option(
+        metavar='NAME', help='What reads the window: [bold]events[/bold], a small encoder of our own, or as text a '
+                             'pretrained [bold]bert[/bold], [bold]distilbert[/bold], [bold]t5[/bold] (its encoder) or '
+                             '[bold]gpt2[/bold].')] = 'events',
+    pretrained: Annotated[str, typer.Option(
+        metavar='FOLDER|ID', help='Where it is: a folder, or an id of the Hugging Face hub.')] = '',
+    tuning: Annotated[str, typer.Option(
+        metavar='HOW', help='Which pretrained weights move: full, frozen, freeze:embeddings,layers=N, lora, ia3, '
+                            'prefix.')] = 'full',
+    catalogue: Annotated[Path | None, typer.Option(
+        metavar='FILE', help='What is known of the items: JSON lines or Parquet with item_id, text, embedding, '
+                             'category.')] = None,
+    tiers: Annotated[int, typer.Option(help='Tiers of spend, the lowest is nothing.')] = 5,
+    refund_head: Annotated[bool, typer.Option(
+        help='Whether it also tells the risk of refunds and cancelled orders: a hint for service, never for a credit '
+             'decision.')] = True,
+    how: Annotated[list[str] | None, typer.Option(
+        '--fit', metavar='NAME=VALUE', help='Sizes and the course of training, e.g. --fit hidden=96 --fit layers=3 '
+                                            '--fit epochs=12 --fit backbone.learning_rate=1e-4; repeatable; a wrong '
+                                            'name lists them all.')] = None,
     seed: Seed = 7,
     out: Annotated[Path, typer.Option(metavar='DIR', help='Folder for the checkpoint and the served model.')]
     = Path('build/shopper'),
@@ -66,8 +86,14 @@ def train(
             source=', '.join(names) + (f' until {until}' if until else ''),
             command=f'stream train --format {format_name} {" ".join(names)}' + (f' --until {until}' if until else '')
             + f' --seed {seed} --out DIR')
-    options = replace(options, rules=settings.event_rules(), limits=settings.window_limits(),
-                      until_ms=time_ms(until) if until else None)
+    fitting = replace(options.fit, tiers=tiers, refund=refund_head, backbone=replace(
+        options.fit.backbone, name=backbone, source=pretrained, tuning=tuning,
+        catalogue=str(catalogue) if catalogue else None))
+    given = _given(fitting) + ''.join(f' --fit {option}' for option in how or ())
+    options = replace(
+        options, rules=settings.event_rules(), limits=settings.window_limits(),
+        until_ms=time_ms(until) if until else None, command=options.command.replace(' --out', f'{given} --out'),
+        fit=_learning('stream.learn.options').changed(fitting, parsed(how, '--fit', 'give e.g. --fit epochs=12.')))
     learning.train(options, out, Console(stderr=True, soft_wrap=True))
     version_dir = _learning('stream.learn.export').export(out, out / MODEL_REPOSITORY)
     say(f'model: {version_dir}. Next: stream predict FILE --at TIME --model {out}, or stream export {out}')
@@ -184,6 +210,16 @@ def recorded(files: list[Path], format_name: str, settings: Settings) -> Iterato
         for index, value in enumerate(block.values):
             if index not in block.bad:
                 yield value if recording.records is None else event_bytes(value)
+
+
+def _given(fitting: Any) -> str:
+    """The flags of a training where they are not the default, for whoever repeats it: of files the names alone."""
+    backbone = fitting.backbone
+    source = Path(backbone.source).name if Path(backbone.source).is_dir() else backbone.source
+    flags = [f' --{name} {value}' for name, value, default in (
+        ('backbone', backbone.name, 'events'), ('pretrained', source, ''), ('tuning', backbone.tuning, 'full'),
+        ('catalogue', Path(backbone.catalogue or '').name, ''), ('tiers', fitting.tiers, 5)) if value != default]
+    return ''.join([*flags, '' if fitting.refund else ' --no-refund-head'])
 
 
 def _learning(module: str) -> Any:

@@ -74,13 +74,17 @@ def inputs_of(settings: Settings) -> Inputs:
     return Inputs((settings.clicks_topic, settings.carts_topic), settings.partitioner)
 
 
-def parsed(overrides: list[str] | None) -> dict[str, Any]:
-    """The values of `--set NAME=VALUE`; UsageError where one is not of that form."""
+def parsed(overrides: list[str] | None, flag: str = '--set', names: str = 'see `stream config` for the names.',
+           ) -> dict[str, Any]:
+    """The values of `--set NAME=VALUE`, or of another flag; UsageError where one is not of that form.
+
+    names   where a person finds them
+    """
     values = {}
     for override in overrides or ():
         name, separator, text = override.partition('=')
         if not separator:
-            raise UsageError(f'--set {override} is not NAME=VALUE.', 'see `stream config` for the names.')
+            raise UsageError(f'{flag} {override} is not NAME=VALUE.', names)
         try:
             values[name] = orjson.loads(text)
         except orjson.JSONDecodeError:

@@ -440,9 +440,10 @@ class Kafka(Part):
 
 
 class Triton(Part):
-    """Triton with the Python backend, serving one exported version on the CPU.
+    """Triton with the Python backend, serving exported versions on the CPU.
 
     version_dir         folder of an exported version
+    others              those of other models that it serves beside
     queue_requests_max  beyond so many waiting requests it answers UNAVAILABLE; 0: no bound
     python_model        what the Python backend runs
     """
@@ -450,11 +451,13 @@ class Triton(Part):
     name = 'triton'
 
     def __init__(self, folder: Path, version_dir: Path = SHIPPED, tied: bool = True,
-                 queue_requests_max: int = 0, python_model: Path = HERE / 'model.py') -> None:
+                 queue_requests_max: int = 0, python_model: Path = HERE / 'model.py',
+                 others: Sequence[Path] = ()) -> None:
         super().__init__(folder, tied)
         self.version_dir = version_dir
         self.queue_requests_max = queue_requests_max
         self.python_model = python_model
+        self.others = others
         self._installed = install_triton()
         self._choose_ports()
 
@@ -468,7 +471,8 @@ class Triton(Part):
 
     def _command(self) -> tuple[list[str], dict[str, str]]:
         models = self.folder / 'models'
-        render(self.version_dir, models, 'python', self.python_model, self.queue_requests_max)
+        for version_dir in (self.version_dir, *self.others):
+            render(version_dir, models, 'python', self.python_model, self.queue_requests_max)
         server = self._installed / 'server'
         arguments = {
             'model-repository': models, 'backend-directory': self._installed / 'backends',

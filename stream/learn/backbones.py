@@ -26,6 +26,7 @@ from stream.core.features import (
     TYPE_VOCABULARY,
 )
 from stream.errors import UsageError
+from stream.learn.bounds import Count, NotNegative, Share
 from stream.learn.catalogue import WithItems, bag_of_words, item_table, read_catalogue
 from stream.learn.text_backbones import (
     TEXT_BACKBONES,
@@ -69,7 +70,7 @@ class BackboneOptions:
     name: str = 'events'
     source: str = ''
     tuning: str = 'full'
-    learning_rate: float | None = None
+    learning_rate: NotNegative | None = None
     catalogue: str | None = None
 
 
@@ -81,11 +82,11 @@ class EncoderOptions:
             heart
     """
 
-    hidden: int = 64
-    layers: int = 2
-    heads: int = 4
-    intermediate: int = 128
-    dropout: float = 0.2
+    hidden: Count = 64
+    layers: Count = 2
+    heads: Count = 4
+    intermediate: Count = 128
+    dropout: Share = 0.2
     items: bool = False
 
 
@@ -107,6 +108,9 @@ def make_backbone(options: BackboneOptions, encoder: EncoderOptions) -> nn.Modul
     elif options.source or options.tuning != 'full':
         raise UsageError('The backbone of events is not pretrained: there is nothing to load or to keep.',
                          do='leave source and tuning out, or use a backbone that reads text.')
+    elif encoder.hidden % encoder.heads:
+        raise UsageError(f'{encoder.heads} attention heads cannot share {encoder.hidden} hidden units evenly.',
+                         do=f'choose a multiple of {encoder.heads}.')
     else:
         backbone = EventsBackbone(encoder)
         table = item_table(catalogue, bag_of_words) if catalogue else None

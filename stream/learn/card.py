@@ -8,6 +8,9 @@ from stream.learn.backbones import describe
 from stream.learn.checkpoint import Checkpoint
 from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT, REFUND_DAYS, SPEND_DAYS
 
+_REFUND = (f'| `refund` | the risk head: probability of a refund or a cancelled order within {REFUND_DAYS} days; a '
+           'hint for service, never for a credit decision |\n')
+
 
 def card(kept: Checkpoint, name: str, version: int, difference: float, graph: bytes) -> str:
     """The card as Markdown. `graph`: the exported file, which differs from torch by at most `difference`."""
@@ -17,7 +20,7 @@ def card(kept: Checkpoint, name: str, version: int, difference: float, graph: by
     best = metrics['epochs'][metrics['best_epoch'] - 1]
     parameters = sum(parameter.numel() for parameter in kept.model.parameters())
     bounds = ['nothing', *(f'{low:.2f} to {high:.2f}' for low, high in zip([0, *edges], edges, strict=False)),
-              f'{edges[-1]:.2f} and more']
+              f'{edges[-1] if edges else 0:.2f} and more']
     return f'''# {name}, version {version}
 
 Scores a shopper by the newest events and lifetime counters: will this person buy soon, how much, or never again?
@@ -31,8 +34,7 @@ Scores a shopper by the newest events and lifetime counters: will this person bu
 | `churn` | probability of no purchase within {HORIZON_DAYS[CHURN]} days |
 | `row_id_out` | the row id that came in |
 | `purchase` | probabilities of a purchase within {', '.join(map(str, HORIZON_DAYS))} days |
-| `refund` | probability of a refund within {REFUND_DAYS} days: a hint for service, never for credit |
-
+{_REFUND if kept.model.refund else ''}
 Inputs: `categories` int32 [rows, slots, 3], `numbers` float32 [rows, slots, {SLOT_NUMBERS}], `counters` float32 \
 [rows, {COUNTERS}], `row_id` int64 [rows, 1], as `stream.core.features` builds them. A padded slot is all 0.
 

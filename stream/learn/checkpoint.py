@@ -68,7 +68,7 @@ def load(checkpoint: Path) -> Checkpoint:
         weights = safetensors.torch.load_file(checkpoint / WEIGHTS_FILE)
         windows = _windows(safetensors.torch.load_file(checkpoint / WINDOWS_FILE))
         layout = msgspec.convert(config['layout'], FeatureLayout)
-        tiers = len(config['tiers']['names'])
+        tiers, refund = len(config['tiers']['names']), bool(config['learning']['refund'])
         description = msgspec.convert(config['backbone'], Description, strict=False)
     except KeyError as error:
         raise _damaged(checkpoint, f'{CONFIG_FILE} lacks {error}') from error
@@ -78,7 +78,7 @@ def load(checkpoint: Path) -> Checkpoint:
         raise ModelError(f'The checkpoint {checkpoint} was trained on another feature layout.',
                          do='train again with this version.')
     try:
-        model = ShopperModel(remake(description), tiers)
+        model = ShopperModel(remake(description), tiers, refund)
     except Exception as error:      # what transformers says of a configuration that is none has no common base
         raise _damaged(checkpoint, error) from error
     if odd := weights.keys() ^ _weights(model).keys():

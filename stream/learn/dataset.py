@@ -29,6 +29,7 @@ from stream.core.features import COUNTER_NAMES, Features, Snapshots, features
 from stream.core.user import User, clock_ms, fire_timer, fold, pack_header
 from stream.core.window import DAY_MS, Fold, WindowLimits
 from stream.errors import UsageError
+from stream.learn.bounds import Count, NotNegative
 
 HORIZON_DAYS = (1, 7, 30, 90, 273)
 INTENT, CHURN = HORIZON_DAYS.index(7), HORIZON_DAYS.index(30)     # the horizons that the worker publishes
@@ -85,8 +86,8 @@ class ExampleOptions:
                       larger share, so that being asked would tell the label
     """
 
-    cutoffs_per_user: int = 20
-    moments_per_user: float = 6.0
+    cutoffs_per_user: Count = 20
+    moments_per_user: NotNegative = 6.0
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@
 
 The exported graph is run on the checkpoint's real windows and compared with torch before anything is written. The
 worker asks for the first five outputs; `purchase` (a purchase within each of the manifest's `horizon_days`) and
-`refund` are for `stream predict` and for whoever else asks Triton.
+`refund`, where it has that head, are for `stream predict` and for whoever else asks Triton.
 """
 import json
 import tempfile
@@ -21,7 +21,6 @@ import onnxruntime
 import torch
 from torch.nn.functional import pad
 
-from stream.core import scores
 from stream.core.features import COUNTERS, LENGTHS, SLOT_NUMBERS
 from stream.core.window import WindowLimits
 from stream.errors import ModelError, UsageError
@@ -35,18 +34,17 @@ from stream.scoring.repository import CONFIG_FILE, LABELS_FILE, Served, Tensor, 
 
 OPSET = 17
 TOLERANCE = 1e-5        # absolute and relative
-OUTPUT_NAMES = (*scores.OUTPUT_NAMES, 'purchase', 'refund')
 
 INPUTS = {'categories': Tensor('int32', (-1, 3)), 'numbers': Tensor('float32', (-1, SLOT_NUMBERS)),
           'counters': Tensor('float32', (COUNTERS,)), 'row_id': Tensor('int64', (1,))}
 
 
-def outputs(tiers: int) -> dict[str, Tensor]:
-    """The graph's outputs, a row each."""
+def outputs(model: ShopperModel) -> dict[str, Tensor]:
+    """The graph's outputs in their order, a row each."""
     one = Tensor('float32', (1,))
-    return {'purchase_intent': one, 'tier_probabilities': Tensor('float32', (tiers,)), 'expected_spend': one,
-            'churn': one, 'row_id_out': Tensor('int64', (1,)), 'purchase': Tensor('float32', (HORIZONS,)),
-            'refund': one}
+    told = {'purchase_intent': one, 'tier_probabilities': Tensor('float32', (model.tiers,)), 'expected_spend': one,
+            'churn': one, 'row_id_out': Tensor('int64', (1,)), 'purchase': Tensor('float32', (HORIZONS,))}
+    return told | {'refund': one} if model.refund else told
 
 
 def export(checkpoint: Path, repository: Path, name: str = 'shopper', version: int = 1) -> Path:
@@ -69,7 +67,7 @@ def export(checkpoint: Path, repository: Path, name: str = 'shopper', version: i
     version_dir = model_dir / str(version)
     version_dir.mkdir(parents=True, exist_ok=True)
     (version_dir / WEIGHTS).write_bytes(content)
-    served = Served(name, str(version), {WEIGHTS: sha256(version_dir / WEIGHTS)}, INPUTS, outputs(kept.model.tiers))
+    served = Served(name, str(version), {WEIGHTS: sha256(version_dir / WEIGHTS)}, INPUTS, outputs(kept.model))
     (model_dir / CONFIG_FILE).write_text(triton_config(served))
     (model_dir / LABELS_FILE).write_text('\n'.join(kept.config['tiers']['names']) + '\n')
     (version_dir / MANIFEST).write_text(json.dumps(_manifest(kept, model_dir, name, version), indent=1) + '\n')
@@ -84,14 +82,14 @@ def parity(kept: Checkpoint, graph: Path) -> float:
     Errors   ModelError if it is above TOLERANCE.
     """
     session = onnxruntime.InferenceSession(graph, providers=['CPUExecutionProvider'])
-    worst = 0.0
+    names, worst = list(outputs(kept.model)), 0.0
     for length in LENGTHS:
         fitting = [padded(batch, length) for own, batch in kept.windows.items() if own <= length]
         for batch in (*fitting, *({name: part[:1] for name, part in batch.items()} for batch in fitting)):
-            got = session.run(OUTPUT_NAMES, {name: part.numpy() for name, part in batch.items()})
+            got = session.run(names, {name: part.numpy() for name, part in batch.items()})
             with torch.no_grad():
                 wanted = kept.model(*(batch[name] for name in INPUT_NAMES))
-            for output, (mine, theirs) in zip(OUTPUT_NAMES, zip(got, wanted, strict=True), strict=True):
+            for output, (mine, theirs) in zip(names, zip(got, wanted, strict=True), strict=True):
                 theirs = theirs.numpy()
                 difference = float((np.abs(mine - theirs) / np.maximum(1.0, np.abs(theirs))).max())
                 if not difference <= TOLERANCE:
@@ -120,9 +118,9 @@ def write_graph(model: ShopperModel, windows: dict[int, dict[str, torch.Tensor]]
         warnings.filterwarnings('ignore', category=torch.jit.TracerWarning)
         torch.onnx.export(
             model, tuple(example[name] for name in INPUT_NAMES), path, dynamo=False, opset_version=OPSET,
-            input_names=list(INPUT_NAMES), output_names=list(OUTPUT_NAMES),
+            input_names=list(INPUT_NAMES), output_names=list(outputs(model)),
             dynamic_axes={name: {0: 'rows', 1: 'slots'} if tensor.row_shape[0] == -1 else {0: 'rows'}
-                          for name, tensor in (INPUTS | outputs(model.tiers)).items()})
+                          for name, tensor in (INPUTS | outputs(model)).items()})
 
 
 def _manifest(kept: Checkpoint, model_dir: Path, name: str, version: int) -> dict:
@@ -135,5 +133,5 @@ def _manifest(kept: Checkpoint, model_dir: Path, name: str, version: int) -> dic
         command=config['command'], seed=config['seed'], horizon_days=HORIZON_DAYS, priced=config['priced'])
     return msgspec.to_builtins(manifest) | {
         'repository_files': {file: sha256(model_dir / file) for file in (CONFIG_FILE, LABELS_FILE)},
-        'inputs': msgspec.to_builtins(INPUTS), 'outputs': msgspec.to_builtins(outputs(kept.model.tiers)),
+        'inputs': msgspec.to_builtins(INPUTS), 'outputs': msgspec.to_builtins(outputs(kept.model)),
         'spend_days': SPEND_DAYS, 'refund_days': REFUND_DAYS, 'opset': OPSET, 'licence': 'Apache-2.0'}

@@ -24,6 +24,7 @@ from stream.core.features import padded
 from stream.core.window import DAY_MS, WindowLimits
 from stream.errors import UsageError
 from stream.learn.backbones import BackboneOptions, EncoderOptions, make_backbone
+from stream.learn.bounds import Count, NotNegative, Part, Positive, Share
 from stream.learn.calibrate import SETTLED_ROWS_MIN, calibrate
 from stream.learn.dataset import (
     HORIZON_DAYS,
@@ -52,6 +53,7 @@ class FitOptions:
     examples_max      moments of training at most: fewer cut-offs are drawn of each user where there are many users
     validation_share  of the users, for the best epoch and the mixing of the branches
     tiers             tiers of spend: 0 is nothing, the others are equally many of those who spend
+    refund            whether it learns the risk head: a refund or a cancelled order, for service and never for credit
     rows_per_epoch    moments drawn for each pass
     learning_rate     at its peak, after the first `warmup_share` of all steps; a cosine to 0 follows; pretrained
                       weights have one of their own
@@ -63,21 +65,22 @@ class FitOptions:
 
     seed: int = 7
     examples: ExampleOptions = field(default_factory=ExampleOptions)
-    examples_max: int = 120_000
-    validation_share: float = 0.15
+    examples_max: Count = 120_000
+    validation_share: Part = 0.15
     tiers: int = 5
+    refund: bool = True
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
     encoder: EncoderOptions = field(default_factory=EncoderOptions)
-    epochs: int = 8
-    rows_per_epoch: int = 6_000
-    batch_rows: int = 128
-    learning_rate: float = 5e-4
-    weight_decay: float = 0.05
-    warmup_share: float = 0.1
-    clip_norm: float = 1.0
-    patience: int = 3
-    counters_decay: float = 30.0
-    task_weights: dict[str, float] = field(
+    epochs: Count = 8
+    rows_per_epoch: Count = 6_000
+    batch_rows: Count = 128
+    learning_rate: NotNegative = 5e-4
+    weight_decay: NotNegative = 0.05
+    warmup_share: Share = 0.1
+    clip_norm: Positive = 1.0
+    patience: Count = 3
+    counters_decay: NotNegative = 30.0
+    task_weights: dict[str, NotNegative] = field(
         default_factory=lambda: {'purchase': 1.0, 'refund': 0.2, 'tier': 0.5, 'spend': 0.5})
 
 
@@ -138,7 +141,7 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
 
     # 2 counters
 
-    model = ShopperModel(make_backbone(options.backbone, options.encoder), options.tiers)
+    model = ShopperModel(make_backbone(options.backbone, options.encoder), options.tiers, options.refund)
     counters = torch.from_numpy(data.inputs.counters)
     # Of one year, its phase is but another name of the time since the recording began.
     ignored = YEAR if known_until_ms - history.start_ms < YEARS_MIN * 365 * DAY_MS else ()
@@ -223,7 +226,8 @@ def _window_logits(model: ShopperModel, data: Examples, rows: np.ndarray) -> Ten
 
 
 def _total(parts: dict[str, Tensor], options: FitOptions) -> Tensor:
-    return torch.stack([options.task_weights[task] * part for task, part in parts.items()]).sum()
+    return torch.stack([options.task_weights[task] * part for task, part in parts.items()
+                        if options.refund or task != 'refund']).sum()
 
 
 def _fit_counters(model: ShopperModel, counters: Tensor, labels: tuple[Tensor, Tensor, Tensor], chosen: np.ndarray,

@@ -86,9 +86,10 @@ class Counters(nn.Module):
 class ShopperModel(nn.Module):
     """Batch in, scores out: see `forward`."""
 
-    def __init__(self, backbone: nn.Module, tiers: int) -> None:
+    def __init__(self, backbone: nn.Module, tiers: int, refund: bool = True) -> None:
         super().__init__()
         self.tiers = tiers
+        self.refund = refund        # whether it has the risk head; without, its logit stays untrained and unseen
         k = BINARY + tiers + _SPEND
         self.backbone = backbone
         self.head = nn.Linear(backbone.width, k)
@@ -128,12 +129,14 @@ class ShopperModel(nn.Module):
         return out.bought.sigmoid() * log_mean.exp()
 
     def forward(self, categories: Tensor, numbers: Tensor, counters: Tensor, row_id: Tensor) -> tuple[Tensor, ...]:
-        """A batch's scores, in the order of `stream.learn.export.OUTPUT_NAMES`: intent [b, 1], tiers [b, tiers], spend
-        [b, 1], churn [b, 1], row ids [b, 1], purchase within each horizon [b, HORIZONS], refund [b, 1]."""
+        """A batch's scores, in the order of `stream.learn.export.outputs`: intent [b, 1], tiers [b, tiers], spend
+        [b, 1], churn [b, 1], row ids [b, 1], purchase within each horizon [b, HORIZONS], and refund [b, 1] where there
+        is a risk head."""
         out = Logits.of(self.logits(categories, numbers, counters))
         chances = self.probabilities(out.binary)
         return (chances[:, INTENT, None], out.tier.softmax(-1), self.spend(out)[:, None],
-                1 - chances[:, CHURN, None], row_id.clone(), chances[:, :HORIZONS], chances[:, HORIZONS:])
+                1 - chances[:, CHURN, None], row_id.clone(), chances[:, :HORIZONS],
+                *([chances[:, HORIZONS:]] if self.refund else []))
 
 
 def losses(logits: Tensor, binary: Tensor, tier: Tensor, spend: Tensor) -> dict[str, Tensor]:

@@ -34,8 +34,9 @@ from stream.scoring.artefact import LAYOUT
 
 _CEILING_MOMENTS = 1_500    # their posterior takes a minute
 _TEST_MOMENTS = ExampleOptions(cutoffs_per_user=6, moments_per_user=4.0)
-TIER_NAMES = {2: ('nothing', 'some'), 3: ('nothing', 'low', 'high'), 4: ('nothing', 'low', 'middle', 'high'),
-              5: ('nothing', 'low', 'middle', 'high', 'top')}
+TIERS_MAX = 20
+_TIER_NAMES = {2: ('nothing', 'some'), 3: ('nothing', 'low', 'high'), 4: ('nothing', 'low', 'middle', 'high'),
+               5: ('nothing', 'low', 'middle', 'high', 'top')}
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
     began = time.monotonic()
 
     fitting = replace(options.fit, seed=options.seed)
+    names = tier_names(fitting.tiers)
 
     # 1 history
 
@@ -139,7 +141,7 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
 
     found = {'test': figures, 'ceiling': ceiling, 'epochs': fitted.epochs, 'best_epoch': fitted.best_epoch,
              'seconds': round(time.monotonic() - began)}
-    config = _config(options, history, fitted, known_until_ms, cut_ms, split)
+    config = _config(options, history, fitted, names, known_until_ms, cut_ms, split)
     save(Checkpoint(fitted.model, config, found, some_windows(test)), out)
     console.print(f'checkpoint in {out}, {found["seconds"]} s')
     return found
@@ -172,12 +174,8 @@ def _ceiling(simulator: SimulatorOptions, history: History, test: Examples, purc
     return found
 
 
-def _config(options: TrainOptions, history: History, fitted: Fitted, known_until_ms: int, cut_ms: int,
+def _config(options: TrainOptions, history: History, fitted: Fitted, names: list[str], known_until_ms: int, cut_ms: int,
             split: dict[str, int]) -> dict:
-    names = TIER_NAMES.get(options.fit.tiers)
-    if names is None:
-        raise UsageError(f'{options.fit.tiers} tiers have no names.',
-                         do=f'choose {min(TIER_NAMES)} to {max(TIER_NAMES)}.')
     fitting = asdict(options.fit)
     backbone = options.fit.backbone
     fitting['backbone'] |= {'source': _called(backbone.source), 'catalogue': _called(backbone.catalogue)}
@@ -187,12 +185,19 @@ def _config(options: TrainOptions, history: History, fitted: Fitted, known_until
         'window': {'events_max': options.limits.events_max, 'span_ms': options.limits.span_ms,
                    'silence_ms': list(options.limits.silence_ms)},
         'learning': fitting, 'refit': options.refit,
-        'tiers': {'names': list(names), 'edges': fitted.tier_edges.tolist()}, 'priced': history.priced,
+        'tiers': {'names': names, 'edges': fitted.tier_edges.tolist()}, 'priced': history.priced,
         'data': {'users': len(history.user_ids), 'events': len(history), 'refused': history.refused,
                  'start_ms': history.start_ms, 'cut_ms': cut_ms, 'known_until_ms': known_until_ms,
                  'moments': len(fitted.data), **split},
         'layout': msgspec.to_builtins(LAYOUT),
     }
+
+
+def tier_names(tiers: int) -> list[str]:
+    """What the tiers of spend are called, the lowest first. Errors: UsageError where there are too few or too many."""
+    if not 2 <= tiers <= TIERS_MAX:
+        raise UsageError(f'There cannot be {tiers} tiers of spend.', do=f'choose 2 to {TIERS_MAX}.')
+    return list(_TIER_NAMES.get(tiers) or ('nothing', *(f'tier {tier}' for tier in range(1, tiers))))
 
 
 def _called(source: str | None) -> str | None:

@@ -13,11 +13,12 @@ torch = pytest.importorskip('torch', reason='torch is not installed: pip install
 import onnxruntime
 
 from stream.core.features import COUNTERS, LENGTHS, SLOT_NUMBERS, batches
+from stream.core.scores import OUTPUT_NAMES
 from stream.core.window import WindowLimits
 from stream.errors import ModelError, UsageError
 from stream.learn import dataset
 from stream.learn.checkpoint import load
-from stream.learn.export import OUTPUT_NAMES, export, padded, parity
+from stream.learn.export import export, outputs, padded, parity
 from stream.learn.model import INPUT_NAMES
 from stream.learn.served import score
 from stream.scoring.artefact import load_artefact
@@ -38,7 +39,7 @@ def test_the_graph_gives_the_scores_of_torch(checkpoint, version_dir, history):
         inputs = {name: getattr(batch, name) for name in INPUT_NAMES}
         with torch.no_grad():
             wanted = kept.model(*map(torch.from_numpy, inputs.values()))
-        for mine, theirs in zip(session.run(OUTPUT_NAMES, inputs), wanted, strict=True):
+        for mine, theirs in zip(session.run(list(outputs(kept.model)), inputs), wanted, strict=True):
             np.testing.assert_allclose(mine, theirs.numpy(), rtol=1e-5, atol=1e-5)
         seen.add(batch.categories.shape[1])
     assert seen == set(LENGTHS)
@@ -51,7 +52,7 @@ def test_the_graph_gives_the_scores_of_torch(checkpoint, version_dir, history):
 def test_padding_changes_nothing_in_the_graph(checkpoint, version_dir):
     session = onnxruntime.InferenceSession(version_dir / 'model.onnx', providers=['CPUExecutionProvider'])
     short = load(checkpoint).windows[8]
-    first, second = (session.run(OUTPUT_NAMES, {name: part.numpy() for name, part in batch.items()})
+    first, second = (session.run(None, {name: part.numpy() for name, part in batch.items()})
                      for batch in (short, padded(short, 16)))
     for mine, theirs in zip(first, second, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
@@ -84,7 +85,7 @@ def test_the_manifest_matches_the_files(version_dir):
 
 def test_tritons_configuration_names_the_tensors(version_dir):
     text = (version_dir.parent / 'config.pbtxt').read_text()
-    for name in (*INPUT_NAMES, *OUTPUT_NAMES):
+    for name in (*INPUT_NAMES, *OUTPUT_NAMES, 'purchase', 'refund'):
         assert f'name: "{name}"' in text
     assert f'dims: [ -1, {SLOT_NUMBERS} ]' in text and f'dims: [ {COUNTERS} ]' in text
     assert 'label_filename: "tiers.txt"' in text and 'versions: [ 1 ]' in text

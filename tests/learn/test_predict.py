@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from stream.cli import app
 from stream.cli_learn import time_ms, version_of
-from stream.errors import UsageError
+from stream.errors import InputError, UsageError
 from stream.scoring.artefact import load_artefact
 
 SHIPPED = Path(__file__).parents[2] / 'triton_models' / 'shopper' / '1'
@@ -90,3 +90,41 @@ def test_what_train_writes_is_what_predict_takes(recording, tmp_path):
     manifest = load_artefact(version_of(out)).manifest
     assert '--until 2025-06-01' in manifest.command and 'until 2025-06-01' in manifest.trained_on
     assert len(predicted(recording, tmp_path / 'p.jsonl', '--model', str(out))) > 30
+
+
+def trained(recording: Path, out: Path, *arguments: str):
+    return CliRunner().invoke(app, ['train', str(recording), '--out', str(out), '--seed', '3', *arguments])
+
+
+def test_a_pretrained_backbone_by_its_flags(recording, lines, tmp_path):
+    pytest.importorskip('torch', reason='torch is not installed: pip install stream-scoring[train]')
+    from tests.learn.pretrained import save_tiny
+    source = save_tiny('distilbert', tmp_path / 'tiny', positions=64)
+    (tmp_path / 'items.jsonl').write_text(json.dumps({'item_id': 'lamp', 'text': 'a red lamp'}))
+    flags = ('--backbone', 'distilbert', '--pretrained', str(source), '--tuning', 'ia3', '--catalogue',
+             str(tmp_path / 'items.jsonl'), '--tiers', '6', '--no-refund-head', '--fit', 'epochs=1', '--fit',
+             'rows_per_epoch=60', '--fit', 'cutoffs_per_user=2', '--fit', 'moments_per_user=1')
+    done = trained(recording, tmp_path / 'shop', *flags)
+    assert done.exit_code == 0, done.output
+    manifest = load_artefact(version_of(tmp_path / 'shop')).manifest
+    assert manifest.command == (
+        'stream train --format events events.jsonl --seed 3 --backbone distilbert --pretrained tiny --tuning ia3 '
+        '--catalogue items.jsonl --tiers 6 --no-refund-head --fit epochs=1 --fit rows_per_epoch=60 '
+        '--fit cutoffs_per_user=2 --fit moments_per_user=1 --out DIR')
+    config = (tmp_path / 'shop' / 'config.json').read_text()
+    assert json.loads(config)['learning']['epochs'] == 1 and str(tmp_path) not in config
+    found = predicted(recording, tmp_path / 'p.jsonl', '--model', str(tmp_path / 'shop'))
+    assert {len(line['tier_probabilities']) for line in found} == {6}
+
+
+@pytest.mark.parametrize(('flags', 'message'), [
+    (('--fit', 'hiden=8'), 'did you mean hidden?'), (('--fit', 'epochs'), 'is not NAME=VALUE'),
+    (('--fit', 'epochs=none'), 'epochs of training is wrong'), (('--backbone', 'lstm'), "no backbone 'lstm'"),
+    (('--backbone', 'bert'), 'is pretrained'), (('--tuning', 'lora'), 'not pretrained'),
+    (('--tiers', '1'), 'There cannot be 1 tiers'), (('--catalogue', 'absent.jsonl'), 'cannot be read'),
+])
+def test_flags_that_do_not_suit_are_told(recording, tmp_path, flags, message):
+    pytest.importorskip('torch', reason='torch is not installed: pip install stream-scoring[train]')
+    done = trained(recording, tmp_path / 'shop', *flags)
+    assert isinstance(done.exception, UsageError | InputError) and message in str(done.exception)
+    assert not (tmp_path / 'shop').exists()

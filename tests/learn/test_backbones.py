@@ -1,0 +1,142 @@
+"""Every backbone, tuned in every way, goes from a recording to a checkpoint, a graph, two scorers: the same scores.
+
+What a checkpoint was made from is gone before it is exported, and one Triton serves all of the models.
+"""
+# ruff: noqa: E402  (the imports below need torch: skip first)
+import asyncio
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip('torch', reason='torch is not installed: pip install stream-scoring[train]')
+
+from parts import Triton
+
+from stream.core.features import COUNTERS, Batch
+from stream.core.scores import OUTPUT_NAMES
+from stream.learn import dataset
+from stream.learn.backbones import BackboneOptions
+from stream.learn.checkpoint import Checkpoint, load
+from stream.learn.export import export
+from stream.learn.text_backbones import TEXT_BACKBONES
+from stream.learn.train import train
+from stream.learn.tuning import PREFIX_BACKBONES
+from stream.scoring.embedded import EmbeddedScorer
+from stream.scoring.triton import TritonScorer
+from tests.learn.pretrained import save_tiny, windows
+
+TUNINGS = {'freeze': 'freeze:embeddings,layers=1', 'lora': 'lora', 'ia3': 'ia3', 'prefix': 'prefix'}
+CASES = ['events', *(f'{name}-{tuning}' for name in TEXT_BACKBONES for tuning in TUNINGS
+                     if tuning != 'prefix' or name in PREFIX_BACKBONES)]
+WITH_CATALOGUE = ('events', 't5-lora', 'gpt2-prefix')
+
+
+@dataclass(frozen=True)
+class Made:
+    """A trained model, and where it is exported."""
+
+    kept: Checkpoint
+    version_dir: Path
+    card: str
+
+
+@pytest.fixture(scope='module')
+def made(lines, tiny_fit, tiny_options, tmp_path_factory) -> dict[str, Made]:
+    """All of the models by name; what they were made from is gone."""
+    folder = tmp_path_factory.mktemp('backbones')
+    catalogue = folder / 'items.jsonl'
+    items = {event['item_id']: event['category'] for event in map(json.loads, lines) if event.get('item_id')}
+    catalogue.write_text('\n'.join(json.dumps({'item_id': item, 'category': category, 'text': f'{category} {item}'})
+                                   for item, category in items.items()))
+    sources = {name: save_tiny(name, folder / f'{name}-tiny', positions=64) for name in TEXT_BACKBONES}
+    for case in CASES:
+        name, _, tuning = case.partition('-')
+        options = tiny_fit(
+            examples=dataset.ExampleOptions(2, 1.0), rows_per_epoch=80, epochs=2, tiers=7 if case == 'events' else 5,
+            refund=case != 'events', backbone=BackboneOptions(
+                name, str(sources.get(name, '')), TUNINGS.get(tuning, 'full'),
+                catalogue=str(catalogue) if case in WITH_CATALOGUE else None))
+        train(tiny_options(fit=options, refit=False), folder / case)
+    catalogue.unlink()
+    for source in sources.values():
+        source.rename(source.with_name(f'{source.name}-gone'))
+    found = {}
+    for case in CASES:
+        version_dir = export(folder / case, folder / 'repository', case)
+        found[case] = Made(load(folder / case), version_dir, (version_dir.parent / 'README.md').read_text())
+    return found
+
+
+@pytest.fixture(scope='module')
+def server(made, tmp_path_factory) -> Iterator[Triton]:
+    first, *others = (model.version_dir for model in made.values())
+    with Triton(tmp_path_factory.mktemp('triton') / 'triton', first, others=others) as part:
+        yield part
+
+
+def batches(kept: Checkpoint) -> list[Batch]:
+    """Windows of the recording, and made-up ones: full, of one slot, without any, longer than the text may be."""
+    made_up = []
+    for filled, length in (([8, 1, 0], 8), ([64, 40, 2], 64)):
+        counters = torch.rand((3, COUNTERS), generator=torch.Generator().manual_seed(length))
+        made_up.append((*windows(filled, length), counters, torch.arange(3)[:, None]))
+    real = [tuple(batch[name] for name in ('categories', 'numbers', 'counters', 'row_id'))
+            for batch in kept.windows.values()]
+    return [Batch(*(part.numpy() for part in parts)) for parts in (*real, *made_up)]
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_both_scorers_give_torchs_scores(case, made, server):
+    kept, version_dir = made[case].kept, made[case].version_dir
+    asked = batches(kept)
+    embedded = EmbeddedScorer(version_dir)
+
+    async def through_triton():
+        scorer = TritonScorer(server.address, version_dir)
+        try:
+            return await scorer.score(asked)
+        finally:
+            await scorer.close()
+
+    answers = zip(asked, embedded.score_now(asked), asyncio.run(through_triton()), strict=True)
+    for batch, mine, theirs in answers:
+        with torch.no_grad():
+            wanted = kept.model(*map(torch.from_numpy, (batch.categories, batch.numbers, batch.counters,
+                                                        batch.row_id)))
+        for name, output in zip(OUTPUT_NAMES, wanted, strict=False):
+            np.testing.assert_allclose(getattr(mine, name), output.numpy(), rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(getattr(theirs, name), getattr(mine, name), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_the_card_names_backbone_source_and_tuning(case, made):
+    name, _, tuning = case.partition('-')
+    card = made[case].card
+    assert f'backbone `{name}`' in card
+    assert ('`items.jsonl`' in card) == (case in WITH_CATALOGUE)
+    if tuning:
+        assert f'from `{name}-tiny`, tuning `{TUNINGS[tuning]}`' in card
+        assert f'the weights of `{name}-tiny`, which it started from, have one of their own' in card
+        assert 'never for a credit decision' in card
+
+
+def test_the_window_matters_to_every_model(made):
+    """Else parity would say nothing of the backbone."""
+    for case, model in made.items():
+        kept, (batch, *_) = model.kept, batches(model.kept)
+        with torch.no_grad():
+            logits = kept.model.window_logits(torch.from_numpy(batch.categories), torch.from_numpy(batch.numbers))
+        assert (logits - logits[:1]).abs().max() > 1e-3, case
+        assert kept.model.mix.max() > 0, case
+
+
+def test_tiers_and_the_risk_head_are_as_asked_for(made):
+    manifest = json.loads((made['events'].version_dir / 'manifest.json').read_bytes())
+    assert manifest['tier_names'] == ['nothing', *(f'tier {tier}' for tier in range(1, 7))]
+    assert 'refund' not in manifest['outputs'] and '`refund`' not in made['events'].card
+    others = json.loads((made['bert-lora'].version_dir / 'manifest.json').read_bytes())
+    assert len(others['tier_names']) == 5 and 'refund' in others['outputs']

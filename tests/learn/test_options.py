@@ -1,0 +1,48 @@
+"""Options of a training by name: every one can be given, and a slip of the pen is told."""
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip('torch', reason='torch is not installed: pip install stream-scoring[train]')
+
+from stream.errors import UsageError
+from stream.learn.backbones import BackboneOptions, EncoderOptions, make_backbone
+from stream.learn.fit import FitOptions
+from stream.learn.options import changed, option_names
+
+
+def test_every_option_has_a_name_of_its_own():
+    names = option_names()
+    assert {'epochs', 'hidden', 'layers', 'learning_rate', 'backbone.learning_rate', 'task_weights.refund',
+            'cutoffs_per_user'} <= names.keys()
+    assert len(set(names.values())) == len(names)
+    assert not {'seed', 'tiers', 'tuning', 'catalogue', 'source', 'refund'} & names.keys()     # have flags of their own
+
+
+def test_values_reach_their_place_and_nothing_else_changes():
+    options = replace(FitOptions(), tiers=3, backbone=BackboneOptions('bert', 'folder', 'lora'))
+    got = changed(options, {'epochs': 2, 'hidden': 96, 'learning_rate': 1, 'backbone.learning_rate': 1e-3,
+                            'task_weights.tier': 0.25, 'items': True, 'moments_per_user': 0})
+    assert got == replace(
+        options, epochs=2, learning_rate=1.0, encoder=EncoderOptions(hidden=96, items=True),
+        backbone=replace(options.backbone, learning_rate=1e-3), task_weights=options.task_weights | {'tier': 0.25},
+        examples=replace(options.examples, moments_per_user=0.0))
+    assert changed(options, {}) == options
+
+
+@pytest.mark.parametrize(('name', 'value', 'message'), [
+    ('hiden', 8, 'no option hiden, did you mean hidden?'), ('tiers', 3, 'no option tiers'),
+    ('epochs', 0, 'epochs'), ('epochs', 2.5, 'epochs'), ('epochs', 'many', 'epochs'),
+    ('hidden', True, r'encoder\.hidden'), ('dropout', 1, r'encoder\.dropout'), ('dropout', -0.1, r'encoder\.dropout'),
+    ('validation_share', 0, 'validation_share'), ('items', 'yes', r'encoder\.items'), ('clip_norm', 0, 'clip_norm'),
+    ('task_weights.spend', -1, 'task_weights'), ('backbone.learning_rate', 'fast', r'backbone\.learning_rate'),
+])
+def test_what_is_wrong_says_so(name, value, message):
+    with pytest.raises(UsageError, match=message):
+        changed(FitOptions(), {name: value})
+
+
+def test_heads_that_do_not_divide_the_units_are_told():
+    with pytest.raises(UsageError, match='3 attention heads cannot share 64'):
+        make_backbone(BackboneOptions(), EncoderOptions(heads=3))
