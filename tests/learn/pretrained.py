@@ -30,7 +30,7 @@ SPECIAL = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
 CORPUS = [f'{OPENING} {word}' for words in slot_words({}) for word in words] + ['now then silence']
 
 
-def save_tiny(name: str, folder: Path, positions: int = 512) -> Path:
+def save_tiny(name: str, folder: Path, positions: int = 512, dropout: float = 0.1) -> Path:
     """A model of 2 layers that has learned nothing, with a small vocabulary of its own kind, saved into `folder`."""
     torch.manual_seed(7)
     tokenizer = {'bert': _word_pieces, 'distilbert': _word_pieces, 't5': _unigrams, 'gpt2': _byte_pairs}[name]()
@@ -39,13 +39,15 @@ def save_tiny(name: str, folder: Path, positions: int = 512) -> Path:
     model = {
         'bert': lambda: BertForMaskedLM(BertConfig(
             vocab_size=size, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-            max_position_embeddings=positions)),
+            max_position_embeddings=positions, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)),
         'distilbert': lambda: DistilBertForMaskedLM(DistilBertConfig(
-            vocab_size=size, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=positions)),
+            vocab_size=size, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=positions,
+            dropout=dropout, attention_dropout=dropout)),
         't5': lambda: T5ForConditionalGeneration(T5Config(
-            vocab_size=size, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)),
+            vocab_size=size, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=dropout)),
         'gpt2': lambda: GPT2LMHeadModel(GPT2Config(
-            vocab_size=size, n_embd=16, n_layer=2, n_head=2, n_positions=positions, bos_token_id=0, eos_token_id=0)),
+            vocab_size=size, n_embd=16, n_layer=2, n_head=2, n_positions=positions, bos_token_id=0, eos_token_id=0,
+            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout)),
     }[name]()
     logging.disable_progress_bar()
     try:

@@ -1,4 +1,4 @@
-"""Only what the tuning names moves, it learns, and what is served gives torch's scores."""
+"""Only what the tuning names moves, and it learns. That it is served: tests/learn/test_backbones.py."""
 # ruff: noqa: E402  (the imports below need torch: skip first)
 import re
 
@@ -15,9 +15,10 @@ from stream.learn import fit as fit_module
 from stream.learn.backbones import BackboneOptions, EncoderOptions, make_backbone
 from stream.learn.dataset import ExampleOptions, read
 from stream.learn.fit import FitOptions, fit
+from stream.learn.model import ShopperModel
 from stream.learn.text_backbones import TEXT_BACKBONES, load_text_backbone
 from stream.learn.tuning import PREFIX_BACKBONES, PREFIX_TOKENS, merged, pretrained, tune
-from tests.learn.pretrained import assert_same_scores, export_graph, save_tiny, windows
+from tests.learn.pretrained import save_tiny, windows
 
 # Of the weights' names, those that move; and one in which BERT's keys have a bias, which attention cancels out.
 MOVES = {
@@ -41,7 +42,9 @@ RATES = {'full': 1e-2, 'lora': 3e-2, 'ia3': 3e-1, 'prefix': 3e-1, 'freeze': 1e-2
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
-    return {name: str(save_tiny(name, tmp_path_factory.mktemp(name), positions=64)) for name in TEXT_BACKBONES}
+    # Without dropout a loss that falls has been learned: it is the same in every pass where nothing moves.
+    return {name: str(save_tiny(name, tmp_path_factory.mktemp(name), positions=64, dropout=0.0))
+            for name in TEXT_BACKBONES}
 
 
 @pytest.fixture(scope='module')
@@ -64,23 +67,26 @@ def moved(backbone, scale: float) -> None:
 
 
 @pytest.mark.parametrize(('name', 'tuning'), CASES)
-def test_what_is_tuned_moves_learns_and_is_served(name, tuning, folders, history, monkeypatch, tmp_path):
+def test_what_is_tuned_moves_and_learns(name, tuning, folders, history, monkeypatch):
     before = []
 
-    def recorded(*options):
-        made = make_backbone(*options)
-        before.append(weights(made))
+    def with_loud_head(*options):
+        made = ShopperModel(*options)
+        made.head.weight.data *= 50
+        before.append(weights(made.backbone))
         return made
 
-    monkeypatch.setattr(fit_module, 'make_backbone', recorded)
-    # The heads stand still where a backbone moves, so that what is learned is the backbone's.
-    fitted = fit(history, range(40), history.end_ms, FitOptions(
-        examples=ExampleOptions(2, 1.0), validation_share=0.3, epochs=3, rows_per_epoch=10_000, batch_rows=20,
+    # Where a backbone moves the head stands still, so that what is learned is the backbone's; and it is loud, so that
+    # there is something to learn. The counters, which would take the longest, have no part in it.
+    monkeypatch.setattr(fit_module, 'ShopperModel', with_loud_head)
+    monkeypatch.setattr(fit_module, '_fit_counters', lambda *_: None)
+    fitted = fit(history, range(20), history.end_ms, FitOptions(
+        examples=ExampleOptions(2, 1.0), validation_share=0.3, epochs=3, rows_per_epoch=10_000, batch_rows=12,
         learning_rate=0.05 if tuning == 'frozen' else 0.0,
         backbone=BackboneOptions(name, folders[name], tuning, RATES.get(tuning.partition(':')[0]))),
         WindowLimits(), Console(quiet=True))
     losses = [epoch['train'] for epoch in fitted.epochs]
-    assert losses[-1] < losses[0] - 1e-3, losses
+    assert losses[-1] < 0.95 * losses[0], losses
 
     after = weights(fitted.model.backbone)
     expected = MOVES[tuning] if isinstance(MOVES[tuning], str) else MOVES[tuning][name]
@@ -88,17 +94,13 @@ def test_what_is_tuned_moves_learns_and_is_served(name, tuning, folders, history
         if not CANCELLED.fullmatch(weight):
             assert torch.equal(tensor, before[0][weight]) != bool(re.fullmatch(expected, weight)), weight
     assert any(re.fullmatch(expected, weight) for weight in after) == (tuning != 'frozen')
-
-    served = merged(fitted.model)
-    assert not any(part in weight for weight in served.state_dict() for part in ('lora_', 'ia3_'))
-    export_graph(served, tmp_path / 'model.onnx')
-    for filled, length in (([1], 8), ([16, 0, 9, 3], 16), ([64, 30], 64)):
-        assert_same_scores(fitted.model, tmp_path / 'model.onnx', filled, length)
+    assert not any(part in weight for weight in merged(fitted.model).state_dict() for part in ('lora_', 'ia3_'))
 
 
 @pytest.mark.parametrize('name', TEXT_BACKBONES)
 def test_merging_leaves_the_model_and_its_scores(name, folders):
     parts = windows([8, 3, 0], 8)
+    torch.manual_seed(7)
     for tuning in ('lora', 'ia3'):
         backbone, _ = load_text_backbone(name, folders[name], {})
         tune(backbone, tuning)
