@@ -18,7 +18,7 @@ from parts import Triton
 
 from stream.core.features import COUNTERS, Batch
 from stream.core.scores import OUTPUT_NAMES
-from stream.learn import dataset
+from stream.learn import dataset, evaluate
 from stream.learn.backbones import BackboneOptions
 from stream.learn.checkpoint import Checkpoint, load
 from stream.learn.export import export
@@ -60,7 +60,9 @@ def made(lines, tiny_fit, tiny_options, tmp_path_factory) -> dict[str, Made]:
             refund=case != 'events', backbone=BackboneOptions(
                 name, str(sources.get(name, '')), TUNINGS.get(tuning, 'full'),
                 catalogue=str(catalogue) if case in WITH_CATALOGUE else None))
-        train(tiny_options(fit=options, refit=False), folder / case)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluate, 'RESAMPLES', 4)     # intervals are others' concern
+            train(tiny_options(fit=options, refit=False), folder / case)
     catalogue.unlink()
     for source in sources.values():
         source.rename(source.with_name(f'{source.name}-gone'))
