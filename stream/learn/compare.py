@@ -34,7 +34,7 @@ from stream.learn.calibrate import SETTLED_ROWS_MIN
 from stream.learn.checkpoint import some_windows
 from stream.learn.dataset import ACTIVE_DAYS, HORIZON_DAYS, Examples, History, Kind, at_time, part_of
 from stream.learn.export import write_graph
-from stream.learn.fit import FitOptions, Fitted, fit, tier_of, window_logits
+from stream.learn.fit import FitOptions, Fitted, fit, rows_max, tier_of, window_logits
 from stream.learn.judge import COMMONEST, COUNTERS, MODEL, WINDOW, Scored, judge_chances, judge_spend, judge_tiers
 from stream.learn.served import score
 
@@ -227,7 +227,7 @@ def score_fold(history: History, at_ms: int, part: int, tasks: list[Task], optio
         with tempfile.TemporaryDirectory() as folder:
             graph = Path(folder) / 'model.onnx'
             write_graph(fitted.model, some_windows(test), graph)
-            served = score(graph, test.inputs)
+            served = score(graph, test.inputs, rows_max(fitted.model))
 
         contenders = _Contenders(train, _table(test), known.priced, options.seed)
         own = _model_chances(fitted, served['purchase'].astype(float), test, tasks)

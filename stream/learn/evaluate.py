@@ -18,7 +18,7 @@ import numpy as np
 from stream.learn import metrics
 from stream.learn.baselines import Table, purchase_contenders
 from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT, Examples, Kind
-from stream.learn.fit import Fitted, tier_of
+from stream.learn.fit import Fitted, rows_max, tier_of
 from stream.learn.metrics import AMOUNT, BINARY, CLASSES, RANKING, Metric
 from stream.learn.served import score
 
@@ -28,7 +28,7 @@ POSITIVES_MIN = 20      # fewer tell nothing
 
 def evaluate(fitted: Fitted, graph: Path, test: Examples, seed: int) -> dict[str, object]:
     """All numbers of the model card, ready for JSON; the model's are those of its exported graph."""
-    answers = score(graph, test.inputs)
+    answers = score(graph, test.inputs, rows_max(fitted.model))
     purchase, tiers = answers['purchase'].astype(float), answers['tier_probabilities'].astype(float)
     spend = answers['expected_spend'][:, 0].astype(float)
     bought, labels = test.labels.bought, test.labels

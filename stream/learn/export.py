@@ -27,6 +27,7 @@ from stream.errors import ModelError, UsageError
 from stream.learn.card import card
 from stream.learn.checkpoint import Checkpoint, load
 from stream.learn.dataset import HORIZON_DAYS, REFUND_DAYS, SPEND_DAYS
+from stream.learn.fit import rows_max
 from stream.learn.model import HORIZONS, INPUT_NAMES, ShopperModel
 from stream.learn.tuning import merged
 from stream.scoring.artefact import LAYOUT, MANIFEST, WEIGHTS, Manifest, sha256
@@ -67,7 +68,8 @@ def export(checkpoint: Path, repository: Path, name: str = 'shopper', version: i
     version_dir = model_dir / str(version)
     version_dir.mkdir(parents=True, exist_ok=True)
     (version_dir / WEIGHTS).write_bytes(content)
-    served = Served(name, str(version), {WEIGHTS: sha256(version_dir / WEIGHTS)}, INPUTS, outputs(kept.model))
+    served = Served(name, str(version), {WEIGHTS: sha256(version_dir / WEIGHTS)}, INPUTS, outputs(kept.model),
+                    rows_max(kept.model))
     (model_dir / CONFIG_FILE).write_text(triton_config(served))
     (model_dir / LABELS_FILE).write_text('\n'.join(kept.config['tiers']['names']) + '\n')
     (version_dir / MANIFEST).write_text(json.dumps(_manifest(kept, model_dir, name, version), indent=1) + '\n')
@@ -130,7 +132,8 @@ def _manifest(kept: Checkpoint, model_dir: Path, name: str, version: int) -> dic
         tier_names=tuple(config['tiers']['names']), tier_edges=(0.0, *config['tiers']['edges']),
         trained_on=config['source'], currency=config['currency'],
         window=msgspec.convert(config['window'], WindowLimits),
-        command=config['command'], seed=config['seed'], horizon_days=HORIZON_DAYS, priced=config['priced'])
+        command=config['command'], seed=config['seed'], horizon_days=HORIZON_DAYS, priced=config['priced'],
+        rows_max=rows_max(kept.model))
     return msgspec.to_builtins(manifest) | {
         'repository_files': {file: sha256(model_dir / file) for file in (CONFIG_FILE, LABELS_FILE)},
         'inputs': msgspec.to_builtins(INPUTS), 'outputs': msgspec.to_builtins(outputs(kept.model)),

@@ -38,9 +38,9 @@ from stream.learn.dataset import (
 )
 from stream.learn.model import ShopperModel, losses
 from stream.learn.tuning import learning_rate, pretrained
+from stream.scoring.artefact import ROWS_MAX
 
-SCORING_ROWS = 256
-TEXT_SCORING_ROWS = 16  # a text has several times as many tokens as a window has slots, and its reader is large
+TEXT_ROWS_MAX = 16      # a text has several times as many tokens as a window has slots, and its reader is large
 YEAR = ('year_sin', 'year_cos')
 YEARS_MIN = 2
 _LENGTH_NOISE = 8       # slots: neighbours in a batch are about as long as one another, and not always the same
@@ -214,10 +214,15 @@ def tier_of(spend: np.ndarray, edges: np.ndarray) -> np.ndarray:
 def window_logits(model: ShopperModel, data: Examples, rows: np.ndarray) -> Tensor:
     """What the window's branch says of these rows of the examples, [rows, k], without gradients."""
     order = np.argsort(np.diff(data.inputs.starts)[rows], kind='stable')
-    size = TEXT_SCORING_ROWS if any(True for _ in pretrained(model.backbone)) else SCORING_ROWS
+    size = rows_max(model)
     with torch.no_grad():
         parts = [_window_logits(model, data, rows[order[at:at + size]]) for at in range(0, len(rows), size)]
     return torch.cat(parts)[torch.from_numpy(np.argsort(order))]
+
+
+def rows_max(model: ShopperModel) -> int:
+    """How many rows it scores at once."""
+    return TEXT_ROWS_MAX if any(True for _ in pretrained(model.backbone)) else ROWS_MAX
 
 
 def _window_logits(model: ShopperModel, data: Examples, rows: np.ndarray) -> Tensor:

@@ -32,7 +32,7 @@ def predict(history: History, at_ms: int, version_dir: Path, limits: WindowLimit
     place = {days: manifest.horizon_days.index(days) for days in PURCHASE_DAYS}
     order = sorted(range(len(history.user_ids)), key=history.user_ids.__getitem__)
     people = at_time(history, order, at_ms, limits, at_ms)
-    answers = score(artefact.weights, people.inputs)
+    answers = score(artefact.weights, people.inputs, manifest.rows_max)
     purchase = answers['purchase'].astype(float)
     tiers = answers['tier_probabilities'].astype(float)
     spend = answers['expected_spend'][:, 0].astype(float)

@@ -5,18 +5,17 @@ import numpy as np
 import onnxruntime
 
 from stream.core.features import Features, batches
+from stream.scoring.artefact import ROWS_MAX
 
-ROWS_MAX = 256
 
-
-def score(graph: Path, inputs: Features) -> dict[str, np.ndarray]:
-    """All outputs of a model.onnx by name, rows in the order of `inputs`."""
+def score(graph: Path, inputs: Features, rows_max: int = ROWS_MAX) -> dict[str, np.ndarray]:
+    """All outputs of a model.onnx by name, rows in the order of `inputs`, at most `rows_max` of them at once."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(graph, options, providers=['CPUExecutionProvider'])
     names = [output.name for output in session.get_outputs()]
     answers, rows = [], []
-    for batch in batches(inputs, ROWS_MAX):
+    for batch in batches(inputs, rows_max):
         answers.append(session.run(names, {
             'categories': batch.categories, 'numbers': batch.numbers, 'counters': batch.counters,
             'row_id': batch.row_id}))

@@ -26,7 +26,7 @@ from stream.learn.checkpoint import Checkpoint, save, some_windows
 from stream.learn.dataset import HORIZON_DAYS, ExampleOptions, Examples, History
 from stream.learn.evaluate import evaluate
 from stream.learn.export import write_graph
-from stream.learn.fit import FitOptions, Fitted, fit
+from stream.learn.fit import FitOptions, Fitted, fit, rows_max
 from stream.learn.posterior import posteriors
 from stream.learn.served import score
 from stream.replay.simulator import SimulatorOptions, simulate
@@ -127,7 +127,8 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
         ceiling = {}
         if options.simulator is not None:
             console.print("The simulator's own chances")
-            ceiling = _ceiling(options.simulator, history, test, score(graph, test.inputs)['purchase'], options.seed)
+            purchase = score(graph, test.inputs, rows_max(fitted.model))['purchase']
+            ceiling = _ceiling(options.simulator, history, test, purchase, options.seed)
 
     # 4 refit
 

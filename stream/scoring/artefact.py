@@ -23,6 +23,7 @@ from stream.errors import ModelError
 
 MANIFEST = 'manifest.json'
 WEIGHTS = 'model.onnx'
+ROWS_MAX = 256      # rows of one request, and of one batch, of a model that says nothing else
 SHA256_PARAMETER = 'sha256'     # of the weights, in the configuration with which Triton serves them
 
 
@@ -47,6 +48,7 @@ class Manifest(msgspec.Struct, frozen=True):
     currency, window   of the events that it was trained on; serve with the same
     horizon_days       of the columns of the output `purchase`
     priced             whether it has learned from prices: without, tiers and expected spend count purchases
+    rows_max           of a batch: more would take gigabytes of memory
     """
 
     name: str
@@ -62,6 +64,7 @@ class Manifest(msgspec.Struct, frozen=True):
     seed: int
     horizon_days: tuple[int, ...]
     priced: bool
+    rows_max: int = ROWS_MAX
 
 
 class Artefact(msgspec.Struct, frozen=True):

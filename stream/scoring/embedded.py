@@ -25,7 +25,7 @@ class EmbeddedScorer:
         self.manifest = artefact.manifest
         self.trained_on = artefact.manifest.trained_on
         self.tier_names = artefact.manifest.tier_names
-        self.rows_max = rows_max
+        self.rows_max = min(rows_max, artefact.manifest.rows_max)
         self._off_loop = off_loop
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads

@@ -21,13 +21,12 @@ import msgspec
 
 from stream.core.features import LENGTHS
 from stream.errors import ModelError, UsageError
-from stream.scoring.artefact import MANIFEST, SHA256_PARAMETER, WEIGHTS, load_artefact
+from stream.scoring.artefact import MANIFEST, ROWS_MAX, SHA256_PARAMETER, WEIGHTS, load_artefact
 
 Variant = Literal['onnxruntime', 'tensorrt', 'python']
 VARIANTS: tuple[str, ...] = get_args(Variant)
 CONFIG_FILE = 'config.pbtxt'
 LABELS_FILE = 'tiers.txt'
-ROWS_MAX = 256                      # rows of one request, and of one batch
 ENGINE_CACHE = '/var/cache/stream-tensorrt'     # on the GPU's machine: TensorRT's engines outlive a restart there
 _TRITON_TYPES = {'int32': 'TYPE_INT32', 'int64': 'TYPE_INT64', 'float32': 'TYPE_FP32'}
 
@@ -47,6 +46,7 @@ class Served(msgspec.Struct, frozen=True):
     files: dict[str, str]
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
+    rows_max: int = ROWS_MAX
 
 
 def triton_config(served: Served, variant: str = 'onnxruntime', queue_requests_max: int = 0) -> str:
@@ -63,7 +63,7 @@ def triton_config(served: Served, variant: str = 'onnxruntime', queue_requests_m
     batching = f'dynamic_batching {{ {queue}}}\n' if variant != 'python' or queue else ''
     return f'''name: "{served.name}"
 {engine}
-max_batch_size: {ROWS_MAX}
+max_batch_size: {served.rows_max}
 input [
 {inputs}
 ]
@@ -128,8 +128,8 @@ def _tensorrt(served: Served) -> str:
     parameters: dict[str, Any] = {
         'precision_mode': 'FP32', 'max_workspace_size_bytes': 1 << 30,
         'trt_engine_cache_enable': 1, 'trt_engine_cache_path': ENGINE_CACHE,
-        'trt_profile_min_shapes': shapes(1, LENGTHS[0]), 'trt_profile_opt_shapes': shapes(ROWS_MAX, LENGTHS[1]),
-        'trt_profile_max_shapes': shapes(ROWS_MAX, LENGTHS[-1])}
+        'trt_profile_min_shapes': shapes(1, LENGTHS[0]), 'trt_profile_opt_shapes': shapes(served.rows_max, LENGTHS[1]),
+        'trt_profile_max_shapes': shapes(served.rows_max, LENGTHS[-1])}
     accelerator = '\n'.join(f'      parameters {{ key: "{key}" value: "{value}" }}'
                             for key, value in parameters.items())
     warmups = ''.join(_warmup(served, slots) for slots in LENGTHS)
@@ -150,7 +150,7 @@ def _warmup(served: Served, slots: int) -> str:
         f'  inputs {{\n    key: "{name}"\n    value {{ data_type: {_TRITON_TYPES[tensor.type]} '
         f'dims: [ {", ".join(map(str, _shape(tensor, slots)))} ] zero_data: true }}\n  }}\n'
         for name, tensor in served.inputs.items())
-    return f'model_warmup {{\n  name: "{slots} slots"\n  batch_size: {ROWS_MAX}\n{inputs}}}\n'
+    return f'model_warmup {{\n  name: "{slots} slots"\n  batch_size: {served.rows_max}\n{inputs}}}\n'
 
 
 def _shape(tensor: Tensor, slots: int) -> tuple[int, ...]:

@@ -103,7 +103,7 @@ class TritonScorer:
         self.manifest = artefact.manifest
         self.trained_on = artefact.manifest.trained_on
         self.tier_names = artefact.manifest.tier_names
-        self.rows_max = rows_max
+        self.rows_max = min(rows_max, artefact.manifest.rows_max)
         self.address = address
         self.served_sha256 = ''
         self._statistics = Statistics()

@@ -86,7 +86,7 @@ def batches(kept: Checkpoint) -> list[Batch]:
     for filled, length in (([8, 1, 0], 8), ([64, 40, 2], 64)):
         counters = torch.rand((3, COUNTERS), generator=torch.Generator().manual_seed(length))
         made_up.append((*windows(filled, length), counters, torch.arange(3)[:, None]))
-    real = [tuple(batch[name] for name in ('categories', 'numbers', 'counters', 'row_id'))
+    real = [tuple(batch[name][:16] for name in ('categories', 'numbers', 'counters', 'row_id'))
             for batch in kept.windows.values()]
     return [Batch(*(part.numpy() for part in parts)) for parts in (*real, *made_up)]
 
@@ -142,3 +142,10 @@ def test_tiers_and_the_risk_head_are_as_asked_for(made):
     assert 'refund' not in manifest['outputs'] and '`refund`' not in made['events'].card
     others = json.loads((made['bert-lora'].version_dir / 'manifest.json').read_bytes())
     assert len(others['tier_names']) == 5 and 'refund' in others['outputs']
+
+
+def test_long_texts_are_scored_few_at_once(made, server):
+    for case, rows in (('events', 256), ('t5-ia3', 16)):
+        version_dir = made[case].version_dir
+        assert EmbeddedScorer(version_dir).rows_max == TritonScorer(server.address, version_dir).rows_max == rows
+        assert f'max_batch_size: {rows}' in (version_dir.parent / 'config.pbtxt').read_text()

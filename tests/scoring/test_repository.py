@@ -9,8 +9,8 @@ from tritonclient.grpc import model_config_pb2
 from stream.core.features import COUNTERS, LENGTHS, SLOT_NUMBERS
 from stream.core.scores import OUTPUT_NAMES
 from stream.errors import ModelError, UsageError
-from stream.scoring.artefact import load_artefact
-from stream.scoring.repository import ENGINE_CACHE, ROWS_MAX, VARIANTS, render
+from stream.scoring.artefact import ROWS_MAX, load_artefact
+from stream.scoring.repository import ENGINE_CACHE, VARIANTS, render
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / 'triton_models' / 'shopper' / '1'
