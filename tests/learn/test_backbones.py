@@ -32,6 +32,7 @@ from tests.learn.pretrained import save_tiny, windows
 TUNINGS = {'freeze': 'freeze:embeddings,layers=1', 'lora': 'lora', 'ia3': 'ia3', 'prefix': 'prefix'}
 CASES = ['events', *(f'{name}-{tuning}' for name in TEXT_BACKBONES for tuning in TUNINGS
                      if tuning != 'prefix' or name in PREFIX_BACKBONES)]
+TIERS = {'events': 7, 'bert-freeze': 2}
 WITH_CATALOGUE = ('events', 't5-lora', 'gpt2-prefix')
 
 
@@ -56,7 +57,7 @@ def made(lines, tiny_fit, tiny_options, tmp_path_factory) -> dict[str, Made]:
     for case in CASES:
         name, _, tuning = case.partition('-')
         options = tiny_fit(
-            examples=dataset.ExampleOptions(2, 1.0), rows_per_epoch=80, epochs=2, tiers=7 if case == 'events' else 5,
+            examples=dataset.ExampleOptions(2, 1.0), rows_per_epoch=80, epochs=2, tiers=TIERS.get(case, 5),
             refund=case != 'events', backbone=BackboneOptions(
                 name, str(sources.get(name, '')), TUNINGS.get(tuning, 'full'),
                 catalogue=str(catalogue) if case in WITH_CATALOGUE else None))
@@ -140,6 +141,7 @@ def test_tiers_and_the_risk_head_are_as_asked_for(made):
     manifest = json.loads((made['events'].version_dir / 'manifest.json').read_bytes())
     assert manifest['tier_names'] == ['nothing', *(f'tier {tier}' for tier in range(1, 7))]
     assert 'refund' not in manifest['outputs'] and '`refund`' not in made['events'].card
+    assert 'nothing = nothing; some = 0.00 and more' in made['bert-freeze'].card
     others = json.loads((made['bert-lora'].version_dir / 'manifest.json').read_bytes())
     assert len(others['tier_names']) == 5 and 'refund' in others['outputs']
 

@@ -8,9 +8,13 @@ import pytest
 torch = pytest.importorskip('torch', reason='torch is not installed: pip install stream-scoring[train]')
 
 from stream.errors import ModelError
+from stream.learn.backbones import BackboneOptions
 from stream.learn.checkpoint import load
+from stream.learn.dataset import ExampleOptions
+from stream.learn.export import export
 from stream.learn.train import simulated, train
 from tests.learn.conftest import SHOP
+from tests.learn.pretrained import save_tiny
 
 
 def test_the_loss_falls(checkpoint):
@@ -30,6 +34,18 @@ def test_twice_the_same(checkpoint, tiny_options, tmp_path):
                      for where in (checkpoint, tmp_path))
     assert first == second
     assert torch.get_num_threads() == threads and not torch.are_deterministic_algorithms_enabled()
+
+
+def test_twice_the_same_of_a_pretrained_backbone(tiny_fit, tiny_options, tmp_path):
+    source = save_tiny('gpt2', tmp_path / 'gpt2', positions=64)
+    for name in ('one', 'two'):
+        train(tiny_options(refit=False, fit=tiny_fit(
+            examples=ExampleOptions(2, 1.0), rows_per_epoch=60, epochs=1,
+            backbone=BackboneOptions('gpt2', str(source), 'lora'))), tmp_path / name)
+    for name in ('model.safetensors', 'windows.safetensors', 'config.json'):
+        assert (tmp_path / 'one' / name).read_bytes() == (tmp_path / 'two' / name).read_bytes(), name
+    first, second = (export(tmp_path / name, tmp_path / f'{name}-repository') for name in ('one', 'two'))
+    assert (first / 'model.onnx').read_bytes() == (second / 'model.onnx').read_bytes()
 
 
 def test_another_seed_gives_another_model(checkpoint, tiny_options, tmp_path):
