@@ -90,12 +90,27 @@ class EncoderOptions:
     items: bool = False
 
 
+def check(options: BackboneOptions, encoder: EncoderOptions) -> None:
+    """Errors: UsageError where the options do not suit one another, whatever the source holds; quick."""
+    if options.name != 'events' and options.name not in TEXT_BACKBONES:
+        raise UsageError(f'There is no backbone {options.name!r}.', do=f'use events, {", ".join(TEXT_BACKBONES)}.')
+    if options.name != 'events' and not options.source:
+        raise UsageError(f'The backbone {options.name} is pretrained.', do='name its folder, or its id on the hub.')
+    if options.name == 'events' and (options.source or options.tuning != 'full'):
+        raise UsageError('The backbone of events is not pretrained: there is nothing to load or to keep.',
+                         do='leave source and tuning out, or use a backbone that reads text.')
+    if options.name == 'events' and encoder.hidden % encoder.heads:
+        raise UsageError(f'{encoder.heads} attention heads cannot share {encoder.hidden} hidden units evenly.',
+                         do=f'choose a multiple of {encoder.heads}.')
+
+
 def make_backbone(options: BackboneOptions, encoder: EncoderOptions) -> nn.Module:
     """The backbone that the options name, ready to be trained; `encoder` is for that of events.
 
     Errors   UsageError where an option does not suit the others, or there is no such model; InputError where the
              catalogue cannot be read.
     """
+    check(options, encoder)
     catalogue = read_catalogue(Path(options.catalogue)) if options.catalogue else None
     if options.name in TEXT_BACKBONES:
         backbone, tokenizer = load_text_backbone(options.name, options.source,
@@ -103,14 +118,6 @@ def make_backbone(options: BackboneOptions, encoder: EncoderOptions) -> nn.Modul
         # Before it is tuned: what an item's text says is what pretraining knows of it.
         table = item_table(catalogue, partial(backbone.embed, tokenizer)) if catalogue else None
         tune(backbone, options.tuning)
-    elif options.name != 'events':
-        raise UsageError(f'There is no backbone {options.name!r}.', do=f'use events, {", ".join(TEXT_BACKBONES)}.')
-    elif options.source or options.tuning != 'full':
-        raise UsageError('The backbone of events is not pretrained: there is nothing to load or to keep.',
-                         do='leave source and tuning out, or use a backbone that reads text.')
-    elif encoder.hidden % encoder.heads:
-        raise UsageError(f'{encoder.heads} attention heads cannot share {encoder.hidden} hidden units evenly.',
-                         do=f'choose a multiple of {encoder.heads}.')
     else:
         backbone = EventsBackbone(encoder)
         table = item_table(catalogue, bag_of_words) if catalogue else None

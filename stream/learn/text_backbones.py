@@ -236,16 +236,12 @@ def _packed(ids: Tensor) -> tuple[Tensor, Tensor]:
     return packed[:, :longest], (torch.arange(ids.shape[1], device=ids.device) < count[:, None])[:, :longest]
 
 
-def load_text_backbone(name: str, source: str, category_names: Mapping[int, str],
+def load_text_backbone(name: TextName, source: str, category_names: Mapping[int, str],
                        ) -> tuple[TextBackbone, PreTrainedTokenizerBase]:
     """A pretrained model and its tokenizer from a folder or from the hub.
 
     Errors   UsageError where there is none, or it is of another kind, or lacks weights.
     """
-    if name not in TEXT_BACKBONES:
-        raise UsageError(f'{name!r} is no backbone that reads text.', do=f'use one of {", ".join(TEXT_BACKBONES)}.')
-    if not source:
-        raise UsageError(f'The backbone {name} is pretrained.', do='name its folder, or its id on the hub.')
     try:
         with _quiet():
             kind = AutoConfig.from_pretrained(source).model_type

@@ -22,6 +22,7 @@ from stream.core.events import EventRules
 from stream.core.window import DAY_MS, WindowLimits
 from stream.errors import UsageError
 from stream.learn import dataset, metrics
+from stream.learn.backbones import check
 from stream.learn.checkpoint import Checkpoint, save, some_windows
 from stream.learn.dataset import HORIZON_DAYS, ExampleOptions, Examples, History
 from stream.learn.evaluate import evaluate
@@ -90,6 +91,7 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
 
     fitting = replace(options.fit, seed=options.seed)
     names = tier_names(fitting.tiers)
+    check(fitting.backbone, fitting.encoder)        # before a recording is read for minutes
 
     # 1 history
 

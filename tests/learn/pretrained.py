@@ -1,6 +1,5 @@
 """Tiny pretrained models as the hub gives them: folders with a configuration, weights and a tokenizer."""
 import json
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,8 @@ from transformers import (
 from transformers.utils import logging
 
 from stream.core.features import COUNTERS
-from stream.learn.model import INPUT_NAMES
+from stream.learn.export import write_graph
+from stream.learn.model import INPUT_NAMES, ShopperModel
 from stream.learn.text_backbones import OPENING, slot_words
 
 SPECIAL = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
@@ -96,22 +96,10 @@ def windows(filled: list[int], length: int) -> tuple[torch.Tensor, torch.Tensor]
     return torch.from_numpy(categories.astype(np.int32)), torch.from_numpy(numbers.astype(np.float32))
 
 
-def export_graph(model: torch.nn.Module, path: Path) -> None:
+def export_graph(model: ShopperModel, path: Path) -> None:
     """A shopper model as one graph with any number of rows and slots."""
-    categories, numbers = windows([8, 3], 8)
-    outputs = [f'output_{place}' for place in range(7)]
-    with warnings.catch_warnings():
-        # Torch deprecates this exporter, and parts that it uses itself; the one that replaces it needs a package more.
-        warnings.filterwarnings('ignore', category=DeprecationWarning)
-        # Shapes read as Python numbers become constants; the tests at other shapes show that none of them matters.
-        warnings.filterwarnings('ignore', category=torch.jit.TracerWarning)
-        # Of the places by which masks and tables are looked up none is negative.
-        warnings.filterwarnings('ignore', 'Exporting aten::index operator of advanced indexing', UserWarning)
-        torch.onnx.export(
-            model, (categories, numbers, torch.zeros(2, COUNTERS), torch.arange(2)[:, None]), path, dynamo=False,
-            opset_version=17, input_names=list(INPUT_NAMES), output_names=outputs,
-            dynamic_axes={name: {0: 'rows', 1: 'slots'} if name in ('categories', 'numbers') else {0: 'rows'}
-                          for name in (*INPUT_NAMES, *outputs)})
+    parts = (*windows([8, 3], 8), torch.zeros(2, COUNTERS), torch.arange(2)[:, None])
+    write_graph(model, {8: dict(zip(INPUT_NAMES, parts, strict=True))}, path)
 
 
 def assert_same_scores(model: torch.nn.Module, path: Path, filled: list[int], length: int) -> None:

@@ -152,7 +152,9 @@ def test_what_cannot_be_tuned_says_so(folders):
     with pytest.raises(UsageError, match='has 2 layers, not 3'):
         make_backbone(BackboneOptions('gpt2', folders['gpt2'], 'freeze:layers=3'), EncoderOptions())
     with pytest.raises(UsageError, match='no backbone'):
-        make_backbone(BackboneOptions('lstm'), EncoderOptions())
+        make_backbone(BackboneOptions('lstm', folders['bert']), EncoderOptions())
+    with pytest.raises(UsageError, match='t5 is pretrained'):
+        make_backbone(BackboneOptions('t5'), EncoderOptions())
     for options in (BackboneOptions(tuning='lora'), BackboneOptions(source=folders['bert'])):
         with pytest.raises(UsageError, match='events is not pretrained'):
             make_backbone(options, EncoderOptions())
