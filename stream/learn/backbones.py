@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 from transformers import BertConfig, BertModel
 
 from stream.core.features import (
@@ -37,8 +38,11 @@ from stream.learn.text_backbones import (
 )
 from stream.learn.tuning import prefix_tokens, put_prefix, tune
 
-_AGE = SLOT_NUMBER_NAMES.index('age_days')
+_AMOUNT, _AGE = SLOT_NUMBER_NAMES.index('amount'), SLOT_NUMBER_NAMES.index('age_days')
 _DECAY_DAYS = (3.0, 10.0, 30.0, 90.0)       # a slot's weight falls to 1/e in so many days
+_TOTAL_DAYS = (1.0, *_DECAY_DAYS)
+_TOTALS = 2 * len(_TOTAL_DAYS) * (TYPE_VOCABULARY - 1)      # of each type: how many slots, and how much money
+_MONEY_SCALE = 0.25                         # the logarithm of money is about four times that of a count
 _AGES = 3                                   # of the newest slot, of the oldest one, and how many there are
 _HIDE = -1e9
 
@@ -193,7 +197,7 @@ class EventsBackbone(nn.Module):
         self.numbers = nn.Sequential(               # + decays, + how often the slot's item is in the window
             nn.Linear(SLOT_NUMBERS + len(_DECAY_DAYS) + 1, h), nn.GELU(), nn.Linear(h, h))
         self.query = nn.Parameter(torch.randn(h) * 0.1)     # the token that collects what the scores need
-        self.query_ages = nn.Linear(_AGES, h)
+        self.query_totals = nn.Linear(_AGES + _TOTALS, h)
         self.masked = nn.Parameter(torch.randn(h) * 0.1)    # stands for a slot that pretraining hides
         self.encoder = BertModel(BertConfig(
             vocab_size=1, hidden_size=h, num_hidden_layers=options.layers, num_attention_heads=options.heads,
@@ -226,7 +230,8 @@ class EventsBackbone(nn.Module):
         oldest = torch.where(filled, numbers[:, :, _AGE], 0.0).amax(1)
         count = filled.sum(1)                                                       # [b]
         ages = torch.stack([newest, oldest, torch.log1p(count.float())], -1)        # [b, 3]
-        tokens = torch.cat([slots, (self.query + self.query_ages(ages))[:, None]], 1)               # [b, l + 1, h]
+        query = self.query + self.query_totals(torch.cat([ages, _totals(kind, numbers, age_days)], -1))
+        tokens = torch.cat([slots, query[:, None]], 1)                              # [b, l + 1, h]
         seen = torch.cat([filled, torch.ones_like(filled[:, :1])], 1)               # [b, l + 1]
         before = torch.ones(length + 1, length + 1, dtype=torch.bool, device=seen.device).tril()
         places = (count[:, None] - torch.arange(length, device=seen.device)) * filled       # newest slot 1
@@ -234,3 +239,13 @@ class EventsBackbone(nn.Module):
         return self.encoder(
             inputs_embeds=tokens, position_ids=places,
             attention_mask=(~(before & seen[:, None, :])).float()[:, None] * _HIDE).last_hidden_state
+
+
+def _totals(kind: Tensor, numbers: Tensor, age_days: Tensor) -> Tensor:
+    """What attention, which averages, cannot count: of each type the slots and their money, each slot with its weight
+    of that age, [b, _TOTALS]."""
+    of_type = one_hot(kind.long(), TYPE_VOCABULARY)[:, :, 1:].float().transpose(1, 2)           # [b, types, l]
+    amount = (numbers[:, :, _AMOUNT].exp() - 1)[:, None]                            # [b, 1, l]
+    weights = torch.stack([torch.exp(-age_days / days) for days in _TOTAL_DAYS], -1)            # [b, l, decays]
+    slots, money = torch.log1p(of_type @ weights), torch.log1p((of_type * amount) @ weights)    # [b, types, decays]
+    return torch.cat([slots, money * _MONEY_SCALE], -1).flatten(1)

@@ -24,7 +24,8 @@ SETTLED_ROWS_MIN = 500      # fewer labels than that teach a horizon nothing
 _SHIFT_MAX = 20.0
 NEWEST_SHARE = 0.25         # of the settled rows, from which the base rate is taken
 _SHARES = np.linspace(0, 1, 11)
-_HALF_WEIGHT = 20.0         # so many users' worth of evidence stands for mixing half and half,
+_EXPECTED_WEIGHT = 20.0     # so many users' worth of evidence stands for the share that is expected, which is half,
+_HALF_ANSWERS = 1_000       # but less where training has few answers of one kind: the linear branch needs fewer
 _SCALE_WEIGHT = 300.0       # and for a scale of 1
 
 
@@ -47,7 +48,8 @@ def calibrate(model: ShopperModel, window: Tensor, counters: Tensor, examples: E
         if known.any():
             loss = [float(binary_cross_entropy_with_logits(
                 share * w[known, task] + (1 - share) * c[known, task], y[known, task])) for share in _SHARES]
-            model.mix[task] = _best(loss, users)
+            answers = [int((binary[~mixed, task] == answer).sum()) for answer in (0, 1)]
+            model.mix[task] = _best(loss, users, 0.5 * min(answers) / (min(answers) + _HALF_ANSWERS))
     known = t >= 0
     if known.any():
         tiers = slice(BINARY, BINARY + model.tiers)
@@ -76,8 +78,8 @@ def _newest(examples: Examples, known: np.ndarray) -> np.ndarray:
     return asked & (examples.as_of_ms >= np.quantile(examples.as_of_ms[asked], 1 - NEWEST_SHARE))
 
 
-def _best(loss: list[float], users: int) -> float:
-    penalised = np.array(loss) + _HALF_WEIGHT * (_SHARES - 0.5) ** 2 / max(users, 1)
+def _best(loss: list[float], users: int, expected: float = 0.5) -> float:
+    penalised = np.array(loss) + _EXPECTED_WEIGHT * (_SHARES - expected) ** 2 / max(users, 1)
     return float(_SHARES[penalised.argmin()])
 
 

@@ -34,6 +34,8 @@ Scores a shopper by the newest events and lifetime counters: will this person bu
 | `churn` | probability of no purchase within {HORIZON_DAYS[CHURN]} days |
 | `row_id_out` | the row id that came in |
 | `purchase` | probabilities of a purchase within {', '.join(map(str, HORIZON_DAYS))} days |
+| `typical_spend` | of such users who buy in the next {SPEND_DAYS} days, half spend no more; 0 where a purchase is \
+less likely than not |
 {_REFUND if kept.model.refund else ''}
 Inputs: `categories` int32 [rows, slots, 3], `numbers` float32 [rows, slots, {SLOT_NUMBERS}], `counters` float32 \
 [rows, {COUNTERS}], `row_id` int64 [rows, 1], as `stream.core.features` builds them. A padded slot is all 0.

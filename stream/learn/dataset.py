@@ -86,7 +86,7 @@ class ExampleOptions:
                       larger share, so that being asked would tell the label
     """
 
-    cutoffs_per_user: Count = 20
+    cutoffs_per_user: Count = 100
     moments_per_user: NotNegative = 6.0
 
 
@@ -187,7 +187,7 @@ def sample(history: History, users: Iterable[int], first_ms: int, known_until_ms
     grid = np.arange(last_ms, max(first_ms - 1, history.start_ms), -DAY_MS)[::-1]
     before = sum(event.ts_ms < known_until_ms for user in chosen for event in history.events[user])
     chance = options.moments_per_user * len(chosen) / max(before, 1)
-    found = []
+    found, own = [], []
     for user in chosen:
         events = history.events[user]
         rng = np.random.default_rng([seed, xxh3_64_intdigest(history.user_ids[user].encode())])
@@ -196,8 +196,13 @@ def sample(history: History, users: Iterable[int], first_ms: int, known_until_ms
             rng.choice(later, options.cutoffs_per_user, replace=False))
         found += [(user, Kind.CUTOFF, at_ms, parts) for at_ms, parts in at_cutoffs(events, drawn.tolist(), limits)]
         if chance > 0:
-            found += [(user, kind, as_of_ms, _packed(state)) for kind, as_of_ms, state
-                      in moments(events, limits, last_ms) if first_ms <= as_of_ms <= last_ms and rng.random() < chance]
+            own += [(user, kind, as_of_ms, _packed(state)) for kind, as_of_ms, state
+                    in moments(events, limits, last_ms) if first_ms <= as_of_ms <= last_ms and rng.random() < chance]
+    wanted = round(options.moments_per_user * len(chosen))
+    if len(own) > wanted:       # where users have few events, there are more timers than events
+        kept = np.random.default_rng(seed).choice(len(own), wanted, replace=False)
+        own = [own[place] for place in np.sort(kept)]
+    found = sorted(found + own, key=lambda moment: moment[0])       # user by user
     if not found:
         raise UsageError('Nobody has a past and a settled day after it.', do='use a longer recording, or more users.')
     return _examples(history, found, known_until_ms)

@@ -7,8 +7,8 @@
     <repository>/<name>/<version>/manifest.json what `stream.scoring.artefact` verifies, and the graph's signature
 
 The exported graph is run on the checkpoint's real windows and compared with torch before anything is written. The
-worker asks for the first five outputs; `purchase` (a purchase within each of the manifest's `horizon_days`) and
-`refund`, where it has that head, are for `stream predict` and for whoever else asks Triton.
+worker asks for the first five outputs; `purchase` (a purchase within each of the manifest's `horizon_days`),
+`typical_spend` and `refund`, where it has that head, are for `stream predict` and for whoever else asks Triton.
 """
 import json
 import tempfile
@@ -44,7 +44,8 @@ def outputs(model: ShopperModel) -> dict[str, Tensor]:
     """The graph's outputs in their order, a row each."""
     one = Tensor('float32', (1,))
     told = {'purchase_intent': one, 'tier_probabilities': Tensor('float32', (model.tiers,)), 'expected_spend': one,
-            'churn': one, 'row_id_out': Tensor('int64', (1,)), 'purchase': Tensor('float32', (HORIZONS,))}
+            'churn': one, 'row_id_out': Tensor('int64', (1,)), 'purchase': Tensor('float32', (HORIZONS,)),
+            'typical_spend': one}
     return told | {'refund': one} if model.refund else told
 
 

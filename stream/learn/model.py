@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, softplus
 
 from stream.core.features import COUNTER_NAMES, COUNTERS
-from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT
+from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT, SPEND_DAYS
 
 INPUT_NAMES = ('categories', 'numbers', 'counters', 'row_id')
 HORIZONS = len(HORIZON_DAYS)
+SPEND = HORIZON_DAYS.index(SPEND_DAYS)
 BINARY = HORIZONS + 1               # the horizons, and a refund
 _SPEND = 3
 _COUNTER_LIMIT = 6.0                # normalised counters are cut here: a user like nobody in training stays in range
@@ -114,13 +115,14 @@ class ShopperModel(nn.Module):
 
     def probabilities(self, binary: Tensor) -> Tensor:
         """Calibrated: of a purchase within each horizon, and of a refund, [b, BINARY]."""
-        calibrated = (self.calibration_scale * binary + self.calibration_shift).sigmoid()
-        told = 1 - (1 - calibrated[:, :HORIZONS].index_select(1, self.told_from)) ** self.told_power
+        calibrated = self.calibration_scale * binary + self.calibration_shift
+        # 1 - (1 - p) ** power from the logit: from p, a power of some hundreds would make its last digit visible.
+        told = 1 - torch.exp(-self.told_power * softplus(calibrated[:, :HORIZONS].index_select(1, self.told_from)))
         bought, so_far = [], torch.zeros_like(told[:, 0])
         for horizon in range(HORIZONS):
             so_far = torch.maximum(so_far, told[:, horizon])
             bought.append(so_far)
-        return torch.stack([*bought, calibrated[:, HORIZONS]], 1)
+        return torch.stack([*bought, calibrated[:, HORIZONS].sigmoid()], 1)
 
     def spend(self, out: Logits) -> Tensor:
         """Expected spend, [b], in the configured currency: the chance of any times the log-normal's mean, calibrated,
@@ -128,15 +130,21 @@ class ShopperModel(nn.Module):
         log_mean = torch.minimum(out.mu + out.sigma**2 / 2 + self.log_spend_scale, self.log_spend_max)
         return out.bought.sigmoid() * log_mean.exp()
 
+    def typical_spend(self, out: Logits, bought: Tensor) -> Tensor:
+        """Of such users who buy, half spend no more, [b]; 0 where a purchase is less likely than not. Off by less than
+        the mean, on average: a few large spenders move it little. `bought` [b]: the chance of a purchase within the
+        days that spend is of."""
+        return torch.where(bought > 0.5, torch.minimum(out.mu, self.log_spend_max).exp(), 0.0)
+
     def forward(self, categories: Tensor, numbers: Tensor, counters: Tensor, row_id: Tensor) -> tuple[Tensor, ...]:
         """A batch's scores, in the order of `stream.learn.export.outputs`: intent [b, 1], tiers [b, tiers], spend
-        [b, 1], churn [b, 1], row ids [b, 1], purchase within each horizon [b, HORIZONS], and refund [b, 1] where there
-        is a risk head."""
+        [b, 1], churn [b, 1], row ids [b, 1], purchase within each horizon [b, HORIZONS], typical spend [b, 1], and
+        refund [b, 1] where there is a risk head."""
         out = Logits.of(self.logits(categories, numbers, counters))
         chances = self.probabilities(out.binary)
         return (chances[:, INTENT, None], out.tier.softmax(-1), self.spend(out)[:, None],
                 1 - chances[:, CHURN, None], row_id.clone(), chances[:, :HORIZONS],
-                *([chances[:, HORIZONS:]] if self.refund else []))
+                self.typical_spend(out, chances[:, SPEND])[:, None], *([chances[:, HORIZONS:]] if self.refund else []))
 
 
 def losses(logits: Tensor, binary: Tensor, tier: Tensor, spend: Tensor) -> dict[str, Tensor]:

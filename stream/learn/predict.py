@@ -19,7 +19,7 @@ PURCHASE_DAYS = (1, 7, 30, 90)
 
 
 def predict(history: History, at_ms: int, version_dir: Path, limits: WindowLimits) -> Iterator[bytes]:
-    """JSON lines in the order of the user ids.
+    """JSON lines in the order of the user ids; what the model does not tell is null.
 
     Errors   UsageError where nobody was seen before; ModelError where the model is not what its manifest says, or lacks
              a horizon.
@@ -36,13 +36,15 @@ def predict(history: History, at_ms: int, version_dir: Path, limits: WindowLimit
     purchase = answers['purchase'].astype(float)
     tiers = answers['tier_probabilities'].astype(float)
     spend = answers['expected_spend'][:, 0].astype(float)
+    typical = answers['typical_spend'][:, 0].astype(float) if 'typical_spend' in answers else None
     money = manifest.priced and history.priced
     for row, (user, active) in enumerate(zip(people.user.tolist(), people.active.tolist(), strict=True)):
         line = {'user_id': history.user_ids[user], 'as_of_ms': at_ms, 'active': active}
         line |= {f'purchase_{days}d': _rounded(purchase[row, place[days]]) for days in PURCHASE_DAYS}
         line |= {f'churn_{days}d': _rounded(1 - purchase[row, place[days]]) for days in CHURN_DAYS}
         line |= {'tier': int(tiers[row].argmax()), 'tier_probabilities': [_rounded(share) for share in tiers[row]],
-                 'expected_spend_90d': round(float(spend[row]), 2) if money else None}
+                 'expected_spend_90d': round(float(spend[row]), 2) if money else None,
+                 'typical_spend_90d': round(float(typical[row]), 2) if money and typical is not None else None}
         yield orjson.dumps(line)
 
 

@@ -83,9 +83,9 @@ def test_a_slot_sees_only_what_came_before_it(model):
 
 def test_outputs_are_in_range_and_agree_even_for_absurd_counters(model):
     parts = batch(3, 8, [8, 4, 0])
-    intent, tiers, spend, churn, row_id, purchase, refund = scores(
+    intent, tiers, spend, churn, row_id, purchase, typical, refund = scores(
         model, parts | {'counters': parts['counters'] * 1e6})
-    assert intent.shape == spend.shape == churn.shape == row_id.shape == refund.shape == (3, 1)
+    assert intent.shape == spend.shape == churn.shape == row_id.shape == refund.shape == typical.shape == (3, 1)
     assert tiers.shape == (3, TIERS) and purchase.shape == (3, HORIZONS)
     for chance in (intent, churn, purchase, refund):
         assert ((chance >= 0) & (chance <= 1)).all()
@@ -93,7 +93,8 @@ def test_outputs_are_in_range_and_agree_even_for_absurd_counters(model):
     np.testing.assert_array_equal(intent[:, 0], purchase[:, INTENT])
     np.testing.assert_array_equal(churn[:, 0], 1 - purchase[:, CHURN])
     np.testing.assert_allclose(tiers.sum(1), 1, rtol=1e-5)
-    assert ((spend >= 0) & (spend <= np.exp(8.0) * 1.0001)).all()
+    for amount in (spend, typical):
+        assert ((amount >= 0) & (amount <= np.exp(8.0) * 1.0001)).all()
     assert row_id[:, 0].tolist() == [0, 1, 2]
 
 
@@ -142,6 +143,15 @@ def test_spend_loss_is_the_likelihood_of_a_zero_inflated_log_normal():
     constant = spend[1].log() + 0.5 * np.log(2 * np.pi)
     wanted = -((1 - chance[0]).log() + chance[1].log() + density + constant) / 2
     assert got.item() == pytest.approx(wanted.item(), abs=1e-6)
+
+
+def test_typical_spend_is_the_median_of_those_who_buy_where_most_do(model):
+    nothing, drawn = torch.zeros(2), torch.randn(100_001, generator=torch.Generator().manual_seed(4))
+    mu, sigma = torch.tensor([3.0, 2.0]), torch.tensor([1.0, 0.5])
+    likely, unlikely = (model.typical_spend(Logits(nothing, nothing, nothing, mu, sigma), torch.tensor([chance] * 2))
+                        for chance in (0.51, 0.49))
+    torch.testing.assert_close(likely, (mu + sigma * drawn[:, None]).exp().median(0).values, rtol=0.02, atol=0)
+    assert (unlikely == 0).all()
 
 
 def test_hidden_slots_cannot_be_seen(model):

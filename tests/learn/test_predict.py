@@ -85,7 +85,8 @@ def test_a_folder_without_a_model_is_told(tmp_path):
 def test_what_train_writes_is_what_predict_takes(recording, tmp_path):
     pytest.importorskip('torch', reason='torch is not installed: pip install stream-scoring[train]')
     out = tmp_path / 'shop'
-    done = CliRunner().invoke(app, ['train', str(recording), '--until', '2025-06-01', '--out', str(out), '--seed', '3'])
+    done = trained(recording, out, '--until', '2025-06-01', '--fit', 'epochs=1', '--fit', 'rows_per_epoch=400', '--fit',
+                   'cutoffs_per_user=4')
     assert done.exit_code == 0, done.output
     manifest = load_artefact(version_of(out)).manifest
     assert '--until 2025-06-01' in manifest.command and 'until 2025-06-01' in manifest.trained_on
