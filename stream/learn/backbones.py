@@ -8,7 +8,7 @@ h units. The others read the window as text (stream.learn.text_backbones).
 Sources: Devlin et al. (2018), BERT, arXiv 1810.04805, from Hugging Face `transformers`, here with causal attention, as
 in Radford et al. (2018). Kang, McAuley (2018), SASRec, arXiv 1808.09781, for causal attention over a shopper's events.
 """
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -92,6 +92,11 @@ class EncoderOptions:
     intermediate: Count = 128
     dropout: Share = 0.2
     items: bool = False
+
+    @property
+    def sizes(self) -> dict[str, int | bool]:
+        """What weights must share to fit."""
+        return {name: value for name, value in asdict(self).items() if name != 'dropout'}
 
 
 def check(options: BackboneOptions, encoder: EncoderOptions) -> None:

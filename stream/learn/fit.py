@@ -2,22 +2,23 @@
 
     1 examples     what was known at a moment, and what came after (stream.learn.dataset)
     2 counters     the linear branch, to its optimum
-    3 window       the backbone on all tasks; the best epoch by validation loss is kept
-    4 calibration  the branches mixed, probabilities made honest (stream.learn.calibrate)
+    3 before labels  the backbone from another checkpoint, or pretrained (stream.learn.pretrain), if that is asked for
+    4 window       the backbone on all tasks; the best epoch by validation loss is kept (stream.learn.passes)
+    5 calibration  the branches mixed, probabilities made honest (stream.learn.calibrate)
 
 One thread and deterministic kernels throughout: on one machine the same options give the same weights.
 """
 import math
+import os
 import random
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from stream.core.features import padded
@@ -36,14 +37,17 @@ from stream.learn.dataset import (
     part_of,
     sample,
 )
+from stream.learn.journal import Journal
 from stream.learn.model import ShopperModel, losses
+from stream.learn.passes import Course, Rated, chunks, device, improve, mixed_precision
+from stream.learn.pretrain import PretrainOptions, pretrain, start_from
 from stream.learn.tuning import learning_rate, pretrained
 from stream.scoring.artefact import ROWS_MAX
 
 TEXT_ROWS_MAX = 16      # a text has several times as many tokens as a window has slots, and its reader is large
 YEAR = ('year_sin', 'year_cos')
 YEARS_MIN = 2
-_LENGTH_NOISE = 8       # slots: neighbours in a batch are about as long as one another, and not always the same
+_NO_JOURNAL = Journal()
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ class FitOptions:
     patience          epochs without a better validation loss before training stops
     counters_decay    the linear branch's ridge: so many rows' worth of evidence for a weight of 0
     task_weights      factors of the losses
+    start_from        folder of a checkpoint whose backbone of events this one starts from
+    pretrain          what the backbone of events learns without labels before
     """
 
     seed: int = 7
@@ -82,6 +88,8 @@ class FitOptions:
     counters_decay: NotNegative = 30.0
     task_weights: dict[str, NotNegative] = field(
         default_factory=lambda: {'purchase': 1.0, 'refund': 0.2, 'tier': 0.5, 'spend': 0.5})
+    start_from: str | None = None
+    pretrain: PretrainOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,7 @@ class Fitted:
     tier_edges  float64 [tiers - 2]: the lower bounds of tiers 2 and up, in spend of 90 days
     epochs      of each pass the losses: train, validation, and validation of each task
     data        the examples that it saw, those of the validation users included
+    pretraining  of each pass without labels the losses
     """
 
     model: ShopperModel
@@ -98,22 +107,23 @@ class Fitted:
     epochs: list[dict[str, float]]
     best_epoch: int
     data: Examples
+    pretraining: list[dict[str, float]]
 
 
 def fit(history: History, users: Iterable[int], known_until_ms: int, options: FitOptions, limits: WindowLimits,
-        console: Console) -> Fitted:
+        console: Console, journal: Journal = _NO_JOURNAL) -> Fitted:
     """Train on these users with labels that are settled before `known_until_ms`.
 
+    journal  where states to go on from, and curves, are kept
     Errors   UsageError where the events hold nothing to learn from.
-    Promise  on one machine the same options give the same weights.
+    Promise  on one machine the same options give the same weights, cut off and gone on (journal) or not.
     """
     with _reproducible(options.seed):
-        return _fit(history, list(users), known_until_ms, options, limits, console)
+        return _fit(history, list(users), known_until_ms, options, limits, console, journal)
 
 
 def _fit(history: History, users: list[int], known_until_ms: int, options: FitOptions, limits: WindowLimits,
-         console: Console) -> Fitted:
-    began = time.monotonic()
+         console: Console, journal: Journal) -> Fitted:
 
     # 1 examples
 
@@ -148,52 +158,46 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
     model.counters.fit_normal(counters[~held_out], ignored)
     _fit_counters(model, counters, labels, ~held_out, options)
 
-    # 3 window
+    # 3 before labels
+
+    where = device()
+    model.to(where)
+    journal = journal.of(options, data.inputs.categories, data.inputs.numbers, bought, spend, held_out)
+    if options.start_from is not None:
+        start_from(model.backbone, Path(options.start_from))
+    pretraining = ([] if options.pretrain is None
+                   else pretrain(model.backbone, data, held_out, options.pretrain, options.seed, journal, console))
+
+    # 4 window
 
     with torch.no_grad():
         model.head.bias.copy_(model.counters.head.bias)     # the first step already tells the base rates
     train_rows, validation_rows = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     epoch_rows = min(options.rows_per_epoch, len(train_rows))
-    optimizer, schedule = _optimizer(model, options, options.epochs * math.ceil(epoch_rows / options.batch_rows))
-    moving = _moving(model)
-    epochs, best, best_epoch, best_weights = [], math.inf, 0, model.state_dict()
-    rng = np.random.default_rng(options.seed)
-    for epoch in range(options.epochs):
-        model.train()
-        trained = 0.0
-        drawn = _chunks(data, rng.choice(train_rows, epoch_rows, replace=False), options.batch_rows, rng)
-        for rows in track([drawn[place] for place in rng.permutation(len(drawn))], f'epoch {epoch + 1}',
-                          console=console, transient=True, disable=not console.is_terminal):
-            parts = losses(_window_logits(model, data, rows), *(label[rows] for label in labels))
-            loss = _total(parts, options)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(moving, options.clip_norm, error_if_nonfinite=True)
-            optimizer.step()
-            schedule.step()
-            trained += loss.item() * len(rows) / epoch_rows
-        model.eval()
-        parts = losses(window_logits(model, data, validation_rows), *(label[validation_rows] for label in labels))
-        validation = float(_total(parts, options))
-        epochs.append({'train': trained, 'validation': validation,
-                       **{task: float(part) for task, part in parts.items()}})
-        console.print(f'  epoch {epoch + 1}/{options.epochs}  train {trained:.4f}  validation {validation:.4f}  '
-                      f'{time.monotonic() - began:.0f} s')
-        if validation < best:
-            best, best_epoch = validation, epoch + 1
-            best_weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        elif epoch + 1 - best_epoch >= options.patience:
-            console.print(f'  no better for {options.patience} epochs: stopped')
-            break
-    model.load_state_dict(best_weights)
-    model.eval()
 
-    # 4 calibration
+    def drawn(rng: np.random.Generator) -> list[np.ndarray]:
+        batches = chunks(data.inputs, rng.choice(train_rows, epoch_rows, replace=False), options.batch_rows, rng)
+        return [batches[place] for place in rng.permutation(len(batches))]
+
+    def loss(rows: np.ndarray) -> Tensor:
+        return _total(losses(_window_logits(model, data, rows), *(label[rows].to(where) for label in labels)), options)
+
+    def judged() -> dict[str, float]:
+        parts = losses(window_logits(model, data, validation_rows), *(label[validation_rows] for label in labels))
+        return {'validation': float(_total(parts, options)), **{task: float(part) for task, part in parts.items()}}
+
+    epochs, best_epoch = improve(Course(
+        'window', 'epoch', model, _rated(model, options), drawn, loss, judged, options.epochs,
+        options.epochs * math.ceil(epoch_rows / options.batch_rows), options.warmup_share, options.clip_norm,
+        options.patience, options.seed), journal, console)
+    model.cpu()
+
+    # 5 calibration
 
     with torch.no_grad():
         by_window, by_counters = window_logits(model, data, np.arange(len(data))), model.counters(counters)
     calibrate(model, by_window, by_counters, data, labels, held_out)
-    return Fitted(model, tier_edges, epochs, best_epoch, data)
+    return Fitted(model, tier_edges, epochs, best_epoch, data, pretraining)
 
 
 def _spend(data: Examples) -> np.ndarray:
@@ -216,7 +220,7 @@ def window_logits(model: ShopperModel, data: Examples, rows: np.ndarray) -> Tens
     order = np.argsort(np.diff(data.inputs.starts)[rows], kind='stable')
     size = rows_max(model)
     with torch.no_grad():
-        parts = [_window_logits(model, data, rows[order[at:at + size]]) for at in range(0, len(rows), size)]
+        parts = [_window_logits(model, data, rows[order[at:at + size]]).cpu() for at in range(0, len(rows), size)]
     return torch.cat(parts)[torch.from_numpy(np.argsort(order))]
 
 
@@ -226,8 +230,13 @@ def rows_max(model: ShopperModel) -> int:
 
 
 def _window_logits(model: ShopperModel, data: Examples, rows: np.ndarray) -> Tensor:
+    """Where the model is, in single precision."""
     batch = padded(data.inputs, rows, max(1, int(np.diff(data.inputs.starts)[rows].max())))
-    return model.window_logits(torch.from_numpy(batch.categories), torch.from_numpy(batch.numbers))
+    where = model.mix.device
+    with mixed_precision(where):
+        logits = model.window_logits(torch.from_numpy(batch.categories).to(where),
+                                     torch.from_numpy(batch.numbers).to(where))
+    return logits.float()
 
 
 def _total(parts: dict[str, Tensor], options: FitOptions) -> Tensor:
@@ -253,45 +262,23 @@ def _fit_counters(model: ShopperModel, counters: Tensor, labels: tuple[Tensor, T
     solver.step(closure)
 
 
-def _chunks(data: Examples, rows: np.ndarray, size: int, rng: np.random.Generator) -> list[np.ndarray]:
-    lengths = np.diff(data.inputs.starts)[rows]
-    ordered = rows[np.argsort(lengths + rng.random(len(rows)) * _LENGTH_NOISE, kind='stable')]
-    return [ordered[at:at + size] for at in range(0, len(rows), size)]
-
-
-def _moving(model: ShopperModel) -> list[torch.nn.Parameter]:
-    """What the window's branch trains."""
-    return [weight for weight in (*model.backbone.parameters(), *model.head.parameters()) if weight.requires_grad]
-
-
-def _optimizer(model: ShopperModel, options: FitOptions, steps: int,
-               ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW with a linear warm-up and a cosine to 0; only matrices decay, and no factors, which are nothing at 1."""
+def _rated(model: ShopperModel, options: FitOptions) -> list[Rated]:
+    """What the window's branch trains, and how fast: pretrained weights have a rate of their own."""
     tuned = set(pretrained(model.backbone))
-    moving = _moving(model)
+    moving = [weight for weight in (*model.backbone.parameters(), *model.head.parameters()) if weight.requires_grad]
     rated = [(options.learning_rate, options.weight_decay, [weight for weight in moving if weight not in tuned])]
     if theirs := [weight for weight in moving if weight in tuned]:
         tuning = options.backbone.tuning
         rated.append((options.backbone.learning_rate or learning_rate(tuning),
                       0.0 if tuning == 'ia3' else options.weight_decay, theirs))
-    optimizer = torch.optim.AdamW([
-        {'params': [weight for weight in weights if (weight.ndim >= 2) == matrix], 'lr': rate,
-         'weight_decay': decay if matrix else 0.0}
-        for rate, decay, weights in rated for matrix in (True, False)])
-    warmup = max(1, round(steps * options.warmup_share))
-
-    def rate(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    return rated
 
 
 @contextmanager
 def _reproducible(seed: int) -> Iterator[None]:
     """Seeds set, one thread, deterministic kernels; threads and kernels are as before afterwards."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')     # else a GPU's matrix product may differ
     random.seed(seed)
     torch.manual_seed(seed)
     torch.set_num_threads(1)

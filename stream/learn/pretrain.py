@@ -1,0 +1,243 @@
+"""The backbone of events learns before it is asked anything: from windows without labels, or from another shop.
+
+    masked       some slots are hidden: what they were is told from the slot's own state, which saw what came before, and
+                 the query's, which saw all the rest
+    next event   the state after a slot tells the next one, which it has not seen: attention is causal
+    contrastive  two crops of a window are to be more alike than those of two users
+
+A slot is told as its type, item, category, amount and gap; each counts by how much of a blind guess's loss it leaves.
+What tells it is thrown away afterwards; the backbone stays, and the fit (stream.learn.fit) starts from it.
+
+`start_from` starts from a checkpoint's backbone instead, or before.
+
+Sources: Devlin et al. (2018), BERT, arXiv 1810.04805, for the masks. Kang, McAuley (2018), SASRec, arXiv 1808.09781, for
+the next event. Van den Oord et al. (2018), arXiv 1807.03748, for the contrast (InfoNCE); crops of shopping windows as
+in Xie et al. (2020), CL4SRec, arXiv 2010.14395.
+"""
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+from stream.core.features import CATEGORY_BUCKETS, ITEM_BUCKETS, SLOT_NUMBER_NAMES, TYPE_VOCABULARY, padded
+from stream.errors import ModelError, UsageError
+from stream.learn.backbones import EventsBackbone
+from stream.learn.checkpoint import load
+from stream.learn.dataset import Examples
+from stream.learn.journal import Journal
+from stream.learn.passes import Course, chunks, improve, mixed_precision
+
+OBJECTIVES = ('masked', 'next', 'contrastive')
+AMOUNT_STEP, AMOUNT_BUCKETS = 0.5, 25       # of log(1 + amount): each 1.6 times the one before, up to 160,000
+GAP_STEP, GAP_BUCKETS = 0.25, 25            # of log(1 + days): up to 400 days
+_AMOUNT, _GAP = SLOT_NUMBER_NAMES.index('amount'), SLOT_NUMBER_NAMES.index('gap_days')
+_SIZES = (TYPE_VOCABULARY, ITEM_BUCKETS, CATEGORY_BUCKETS, AMOUNT_BUCKETS, GAP_BUCKETS)
+_UNKNOWN = -1       # what is not told of a slot: an absent item or category, the gap before the first one
+_NEVER = -1e9
+
+
+@dataclass(frozen=True)
+class PretrainOptions:
+    """What is learned without labels, and how.
+
+    objectives       weight of each; one that is not named is not learned
+    masked_share     of a window's slots that are hidden
+    crop_share_min   of a window's slots that a crop keeps at least
+    temperature      of the contrast: how much closer two crops of a window must be
+    slots_max        that are told of a batch for each objective: the items make it slow
+    validation_rows  moments of the users held out that judge a pass
+    others           as those of `stream.learn.fit.FitOptions`
+    """
+
+    objectives: dict[str, float]
+    masked_share: float = 0.2
+    crop_share_min: float = 0.5
+    temperature: float = 0.1
+    slots_max: int = 1024
+    validation_rows: int = 2_000
+    epochs: int = 10
+    rows_per_epoch: int = 6_000
+    batch_rows: int = 128
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    warmup_share: float = 0.1
+    clip_norm: float = 1.0
+    patience: int = 3
+
+    @staticmethod
+    def of(names: str) -> 'PretrainOptions':
+        """From names of objectives, as 'masked,next', which count alike. Errors: UsageError where one is unknown."""
+        objectives = dict.fromkeys(names.split(','), 1.0)
+        if unknown := set(objectives) - set(OBJECTIVES):
+            raise UsageError(f'There is no pretraining called {", ".join(sorted(unknown))!r}.',
+                             do=f'name some of {", ".join(OBJECTIVES)}, with commas between them.')
+        return PretrainOptions(objectives)
+
+
+def pretrain(backbone: nn.Module, data: Examples, held_out: np.ndarray, options: PretrainOptions, seed: int,
+             journal: Journal, console: Console) -> list[dict[str, float]]:
+    """Teach the backbone on the windows of `data`, whose labels are not looked at. Returns the losses of each pass.
+
+    held_out  bool [n]: moments that only judge
+    Errors    UsageError where the backbone reads text: it comes pretrained.
+    """
+    lesson = Lesson(events_backbone(backbone), options).to(next(backbone.parameters()).device)
+    train_rows, judging_rows = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    epoch_rows = min(options.rows_per_epoch, len(train_rows))
+    judging_rows = np.random.default_rng(seed).permutation(judging_rows)[:options.validation_rows]
+    judged_in = chunks(data.inputs, judging_rows, options.batch_rows, np.random.default_rng(seed))
+
+    def drawn(rng: np.random.Generator) -> list[np.ndarray]:
+        batches = chunks(data.inputs, rng.choice(train_rows, epoch_rows, replace=False), options.batch_rows, rng)
+        return [batches[place] for place in rng.permutation(len(batches))]
+
+    def total(parts: dict[str, Tensor]) -> Tensor:
+        return torch.stack([options.objectives[name] * part for name, part in parts.items()]).sum()
+
+    def judged() -> dict[str, float]:
+        sums = dict.fromkeys(('validation', *options.objectives), 0.0)
+        with torch.no_grad(), torch.random.fork_rng():      # the same masks and crops after each pass
+            torch.manual_seed(seed)
+            for rows in judged_in:
+                parts = lesson.losses(data, rows)
+                for name, part in {'validation': total(parts), **parts}.items():
+                    sums[name] += float(part) * len(rows) / len(judging_rows)
+        return sums
+
+    epochs, _ = improve(Course(
+        'pretraining', 'pretraining', lesson, [(options.learning_rate, options.weight_decay, list(lesson.parameters()))],
+        drawn, lambda rows: total(lesson.losses(data, rows)), judged, options.epochs,
+        options.epochs * math.ceil(epoch_rows / options.batch_rows), options.warmup_share, options.clip_norm,
+        options.patience, seed), journal, console)
+    return epochs
+
+
+def events_backbone(backbone: nn.Module) -> EventsBackbone:
+    """The one that reads events, a catalogue beside it or not. Errors: UsageError where there is none."""
+    for module in backbone.modules():
+        if isinstance(module, EventsBackbone):
+            return module
+    raise UsageError('A backbone that reads text comes pretrained; only that of events can be pretrained here.',
+                     do='leave pretraining out, or use the backbone of events.')
+
+
+def start_from(backbone: nn.Module, checkpoint: Path) -> None:
+    """Give the backbone of events the weights of another checkpoint's.
+
+    Errors   UsageError where it reads text, ModelError where the other one does, or is of another size.
+    """
+    ours = events_backbone(backbone)
+    theirs = [module for module in load(checkpoint).model.backbone.modules() if isinstance(module, EventsBackbone)]
+    if not theirs:
+        raise ModelError(f'The model in {checkpoint} reads text, not events.', do='start from one that reads events.')
+    if theirs[0].options.sizes != ours.options.sizes:
+        raise ModelError(f'The model in {checkpoint} has other sizes: {theirs[0].options.sizes}, not '
+                         f'{ours.options.sizes}.', do='start from one of the same sizes.')
+    ours.load_state_dict(theirs[0].state_dict())
+
+
+class Lesson(nn.Module):
+    """The backbone, and what tells from its states what it is asked."""
+
+    def __init__(self, backbone: EventsBackbone, options: PretrainOptions) -> None:
+        super().__init__()
+        h = backbone.width
+        self.backbone = backbone
+        self.options = options
+        if 'masked' in options.objectives:
+            self.tell_masked = Telling(2 * h, h)
+        if 'next' in options.objectives:
+            self.tell_next = Telling(h, h)
+        if 'contrastive' in options.objectives:
+            self.project = nn.Sequential(nn.Linear(h, h), nn.GELU(), nn.Linear(h, h))
+
+    def losses(self, data: Examples, rows: np.ndarray) -> dict[str, Tensor]:
+        """The mean loss of each objective over a batch."""
+        batch = padded(data.inputs, rows, max(1, int(np.diff(data.inputs.starts)[rows].max())))
+        where = self.backbone.query.device
+        categories, numbers = torch.from_numpy(batch.categories).to(where), torch.from_numpy(batch.numbers).to(where)
+        objectives = {'masked': self._masked, 'next': self._next}
+        with mixed_precision(where):
+            found = {name: objectives[name](categories, numbers) for name in self.options.objectives
+                     if name in objectives}
+            if 'contrastive' in self.options.objectives:
+                found['contrastive'] = self._contrastive(categories, numbers, torch.from_numpy(data.user[rows]).to(where))
+        return found
+
+    def _masked(self, categories: Tensor, numbers: Tensor) -> Tensor:
+        hidden = (torch.rand(categories.shape[:2]).to(numbers.device) < self.options.masked_share) & _filled(categories)
+        states = self.backbone.states(categories, numbers, hidden)          # [b, l + 1, h]
+        row, slot = self._some(hidden)
+        return self.tell_masked(torch.cat([states[row, slot], states[row, -1]], -1),
+                                told_of(categories, numbers)[row, slot])
+
+    def _next(self, categories: Tensor, numbers: Tensor) -> Tensor:
+        states = self.backbone.states(categories, numbers)                  # [b, l + 1, h]
+        row, slot = self._some(_filled(categories)[:, 1:])                  # the slot before the one that is told
+        return self.tell_next(states[row, slot], told_of(categories, numbers)[row, slot + 1])
+
+    def _contrastive(self, categories: Tensor, numbers: Tensor, user: Tensor) -> Tensor:
+        one, other = (normalize(self.project(self.backbone(*cropped(
+            categories, numbers, self.options.crop_share_min))).float(), dim=-1) for _ in range(2))     # [b, h]
+        # Two moments of one user are neither the same nor two users'.
+        others = (user[:, None] != user) | torch.eye(len(user), dtype=torch.bool, device=user.device)
+        likeness = torch.where(others, one @ other.T / self.options.temperature, _NEVER)                # [b, b]
+        own = torch.arange(len(user), device=user.device)
+        return (cross_entropy(likeness, own) + cross_entropy(likeness.T, own)) / 2
+
+    def _some(self, asked: Tensor) -> tuple[Tensor, Tensor]:
+        """Row and slot of those that are asked for, bool [b, l]; of too many some, drawn."""
+        found = asked.nonzero()
+        if len(found) > self.options.slots_max:
+            found = found[torch.randperm(len(found))[:self.options.slots_max].to(found.device)]
+        return found[:, 0], found[:, 1]
+
+
+class Telling(nn.Module):
+    """What a slot is, from a state."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.transform = nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.LayerNorm(width))
+        self.heads = nn.ModuleList(nn.Linear(width, size) for size in _SIZES)
+
+    def forward(self, states: Tensor, told: Tensor) -> Tensor:
+        """The loss in shares of a blind guess's, from [n, inputs] and int [n, 5]: mean over what is known of n slots."""
+        hidden = self.transform(states)
+        return torch.stack([
+            cross_entropy(head(hidden).float(), truth, ignore_index=_UNKNOWN, reduction='sum')
+            / (truth != _UNKNOWN).sum().clamp(min=1) / math.log(size)
+            for head, truth, size in zip(self.heads, told.unbind(-1), _SIZES, strict=True)]).mean()
+
+
+def told_of(categories: Tensor, numbers: Tensor) -> Tensor:
+    """What is to be told of each slot, int [b, l, 5]: type, item, category, steps of amount and of gap."""
+    kind, item, category = categories.long().unbind(-1)
+    amount = (numbers[:, :, _AMOUNT] / AMOUNT_STEP).long().clamp(0, AMOUNT_BUCKETS - 1)
+    gap = (numbers[:, :, _GAP] / GAP_STEP).long().clamp(0, GAP_BUCKETS - 1)
+    gap[:, 0] = _UNKNOWN
+    return torch.stack([kind, torch.where(item > 0, item, _UNKNOWN), torch.where(category > 0, category, _UNKNOWN),
+                        amount, gap], -1)
+
+
+def cropped(categories: Tensor, numbers: Tensor, share_min: float) -> tuple[Tensor, Tensor]:
+    """Of each window a run of slots in a row, at least that share of them, moved to the beginning."""
+    rows, length = categories.shape[:2]
+    count = _filled(categories).sum(1)                                      # [b]
+    share, place = torch.rand(2, rows).to(count.device)
+    kept = (count * (share_min + (1 - share_min) * share)).ceil().long()
+    first = (place * (count - kept + 1)).long()
+    slots = torch.arange(length, device=count.device)                       # [l]
+    taken = (first[:, None] + slots).clamp(max=length - 1)[:, :, None]      # [b, l, 1]
+    inside = (slots < kept[:, None])[:, :, None]
+    return tuple(torch.where(inside, values.gather(1, taken.expand(-1, -1, values.shape[2])), 0)
+                 for values in (categories, numbers))
+
+
+def _filled(categories: Tensor) -> Tensor:
+    return categories[:, :, 0] > 0
