@@ -66,6 +66,15 @@ def train(
         '--fit', metavar='NAME=VALUE', help='Sizes and the course of training, e.g. --fit hidden=96 --fit layers=3 '
                                             '--fit epochs=12 --fit backbone.learning_rate=1e-4; repeatable; a wrong '
                                             'name lists them all.')] = None,
+    pretrain: Annotated[str | None, typer.Option(
+        metavar='NAMES', help='First learn from windows without labels: some of masked, next, contrastive.')] = None,
+    start_from: Annotated[Path | None, typer.Option(
+        '--from', metavar='CHECKPOINT', help="Start from another shop's model: a folder that `stream train` wrote.")]
+    = None,
+    resume: Annotated[bool, typer.Option(
+        '--resume', help='Go on with the same command where it was cut off; the result is the same.')] = False,
+    tensorboard: Annotated[Path | None, typer.Option(
+        metavar='DIR', help='Write the losses of each pass there, for `tensorboard --logdir DIR`.')] = None,
     seed: Seed = 7,
     out: Annotated[Path, typer.Option(metavar='DIR', help='Folder for the checkpoint and the served model.')]
     = Path('build/shopper'),
@@ -86,13 +95,16 @@ def train(
             source=', '.join(names) + (f' until {until}' if until else ''),
             command=f'stream train --format {format_name} {" ".join(names)}' + (f' --until {until}' if until else '')
             + f' --seed {seed} --out DIR')
-    fitting = replace(options.fit, tiers=tiers, refund=refund_head, backbone=replace(
-        options.fit.backbone, name=backbone, source=pretrained, tuning=tuning,
-        catalogue=str(catalogue) if catalogue else None))
+    fitting = replace(
+        options.fit, tiers=tiers, refund=refund_head, start_from=start_from and str(start_from),
+        pretrain=_learning('stream.learn.pretrain').PretrainOptions.of(pretrain) if pretrain else None,
+        backbone=replace(options.fit.backbone, name=backbone, source=pretrained, tuning=tuning,
+                         catalogue=str(catalogue) if catalogue else None))
     given = _given(fitting) + ''.join(f' --fit {option}' for option in how or ())
     options = replace(
         options, rules=settings.event_rules(), limits=settings.window_limits(),
         until_ms=time_ms(until) if until else None, command=options.command.replace(' --out', f'{given} --out'),
+        resume=resume, curves=tensorboard,
         fit=_learning('stream.learn.options').changed(fitting, parsed(how, '--fit', 'give e.g. --fit epochs=12.')))
     learning.train(options, out, Console(stderr=True, soft_wrap=True))
     version_dir = _learning('stream.learn.export').export(out, out / MODEL_REPOSITORY)
@@ -218,7 +230,9 @@ def _given(fitting: Any) -> str:
     source = Path(backbone.source).name if Path(backbone.source).is_dir() else backbone.source
     flags = [f' --{name} {value}' for name, value, default in (
         ('backbone', backbone.name, 'events'), ('pretrained', source, ''), ('tuning', backbone.tuning, 'full'),
-        ('catalogue', Path(backbone.catalogue or '').name, ''), ('tiers', fitting.tiers, 5)) if value != default]
+        ('catalogue', Path(backbone.catalogue or '').name, ''), ('tiers', fitting.tiers, 5),
+        ('pretrain', ','.join(fitting.pretrain.objectives if fitting.pretrain else ()), ''),
+        ('from', Path(fitting.start_from or '').name, '')) if value != default]
     return ''.join([*flags, '' if fitting.refund else ' --no-refund-head'])
 
 

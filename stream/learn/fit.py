@@ -2,7 +2,7 @@
 
     1 examples     what was known at a moment, and what came after (stream.learn.dataset)
     2 counters     the linear branch, to its optimum
-    3 before labels  the backbone from another checkpoint, or pretrained (stream.learn.pretrain), if that is asked for
+    3 start        the backbone from another checkpoint, or pretrained, where that is asked for (stream.learn.pretrain)
     4 window       the backbone on all tasks; the best epoch by validation loss is kept (stream.learn.passes)
     5 calibration  the branches mixed, probabilities made honest (stream.learn.calibrate)
 
@@ -96,9 +96,9 @@ class FitOptions:
 class Fitted:
     """A trained model.
 
-    tier_edges  float64 [tiers - 2]: the lower bounds of tiers 2 and up, in spend of 90 days
-    epochs      of each pass the losses: train, validation, and validation of each task
-    data        the examples that it saw, those of the validation users included
+    tier_edges   float64 [tiers - 2]: the lower bounds of tiers 2 and up, in spend of 90 days
+    epochs       of each pass the losses: train, validation, and validation of each task
+    data         the examples that it saw, those of the validation users included
     pretraining  of each pass without labels the losses
     """
 
@@ -124,7 +124,6 @@ def fit(history: History, users: Iterable[int], known_until_ms: int, options: Fi
 
 def _fit(history: History, users: list[int], known_until_ms: int, options: FitOptions, limits: WindowLimits,
          console: Console, journal: Journal) -> Fitted:
-
     # 1 examples
 
     moments = options.examples.moments_per_user
@@ -158,7 +157,7 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
     model.counters.fit_normal(counters[~held_out], ignored)
     _fit_counters(model, counters, labels, ~held_out, options)
 
-    # 3 before labels
+    # 3 start
 
     where = device()
     model.to(where)

@@ -1,7 +1,7 @@
 """What a training leaves behind while it runs: a state to go on from, and curves to look at.
 
-    <state>/<course>.pt     after each pass all that the next one depends on; the newest only, written whole or not at all
-    <curves>/<course>/      the losses of each pass for TensorBoard
+    <state>/<course>.pt   all that the next pass depends on; of the newest pass, and whole
+    <curves>/<course>/    the losses of each pass, for TensorBoard
 
 A course is one run of passes (stream.learn.passes), such as the pretraining, or the window's branch. A state belongs to
 one course alone: it says from which weights, data and options it came, and nothing else goes on from it.
@@ -89,7 +89,7 @@ class Journal:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UsageError('Curves need TensorBoard, which is not installed.',
-                             do="install it: pip install 'stream-scoring[train]', or pip install tensorboard.") from error
+                             do='install it (pip install tensorboard), or leave --tensorboard out.') from error
         with SummaryWriter(self.curves / course) as writer:
             def plot(number: int, figures: Mapping[str, float]) -> None:
                 for name, value in figures.items():

@@ -16,7 +16,7 @@ from stream.errors import UsageError
 from stream.learn.fit import FitOptions
 
 # They have flags of their own.
-_ELSEWHERE = {('seed',), ('tiers',), ('refund',), ('backbone', 'name'), ('backbone', 'source'), ('backbone', 'tuning'),
+_ELSEWHERE = {('seed',), ('tiers',), ('refund',), ('start_from',), ('pretrain',), ('backbone', 'name'), ('backbone', 'source'), ('backbone', 'tuning'),
               ('backbone', 'catalogue')}
 
 

@@ -1,7 +1,7 @@
 """The backbone of events learns before it is asked anything: from windows without labels, or from another shop.
 
-    masked       some slots are hidden: what they were is told from the slot's own state, which saw what came before, and
-                 the query's, which saw all the rest
+    masked       some slots are hidden: what they were is told from the slot's own state, which saw what came before,
+                 and the query's, which saw all the rest
     next event   the state after a slot tells the next one, which it has not seen: attention is causal
     contrastive  two crops of a window are to be more alike than those of two users
 
@@ -10,9 +10,9 @@ What tells it is thrown away afterwards; the backbone stays, and the fit (stream
 
 `start_from` starts from a checkpoint's backbone instead, or before.
 
-Sources: Devlin et al. (2018), BERT, arXiv 1810.04805, for the masks. Kang, McAuley (2018), SASRec, arXiv 1808.09781, for
-the next event. Van den Oord et al. (2018), arXiv 1807.03748, for the contrast (InfoNCE); crops of shopping windows as
-in Xie et al. (2020), CL4SRec, arXiv 2010.14395.
+Sources: Devlin et al. (2018), BERT, arXiv 1810.04805, for the masks. Kang, McAuley (2018), SASRec, arXiv 1808.09781,
+for the next event. Van den Oord et al. (2018), arXiv 1807.03748, for the contrast (InfoNCE); Xie et al. (2020),
+CL4SRec, arXiv 2010.14395, for crops of shoppers' windows.
 """
 import math
 from dataclasses import dataclass
@@ -109,11 +109,11 @@ def pretrain(backbone: nn.Module, data: Examples, held_out: np.ndarray, options:
                     sums[name] += float(part) * len(rows) / len(judging_rows)
         return sums
 
+    weights = [(options.learning_rate, options.weight_decay, list(lesson.parameters()))]
     epochs, _ = improve(Course(
-        'pretraining', 'pretraining', lesson, [(options.learning_rate, options.weight_decay, list(lesson.parameters()))],
-        drawn, lambda rows: total(lesson.losses(data, rows)), judged, options.epochs,
-        options.epochs * math.ceil(epoch_rows / options.batch_rows), options.warmup_share, options.clip_norm,
-        options.patience, seed), journal, console)
+        'pretraining', 'pretraining', lesson, weights, drawn, lambda rows: total(lesson.losses(data, rows)), judged,
+        options.epochs, options.epochs * math.ceil(epoch_rows / options.batch_rows), options.warmup_share,
+        options.clip_norm, options.patience, seed), journal, console)
     return epochs
 
 
@@ -166,7 +166,8 @@ class Lesson(nn.Module):
             found = {name: objectives[name](categories, numbers) for name in self.options.objectives
                      if name in objectives}
             if 'contrastive' in self.options.objectives:
-                found['contrastive'] = self._contrastive(categories, numbers, torch.from_numpy(data.user[rows]).to(where))
+                user = torch.from_numpy(data.user[rows]).to(where)
+                found['contrastive'] = self._contrastive(categories, numbers, user)
         return found
 
     def _masked(self, categories: Tensor, numbers: Tensor) -> Tensor:
@@ -207,7 +208,7 @@ class Telling(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(width, size) for size in _SIZES)
 
     def forward(self, states: Tensor, told: Tensor) -> Tensor:
-        """The loss in shares of a blind guess's, from [n, inputs] and int [n, 5]: mean over what is known of n slots."""
+        """The loss in shares of a blind guess's, over what is known of n slots, from [n, inputs] and int [n, 5]."""
         hidden = self.transform(states)
         return torch.stack([
             cross_entropy(head(hidden).float(), truth, ignore_index=_UNKNOWN, reduction='sum')

@@ -8,6 +8,7 @@
 
 Splits are disjoint in users and in time: no label of training reaches into the days of the test.
 """
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable
@@ -28,11 +29,13 @@ from stream.learn.dataset import HORIZON_DAYS, ExampleOptions, Examples, History
 from stream.learn.evaluate import evaluate
 from stream.learn.export import write_graph
 from stream.learn.fit import FitOptions, Fitted, fit, rows_max
+from stream.learn.journal import Journal
 from stream.learn.posterior import posteriors
 from stream.learn.served import score
 from stream.replay.simulator import SimulatorOptions, simulate
 from stream.scoring.artefact import LAYOUT
 
+UNFINISHED = 'unfinished'     # folder of a training's states until it is done
 _CEILING_MOMENTS = 1_500    # their posterior takes a minute
 _TEST_MOMENTS = ExampleOptions(cutoffs_per_user=6, moments_per_user=4.0)
 TIERS_MAX = 20
@@ -52,6 +55,8 @@ class TrainOptions:
     until_ms     nothing at or after it is used; None: the whole recording
     test_users   share of the users, and
     test_time    of the time, from its end, that only the test uses
+    resume       whether to go on from where this training was cut off before
+    curves       folder for TensorBoard's curves; None: none
     refit        whether the kept model learns from the test's users and days too, after they have judged its like
     simulator    of a simulated shop, for the ceiling
     """
@@ -67,6 +72,8 @@ class TrainOptions:
     test_users: float = 0.25
     test_time: float = 0.25
     refit: bool = True
+    resume: bool = False
+    curves: Path | None = None
     simulator: SimulatorOptions | None = None
 
 
@@ -84,7 +91,8 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
     """Train a model, write its checkpoint into the directory `out`, and return its figures.
 
     Errors   UsageError where the events hold nothing to learn from.
-    Promise  on one machine the same options give the same bytes, except for the seconds in metrics.json.
+    Promise  on one machine the same options give the same bytes, except for the seconds in metrics.json, cut off and
+             gone on or not. Until it is done, `out` holds in UNFINISHED what it goes on from.
     """
     console = console or Console(stderr=True, soft_wrap=True)
     began = time.monotonic()
@@ -92,6 +100,9 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
     fitting = replace(options.fit, seed=options.seed)
     names = tier_names(fitting.tiers)
     check(fitting.backbone, fitting.encoder)        # before a recording is read for minutes
+    journal = Journal(out / UNFINISHED, options.resume, options.curves)
+    if not options.resume:
+        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
 
     # 1 history
 
@@ -112,7 +123,7 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
     place = {user_id: user for user, user_id in enumerate(seen.user_ids)}
     console.print('Without the users and days of the test')
     fitted = fit(seen, [place[history.user_ids[user]] for user in train_users if history.user_ids[user] in place],
-                 cut_ms, fitting, options.limits, console)
+                 cut_ms, fitting, options.limits, console, journal.part('test'))
     test = dataset.sample(history, test_users, cut_ms, known_until_ms, _TEST_MOMENTS, options.limits, options.seed)
     with tempfile.TemporaryDirectory() as scratch:
         graph = Path(scratch) / 'model.onnx'
@@ -138,14 +149,16 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
              'test_users': len(np.unique(test.user)), 'test_moments': len(test)}
     if options.refit:
         console.print('With all users and days')
-        fitted = fit(history, range(len(history.user_ids)), known_until_ms, fitting, options.limits, console)
+        fitted = fit(history, range(len(history.user_ids)), known_until_ms, fitting, options.limits, console,
+                     journal.part('refit'))
 
     # 5 checkpoint
 
-    found = {'test': figures, 'ceiling': ceiling, 'epochs': fitted.epochs, 'best_epoch': fitted.best_epoch,
-             'seconds': round(time.monotonic() - began)}
+    found = {'test': figures, 'ceiling': ceiling, 'pretraining': fitted.pretraining, 'epochs': fitted.epochs,
+             'best_epoch': fitted.best_epoch, 'seconds': round(time.monotonic() - began)}
     config = _config(options, history, fitted, names, known_until_ms, cut_ms, split)
     save(Checkpoint(fitted.model, config, found, some_windows(test)), out)
+    shutil.rmtree(out / UNFINISHED)
     console.print(f'checkpoint in {out}, {found["seconds"]} s')
     return found
 
