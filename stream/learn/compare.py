@@ -112,10 +112,10 @@ def compare(history: History, cutoffs_ms: Sequence[int], options: CompareOptions
     Promise  on one machine the same options give the same figures.
     """
     began = time.monotonic()
-    cutoffs = [_Cutoff.of(history, at_ms, options) for at_ms in cutoffs_ms]
+    cutoffs = [Cutoff.of(history, at_ms, options) for at_ms in cutoffs_ms]
     jobs = [(history, cutoff.at_ms, part, cutoff.tasks, options) for cutoff in cutoffs for part in range(options.folds)]
     found: dict[int, list[FoldScores]] = {cutoff.at_ms: [] for cutoff in cutoffs}
-    with _runner(min(options.processes, len(jobs))) as run:
+    with runner(min(options.processes, len(jobs))) as run:
         for (_, at_ms, part, *_), scores in zip(jobs, run(score_fold, jobs), strict=True):
             found[at_ms].append(scores)
             training = scores.training
@@ -171,7 +171,7 @@ def day_of(at_ms: int) -> str:
 
 
 @dataclass(frozen=True)
-class _Cutoff:
+class Cutoff:
     """A cut-off, everybody who was seen before it, and what can be asked of them, or cannot, with the reason."""
 
     at_ms: int
@@ -180,7 +180,7 @@ class _Cutoff:
     skipped: list[tuple[Task, str]]
 
     @staticmethod
-    def of(history: History, at_ms: int, options: CompareOptions) -> '_Cutoff':
+    def of(history: History, at_ms: int, options: CompareOptions) -> 'Cutoff':
         end_ms, shortest_ms = known_until(history), HORIZON_DAYS[0] * DAY_MS
         if not history.start_ms + shortest_ms < at_ms <= end_ms - shortest_ms:
             raise UsageError(f'Before {day_of(at_ms)} there is nothing to learn from, or nothing to foretell after it.',
@@ -188,7 +188,7 @@ class _Cutoff:
         asked = at_time(history, range(len(history.user_ids)), at_ms, options.limits, end_ms)
         tasks, skipped = [], []
         for task in (*map(Task, range(len(HORIZON_DAYS))), Task(CHURN_HORIZON, churn=True)):
-            truth = _truth(asked, task)
+            truth = truth_of(asked, task)
             fewer = min(int((truth == 1).sum()), int((truth == 0).sum()))
             if at_ms + HORIZON_DAYS[task.horizon] * DAY_MS > end_ms:
                 skipped.append((task, 'the recording ends before it is settled'))
@@ -196,10 +196,10 @@ class _Cutoff:
                 skipped.append((task, f'only {fewer} users on one side, {POSITIVES_MIN} are asked for'))
             else:
                 tasks.append(task)
-        return _Cutoff(at_ms, asked, tasks, skipped)
+        return Cutoff(at_ms, asked, tasks, skipped)
 
 
-def _truth(asked: Examples, task: Task) -> np.ndarray:
+def truth_of(asked: Examples, task: Task) -> np.ndarray:
     """float64 [n], 1: it came to be; NaN: not asked of this user."""
     bought = asked.labels.bought[:, task.horizon].astype(float)
     return np.where(asked.active, 1 - bought, np.nan) if task.churn else bought
@@ -247,7 +247,7 @@ def score_fold(history: History, at_ms: int, part: int, tasks: list[Task], optio
 
 
 @contextmanager
-def _runner(processes: int) -> Iterator[Callable[[Callable, list[tuple]], Iterator[Any]]]:
+def runner(processes: int) -> Iterator[Callable[[Callable, list[tuple]], Iterator[Any]]]:
     """What gives a function's answers to jobs, in their order."""
     if processes == 1:
         yield lambda function, jobs: (function(*job) for job in jobs)
@@ -359,14 +359,14 @@ def _model_chances(fitted: Fitted, purchase: np.ndarray, test: Examples, tasks: 
 
 # ---- 5 figures ------------------------------------------------------------------------------------------------------
 
-def _questions(cutoff: _Cutoff, found: list[FoldScores], options: CompareOptions) -> Iterator[tuple]:
+def _questions(cutoff: Cutoff, found: list[FoldScores], options: CompareOptions) -> Iterator[tuple]:
     """(name, what judges it, its arguments) of each question about a cut-off, all parts together."""
     asked = cutoff.asked
     order = np.argsort(np.concatenate([scores.user for scores in found]))       # the order of `asked`
     drawn = options.resamples, options.seed
     segments = _segments(asked)
     for task in cutoff.tasks:
-        truth = _truth(asked, task)
+        truth = truth_of(asked, task)
         rows = ~np.isnan(truth)
         by_name = {
             name: Scored(np.concatenate([scores.chances[task.name][name].scores for scores in found])[order][rows],

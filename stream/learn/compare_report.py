@@ -11,11 +11,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from stream.learn.judge import COMMONEST, COUNTERS, MODEL, REFERENCES, WINDOW
+from stream.learn.transfer import SCRATCH, TRANSFERRED
 from stream.page import Draw, render
 
 # Okabe and Ito's colours (Color Universal Design, 2008), which stay apart under colour blindness.
 _COLOURS = dict(zip((MODEL, *REFERENCES), ('#0072B2', '#E69F00', '#009E73', '#CC79A7'), strict=True))
 _PART_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+_START_COLOURS = {SCRATCH: '#D55E00', TRANSFERRED: '#0072B2'}
 _CHANCE = '#888888'         # the line of whoever knows nothing
 _WIDTH, _HEIGHT = 300, 250  # px of a plot
 
@@ -47,7 +49,8 @@ CONTENDERS = {
 def render_report(figures: Mapping[str, Any]) -> str:
     """The page as text.
 
-    figures  of `stream.learn.compare.compare`, and `about`: sources (file names), format, currency
+    figures  of `stream.learn.compare.compare`, and `about`: sources (file names), format, currency; if it was asked for
+             `transfer`, of `stream.learn.transfer.transfer`
     Promise  the same figures give the same bytes (with the same release of matplotlib).
     """
     return render('stream.learn', 'compare.html.j2', {
@@ -58,6 +61,8 @@ def render_report(figures: Mapping[str, Any]) -> str:
         'verdicts': _verdicts(figures['cutoffs']), 'metrics': METRICS, 'contenders': CONTENDERS,
         'present': _present(figures['cutoffs']), 'references': REFERENCES, 'model': MODEL,
         'legend': list(_COLOURS.items()), 'question': question, 'interval': interval, 'difference': difference,
+        'transfer': 'transfer' in figures and _transfer(draw, figures['transfer']),
+        'starts': _START_COLOURS, 'window': WINDOW, 'counters': COUNTERS,
         'cutoffs': [_cutoff(draw, cutoff, figures['about']['currency']) for cutoff in figures['cutoffs']],
     })
 
@@ -167,6 +172,18 @@ def _training_plots(draw: Draw, training: Sequence[Mapping[str, Any]], tasks: Se
             for title, parts in plots]
 
 
+def _transfer(draw: Draw, transfer: Mapping[str, Any]) -> dict[str, Any]:
+    """The cross-shop curve: of each question a table of the shares that taught something, and a plot of each branch."""
+    tasks = []
+    for task in transfer['tasks']:
+        rows = [(share, figures) for share, figures in zip(transfer['shares'], task['shares'], strict=True) if figures]
+        plots = [(branch, draw.once(partial(_by_share, rows=rows, branch=branch), 3 * _WIDTH // 2, _HEIGHT,
+                                    f'AUROC of {branch} by share of the users: {question(task)}.'))
+                 for branch in (MODEL, WINDOW) if rows]
+        tasks.append({**task, 'rows': rows, 'plots': plots})
+    return {**transfer, 'tasks': tasks}
+
+
 # The drawings
 
 def _curves(figure: Figure, curves: Mapping[str, Any], labels: tuple[str, str], chance: tuple[list, list],
@@ -222,6 +239,21 @@ def _losses(figure: Figure, parts: Sequence[tuple[Sequence[float], Sequence[floa
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel('pass over the training moments')
     axes.set_ylabel('loss')
+
+
+def _by_share(figure: Figure, rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], branch: str) -> None:
+    axes = figure.add_subplot()
+    places = range(len(rows))
+    for start, colour in _START_COLOURS.items():
+        value, low, high = zip(*(row['starts'][start][branch] for _, row in rows), strict=True)
+        axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(places, value, color=colour, marker='o', markersize=4, linewidth=1.8)
+    axes.plot(places, [row['starts'][SCRATCH][COUNTERS][0] for _, row in rows], color=_CHANCE, linestyle='--',
+              linewidth=1.2)
+    axes.set_xticks(list(places), [f'{share["share"]:.0%}' for share, _ in rows])
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlabel('share of the users that taught')
+    axes.set_ylabel('AUROC')
 
 
 def _share_axis(axes: Axes, which: str) -> None:

@@ -71,7 +71,7 @@ class Journal:
             return None
         try:
             state = torch.load(path, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
             raise StateError(f'{path} cannot be read: {error}.', do='train without --resume.') from error
         if state['key'] != key:
             raise UsageError(f'{path} is of a training with other data, options or releases.',

@@ -172,7 +172,9 @@ class Lesson(nn.Module):
 
     def _masked(self, categories: Tensor, numbers: Tensor) -> Tensor:
         hidden = (torch.rand(categories.shape[:2]).to(numbers.device) < self.options.masked_share) & _filled(categories)
-        states = self.backbone.states(categories, numbers, hidden)          # [b, l + 1, h]
+        shown = categories.clone()
+        shown[:, :, 1].masked_fill_(hidden, 0)      # else a later slot would tell that it is the same item again
+        states = self.backbone.states(shown, numbers, hidden)               # [b, l + 1, h]
         row, slot = self._some(hidden)
         return self.tell_masked(torch.cat([states[row, slot], states[row, -1]], -1),
                                 told_of(categories, numbers)[row, slot])

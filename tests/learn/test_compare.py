@@ -112,7 +112,7 @@ def test_questions_are_those_that_are_settled_and_have_both_answers(history, cut
 
 def test_rare_answers_are_not_asked_for(history, monkeypatch, cut_ms):
     monkeypatch.setattr(comparing, 'POSITIVES_MIN', 10_000)
-    cutoff = comparing._Cutoff.of(history, cut_ms, OPTIONS)
+    cutoff = comparing.Cutoff.of(history, cut_ms, OPTIONS)
     assert cutoff.tasks == []
     assert any('users on one side, 10000 are asked for' in reason for _, reason in cutoff.skipped)
 
@@ -122,7 +122,7 @@ def test_cdnow_as_published(real_data):
     recording = Recording([real_data / 'cdnow' / 'CDNOW_master.txt.gz'], 'cdnow')
     recording.scan()
     cdnow = read((value for block in recording.blocks(10_000, 1 << 62) for value in block.values), EventRules())
-    cutoffs = [comparing._Cutoff.of(cdnow, at_ms, OPTIONS) for at_ms in default_cutoffs(cdnow)]
+    cutoffs = [comparing.Cutoff.of(cdnow, at_ms, OPTIONS) for at_ms in default_cutoffs(cdnow)]
     assert [day_of(cutoff.at_ms) for cutoff in cutoffs] == ['1997-09-30', '1998-04-01']
     assert [len(cutoff.asked) for cutoff in cutoffs] == [16_585, 16_585]
     assert [task.name for task in cutoffs[0].tasks] == [

@@ -1,18 +1,25 @@
 """A tiny training: its loss falls, it is the same twice, and its checkpoint is read back."""
 # ruff: noqa: E402  (the imports below need torch: skip first)
+import io
 import json
+import pickle
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 
 torch = pytest.importorskip('torch', reason='torch is not installed: pip install stream-scoring[train]')
+
+from rich.console import Console
 
 from stream.errors import ModelError
 from stream.learn.backbones import BackboneOptions
 from stream.learn.checkpoint import load
 from stream.learn.dataset import ExampleOptions
 from stream.learn.export import export
-from stream.learn.train import simulated, train
+from stream.learn.train import UNFINISHED, simulated, train
 from tests.learn.conftest import SHOP
 from tests.learn.pretrained import save_tiny
 
@@ -46,6 +53,38 @@ def test_twice_the_same_of_a_pretrained_backbone(tiny_fit, tiny_options, tmp_pat
         assert (tmp_path / 'one' / name).read_bytes() == (tmp_path / 'two' / name).read_bytes(), name
     first, second = (export(tmp_path / name, tmp_path / f'{name}-repository') for name in ('one', 'two'))
     assert (first / 'model.onnx').read_bytes() == (second / 'model.onnx').read_bytes()
+
+
+KILLED = """
+import os, pickle, signal, sys
+from pathlib import Path
+from rich.console import Console
+from stream.learn.train import train
+
+class Killing(Console):
+    passes = 0
+
+    def print(self, text='', *args, **kwargs):
+        self.passes += text.startswith('  epoch 2/')
+        if self.passes == 2:        # of the refit
+            os.kill(os.getpid(), signal.SIGKILL)
+
+train(pickle.loads(Path(sys.argv[1]).read_bytes()), Path(sys.argv[2]), Killing())
+"""
+
+
+def test_killed_and_gone_on_gives_the_same_bytes(checkpoint, tiny_options, tmp_path):
+    (tmp_path / 'options').write_bytes(pickle.dumps(tiny_options()))
+    killed = subprocess.run([sys.executable, '-c', KILLED, tmp_path / 'options', tmp_path / 'out'], timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert {path.name for path in (tmp_path / 'out').iterdir()} == {UNFINISHED}
+    said = Console(file=io.StringIO())
+    train(tiny_options(resume=True), tmp_path / 'out', said)
+    assert [words for words in said.file.getvalue().splitlines() if 'going on' in words] == [
+        '  epoch: going on after epoch 3', '  epoch: going on after epoch 2']
+    for name in ('model.safetensors', 'windows.safetensors', 'config.json'):
+        assert (tmp_path / 'out' / name).read_bytes() == (checkpoint / name).read_bytes(), name
+    assert not (tmp_path / 'out' / UNFINISHED).exists()
 
 
 def test_another_seed_gives_another_model(checkpoint, tiny_options, tmp_path):
