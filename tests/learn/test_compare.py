@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from stream.cli import app
 from stream.core.events import EventRules, EventType
 from stream.core.window import DAY_MS
-from stream.errors import UsageError
+from stream.errors import ModelError, UsageError
 from stream.learn import compare as comparing
 from stream.learn.backbones import EncoderOptions
 from stream.learn.compare import (
@@ -327,6 +327,24 @@ def test_the_command_writes_the_page_and_the_figures(run, tmp_path, lines, cut_m
     assert kept['cutoffs'] == orjson.loads(orjson.dumps(figures['cutoffs']))
     assert 'buys within 30 days' in done.stdout
     assert interval(figures['cutoffs'][0]['tasks'][0]['contenders'][MODEL]['metrics']['auc'])[0] in done.stdout
+
+
+def test_the_command_shows_what_another_shop_brings(run, tmp_path, monkeypatch, checkpoint, cut_ms):
+    asked = []
+
+    def curve(history, at_ms, source, options, say):
+        asked.append((at_ms, source, options))
+        return {'source': 'another', 'at_ms': at_ms, 'shares': [], 'tasks': []}
+
+    monkeypatch.setattr('stream.learn.transfer.transfer', curve)
+    done, compared = run('--pretrained-on', str(checkpoint))
+    assert isinstance(done.exception, ModelError) and not compared      # other sizes, seen before hours of work
+    monkeypatch.setattr('stream.learn.transfer.check', lambda source, options: None)
+    done, compared = run('--pretrained-on', str(checkpoint), '--out', 'there')
+    assert done.exit_code == 0, done.output
+    assert asked == [(compared[0][1][0], checkpoint, compared[0][2])]
+    assert orjson.loads((tmp_path / 'there' / 'figures.json').read_bytes())['transfer']['source'] == 'another'
+    assert 'What another shop' in (tmp_path / 'there' / 'index.html').read_text()
 
 
 def test_the_command_finds_its_cutoffs(run, cut_ms):

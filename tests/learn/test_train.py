@@ -7,14 +7,17 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip('torch', reason='torch is not installed: pip install stream-scoring[train]')
 
 from rich.console import Console
+from typer.testing import CliRunner
 
-from stream.errors import ModelError
+from stream.cli import app
+from stream.errors import ModelError, UsageError
 from stream.learn.backbones import BackboneOptions
 from stream.learn.checkpoint import load
 from stream.learn.dataset import ExampleOptions
@@ -138,3 +141,32 @@ def test_simulated_options_name_the_command():
     options = simulated(3, 20, 9)
     assert options.command == 'stream train --simulate 3 --days 20 --seed 9 --out DIR'
     assert options.seed == 9 and next(iter(options.events)).startswith(b'{"event_id"')
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path):
+    """`stream train` without the training: what it asks for."""
+    options = []
+    monkeypatch.setattr('stream.learn.train.train', lambda asked, out, console: options.append(asked))
+    monkeypatch.setattr('stream.learn.export.export', lambda checkpoint, repository: repository)
+    (tmp_path / 'events.jsonl').write_bytes(b'{}\n')
+
+    def ask(*arguments):
+        done = CliRunner().invoke(app, ['train', str(tmp_path / 'events.jsonl'), *arguments])
+        if done.exception:
+            raise done.exception
+        return options.pop()
+
+    return ask
+
+
+def test_the_command_starts_and_goes_on_as_it_is_told(asked):
+    plain = asked()
+    assert (plain.fit.pretrain, plain.fit.start_from, plain.resume, plain.curves) == (None, None, False, None)
+    told = asked('--pretrain', 'masked,next', '--from', 'other', '--resume', '--tensorboard', 'curves')
+    assert told.fit.pretrain.objectives == {'masked': 1.0, 'next': 1.0}
+    assert (told.fit.start_from, told.resume, told.curves) == ('other', True, Path('curves'))
+    # What leads to other weights is in the command that reproduces them, and nothing else.
+    assert told.command.endswith('--out DIR --pretrain masked,next --from other')
+    with pytest.raises(UsageError, match='no pretraining'):
+        asked('--pretrain', 'guessing')
