@@ -70,7 +70,7 @@ class Journal:
         if self.state is None or not self.resume or not (path := self.state / f'{course}.pt').is_file():
             return None
         try:
-            state = torch.load(path, weights_only=True)
+            state = torch.load(path, map_location='cpu', weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
             raise StateError(f'{path} cannot be read: {error}.', do='train without --resume.') from error
         if state['key'] != key:
