@@ -31,9 +31,9 @@ from stream.learn.pretrain import start_from
 
 SHARES = (0.01, 0.05, 0.1, 1.0)
 SCRATCH, TRANSFERRED = 'from scratch', "from the other shop's"
-_DRAWS_MAX = 5
+_DRAWS_MAX = 3
 _DRAWN_USERS = 200          # as many draws of a share as bring so many users together, at most _DRAWS_MAX
-_MORE_PASSES_MAX = 8
+_MORE_PASSES_MAX = 4
 _SMALL_BATCH_ROWS = 32
 
 
