@@ -39,7 +39,7 @@ from stream.learn.dataset import (
 )
 from stream.learn.journal import Journal
 from stream.learn.model import ShopperModel, losses
-from stream.learn.passes import Course, Rated, chunks, device, improve, mixed_precision
+from stream.learn.passes import Course, Rated, device, improve, mixed_precision, shuffled
 from stream.learn.pretrain import PretrainOptions, pretrain, start_from
 from stream.learn.tuning import learning_rate, pretrained
 from stream.scoring.artefact import ROWS_MAX
@@ -174,10 +174,6 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
     train_rows, validation_rows = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     epoch_rows = min(options.rows_per_epoch, len(train_rows))
 
-    def drawn(rng: np.random.Generator) -> list[np.ndarray]:
-        batches = chunks(data.inputs, rng.choice(train_rows, epoch_rows, replace=False), options.batch_rows, rng)
-        return [batches[place] for place in rng.permutation(len(batches))]
-
     def loss(rows: np.ndarray) -> Tensor:
         return _total(losses(_window_logits(model, data, rows), *(label[rows].to(where) for label in labels)), options)
 
@@ -186,9 +182,11 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
         return {'validation': float(_total(parts, options)), **{task: float(part) for task, part in parts.items()}}
 
     epochs, best_epoch = improve(Course(
-        'window', 'epoch', model, _rated(model, options), drawn, loss, judged, options.epochs,
-        options.epochs * math.ceil(epoch_rows / options.batch_rows), options.warmup_share, options.clip_norm,
-        options.patience, options.seed), journal, console)
+        name='window', title='epoch', module=model, weights=_rated(model, options),
+        draw=shuffled(data.inputs, train_rows, epoch_rows, options.batch_rows), loss=loss, judge=judged,
+        passes=options.epochs, steps=options.epochs * math.ceil(epoch_rows / options.batch_rows),
+        warmup_share=options.warmup_share, clip_norm=options.clip_norm, patience=options.patience, seed=options.seed,
+    ), journal, console)
     model.cpu()
 
     # 5 calibration

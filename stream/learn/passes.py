@@ -67,6 +67,16 @@ def chunks(inputs: Features, rows: np.ndarray, size: int, rng: np.random.Generat
     return [ordered[at:at + size] for at in range(0, len(rows), size)]
 
 
+def shuffled(inputs: Features, rows: np.ndarray, count: int, size: int,
+             ) -> Callable[[np.random.Generator], list[np.ndarray]]:
+    """What draws a pass: so many of these rows, as batches in any order."""
+    def draw(rng: np.random.Generator) -> list[np.ndarray]:
+        batches = chunks(inputs, rng.choice(rows, count, replace=False), size, rng)
+        return [batches[place] for place in rng.permutation(len(batches))]
+
+    return draw
+
+
 def device() -> torch.device:
     """Where to train: on the GPU if there is one."""
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')

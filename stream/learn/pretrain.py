@@ -30,7 +30,7 @@ from stream.learn.backbones import EventsBackbone
 from stream.learn.checkpoint import load
 from stream.learn.dataset import Examples
 from stream.learn.journal import Journal
-from stream.learn.passes import Course, chunks, improve, mixed_precision
+from stream.learn.passes import Course, chunks, improve, mixed_precision, shuffled
 
 OBJECTIVES = ('masked', 'next', 'contrastive')
 AMOUNT_STEP, AMOUNT_BUCKETS = 0.5, 25       # of log(1 + amount): each 1.6 times the one before, up to 160,000
@@ -92,10 +92,6 @@ def pretrain(backbone: nn.Module, data: Examples, held_out: np.ndarray, options:
     judging_rows = np.random.default_rng(seed).permutation(judging_rows)[:options.validation_rows]
     judged_in = chunks(data.inputs, judging_rows, options.batch_rows, np.random.default_rng(seed))
 
-    def drawn(rng: np.random.Generator) -> list[np.ndarray]:
-        batches = chunks(data.inputs, rng.choice(train_rows, epoch_rows, replace=False), options.batch_rows, rng)
-        return [batches[place] for place in rng.permutation(len(batches))]
-
     def total(parts: dict[str, Tensor]) -> Tensor:
         return torch.stack([options.objectives[name] * part for name, part in parts.items()]).sum()
 
@@ -109,11 +105,14 @@ def pretrain(backbone: nn.Module, data: Examples, held_out: np.ndarray, options:
                     sums[name] += float(part) * len(rows) / len(judging_rows)
         return sums
 
-    weights = [(options.learning_rate, options.weight_decay, list(lesson.parameters()))]
     epochs, _ = improve(Course(
-        'pretraining', 'pretraining', lesson, weights, drawn, lambda rows: total(lesson.losses(data, rows)), judged,
-        options.epochs, options.epochs * math.ceil(epoch_rows / options.batch_rows), options.warmup_share,
-        options.clip_norm, options.patience, seed), journal, console)
+        name='pretraining', title='pretraining', module=lesson,
+        weights=[(options.learning_rate, options.weight_decay, list(lesson.parameters()))],
+        draw=shuffled(data.inputs, train_rows, epoch_rows, options.batch_rows),
+        loss=lambda rows: total(lesson.losses(data, rows)), judge=judged,
+        passes=options.epochs, steps=options.epochs * math.ceil(epoch_rows / options.batch_rows),
+        warmup_share=options.warmup_share, clip_norm=options.clip_norm, patience=options.patience, seed=seed,
+    ), journal, console)
     return epochs
 
 
