@@ -167,6 +167,6 @@ def test_the_command_starts_and_goes_on_as_it_is_told(asked):
     assert told.fit.pretrain.objectives == {'masked': 1.0, 'next': 1.0}
     assert (told.fit.start_from, told.resume, told.curves) == ('other', True, Path('curves'))
     # What leads to other weights is in the command that reproduces them, and nothing else.
-    assert told.command.endswith('--out DIR --pretrain masked,next --from other')
+    assert told.command.endswith('--pretrain masked,next --from other --out DIR')
     with pytest.raises(UsageError, match='no pretraining'):
         asked('--pretrain', 'guessing')
