@@ -220,6 +220,8 @@ class EventsBackbone(nn.Module):
         length = categories.shape[1]
         kind, item, category = categories.unbind(-1)                                # [b, l] each
         filled = kind > 0                                                           # [b, l]
+        if hidden is not None:      # nor may a later slot say that it is the same item, or the totals what it is
+            kind, item = kind.masked_fill(hidden, 0), item.masked_fill(hidden, 0)
         age_days = numbers[:, :, _AGE].exp() - 1                                    # [b, l]
         same = (item[:, :, None] == item[:, None, :]) & (item > 0)[:, None, :]      # [b, l, l]
         # How often a slot's item came before in the window.

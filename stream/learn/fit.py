@@ -24,7 +24,7 @@ from torch import Tensor
 from stream.core.features import padded
 from stream.core.window import DAY_MS, WindowLimits
 from stream.errors import UsageError
-from stream.learn.backbones import BackboneOptions, EncoderOptions, make_backbone
+from stream.learn.backbones import BackboneOptions, EncoderOptions, EventsBackbone, make_backbone
 from stream.learn.bounds import Count, NotNegative, Part, Positive, Share
 from stream.learn.calibrate import SETTLED_ROWS_MIN, calibrate
 from stream.learn.dataset import (
@@ -40,7 +40,7 @@ from stream.learn.dataset import (
 from stream.learn.journal import Journal
 from stream.learn.model import ShopperModel, losses
 from stream.learn.passes import Course, Rated, device, improve, mixed_precision, shuffled
-from stream.learn.pretrain import PretrainOptions, pretrain, start_from
+from stream.learn.pretrain import PretrainOptions, pretrain, reads_text, start_from
 from stream.learn.tuning import learning_rate, pretrained
 from stream.scoring.artefact import ROWS_MAX
 
@@ -120,6 +120,16 @@ def fit(history: History, users: Iterable[int], known_until_ms: int, options: Fi
     """
     with _reproducible(options.seed):
         return _fit(history, list(users), known_until_ms, options, limits, console, journal)
+
+
+def check_start(options: FitOptions) -> None:
+    """Errors: UsageError or ModelError where the backbone cannot start as the options say; quick."""
+    if options.start_from is None and options.pretrain is None:
+        return
+    if options.backbone.name != 'events':
+        raise reads_text()
+    if options.start_from is not None:
+        start_from(EventsBackbone(options.encoder), Path(options.start_from))
 
 
 def _fit(history: History, users: list[int], known_until_ms: int, options: FitOptions, limits: WindowLimits,

@@ -121,8 +121,13 @@ def events_backbone(backbone: nn.Module) -> EventsBackbone:
     for module in backbone.modules():
         if isinstance(module, EventsBackbone):
             return module
-    raise UsageError('A backbone that reads text comes pretrained; only that of events can be pretrained here.',
-                     do='leave pretraining out, or use the backbone of events.')
+    raise reads_text()
+
+
+def reads_text() -> UsageError:
+    """What is said of a backbone that has nothing to start from here."""
+    return UsageError('A backbone that reads text comes pretrained; only that of events can be pretrained here.',
+                      do='leave pretraining out, or use the backbone of events.')
 
 
 def start_from(backbone: nn.Module, checkpoint: Path) -> None:
@@ -171,9 +176,7 @@ class Lesson(nn.Module):
 
     def _masked(self, categories: Tensor, numbers: Tensor) -> Tensor:
         hidden = (torch.rand(categories.shape[:2]).to(numbers.device) < self.options.masked_share) & _filled(categories)
-        shown = categories.clone()
-        shown[:, :, 1].masked_fill_(hidden, 0)      # else a later slot would tell that it is the same item again
-        states = self.backbone.states(shown, numbers, hidden)               # [b, l + 1, h]
+        states = self.backbone.states(categories, numbers, hidden)          # [b, l + 1, h]
         row, slot = self._some(hidden)
         return self.tell_masked(torch.cat([states[row, slot], states[row, -1]], -1),
                                 told_of(categories, numbers)[row, slot])

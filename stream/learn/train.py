@@ -28,7 +28,7 @@ from stream.learn.checkpoint import Checkpoint, save, some_windows
 from stream.learn.dataset import HORIZON_DAYS, ExampleOptions, Examples, History
 from stream.learn.evaluate import evaluate
 from stream.learn.export import write_graph
-from stream.learn.fit import FitOptions, Fitted, fit, rows_max
+from stream.learn.fit import FitOptions, Fitted, check_start, fit, rows_max
 from stream.learn.journal import Journal
 from stream.learn.posterior import posteriors
 from stream.learn.served import score
@@ -100,6 +100,7 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
     fitting = replace(options.fit, seed=options.seed)
     names = tier_names(fitting.tiers)
     check(fitting.backbone, fitting.encoder)        # before a recording is read for minutes
+    check_start(fitting)
     journal = Journal(out / UNFINISHED, options.resume, options.curves)
     if not options.resume:
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)

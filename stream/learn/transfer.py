@@ -20,14 +20,13 @@ import torch
 from rich.console import Console
 from threadpoolctl import threadpool_limits
 
+from stream.core.window import DAY_MS
 from stream.errors import UsageError
-from stream.learn.backbones import make_backbone
 from stream.learn.compare import CompareOptions, Cutoff, Task, day_of, fold_of, known_until, runner, truth_of
 from stream.learn.dataset import Examples, History, at_time, part_of
-from stream.learn.fit import FitOptions, fit, window_logits
+from stream.learn.fit import FitOptions, check_start, fit, window_logits
 from stream.learn.judge import COUNTERS, MODEL, WINDOW
 from stream.learn.metrics import auc, interval
-from stream.learn.pretrain import start_from
 
 SHARES = (0.01, 0.05, 0.1, 1.0)
 SCRATCH, TRANSFERRED = 'from scratch', "from the other shop's"
@@ -82,8 +81,8 @@ def transfer(history: History, at_ms: int, source: Path, options: CompareOptions
 
 
 def check(source: Path, options: CompareOptions) -> None:
-    """Whether the comparison's models can start from it. Errors: ModelError, as of `transfer`."""
-    start_from(make_backbone(options.fit.backbone, options.fit.encoder), source)
+    """Whether the comparison's models can start from it. Errors: as of `transfer`."""
+    check_start(replace(options.fit, start_from=str(source)))
 
 
 # ---- 1 shares -------------------------------------------------------------------------------------------------------
@@ -102,9 +101,9 @@ def drawn(user_ids: Sequence[str], users: Sequence[int], share: float, draw: int
     return sorted(np.concatenate(chosen).tolist())
 
 
-def few_users(options: FitOptions, users: int) -> FitOptions:
-    """The fit with more passes of smaller batches where so many users give less than a pass."""
-    moments = users * (options.examples.cutoffs_per_user + options.examples.moments_per_user)
+def few_users(options: FitOptions, users: int, days: float) -> FitOptions:
+    """The fit with more passes of smaller batches where so many users of so many days give less than a pass."""
+    moments = users * (min(options.examples.cutoffs_per_user, days) + options.examples.moments_per_user)
     more = min(_MORE_PASSES_MAX, round(options.rows_per_epoch / moments))
     if more <= 1:
         return options
@@ -129,7 +128,7 @@ def score_share(history: History, at_ms: int, part: int, share: float, source: P
         for draw in range(draws_of(max(1, round(share * len(learners))))):
             users = drawn(known.user_ids, learners, share, draw, base)
             counts.append(len(users))
-            few = few_users(base, len(users))
+            few = few_users(base, len(users), (at_ms - known.start_ms) / DAY_MS)
             try:
                 fitted = {start: _scores(known, users, at_ms, start_options, test, options)
                           for start, start_options in ((SCRATCH, few),

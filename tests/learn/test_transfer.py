@@ -62,11 +62,11 @@ def test_draws_differ_and_few_users_are_drawn_more_often():
 
 
 def test_few_users_make_more_passes_of_smaller_batches():
-    options = FitOptions()          # 26 moments a user, 6,000 a pass
-    assert few_users(options, 500) == options
-    few = few_users(options, 100)
+    options = FitOptions(examples=ExampleOptions(50, 10.0), rows_per_epoch=6_000)
+    assert few_users(options, 100, 365) == options
+    few = few_users(options, 100, 20)
     assert (few.epochs, few.patience, few.batch_rows) == (2 * options.epochs, 2 * options.patience, 32)
-    assert few_users(options, 2).epochs == 4 * options.epochs
+    assert few_users(options, 2, 20).epochs == 4 * options.epochs
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------
