@@ -70,6 +70,14 @@ def test_order_of_the_slots_matters(model):
     assert np.abs(scores(model, parts)[0] - scores(model, flipped)[0]).max() > 1e-5
 
 
+def test_the_state_that_scores_is_the_last_one_of_all_states(model):
+    parts = batch(5, 16, [16, 5, 1, 3, 0])
+    with torch.no_grad():
+        alone = model.backbone(parts['categories'], parts['numbers'])
+        among = model.backbone.states(parts['categories'], parts['numbers'])[:, -1]
+    torch.testing.assert_close(alone, among)
+
+
 def test_a_slot_sees_only_what_came_before_it(model):
     parts = batch(1, 8, [8])
     other = {name: parts[name].clone() for name in ('categories', 'numbers')}
