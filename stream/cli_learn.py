@@ -117,9 +117,12 @@ def export(
     into: Annotated[Path, typer.Option(metavar='DIR', help='Model repository.')] = Path('triton_models'),
     name: Annotated[str, typer.Option(help="The model's name in the repository.")] = 'shopper',
     version: Annotated[int, typer.Option(min=1, help='Number of the version.')] = 1,
+    int8: Annotated[bool, typer.Option(
+        '--int8', help='Large weights and what is multiplied with them in 8 bits: smaller, for CPUs.')] = False,
 ) -> None:
     """Write a checkpoint as ONNX with Triton's configuration, checked against torch, into a model repository."""
-    say(f'model: {_learning("stream.learn.export").export(checkpoint, into, name, version)}')
+    precision = 'int8' if int8 else 'fp32'
+    say(f'model: {_learning("stream.learn.export").export(checkpoint, into, name, version, precision)}')
 
 
 @app.command()

@@ -191,10 +191,10 @@ def alerts(count: int) -> None:
         asyncio.run(show())
 
 
-def models(variant: str, into: Path) -> None:
+def models(variant: str, into: Path, model: Path) -> None:
     """Write a model repository for another Triton."""
     python_model = HERE / 'model.py' if variant == 'python' else None
-    print(f'{variant}: {render(SHIPPED, into, variant, python_model)}')
+    print(f'{variant}: {render(model, into, variant, python_model)}')
 
 
 def install() -> None:
@@ -308,6 +308,7 @@ def main() -> None:
         elif name == 'models':
             command.add_argument('variant', choices=VARIANTS)
             command.add_argument('into', type=Path)
+            command.add_argument('--model', type=Path, default=SHIPPED, help="a version's folder")
     arguments = vars(parser.parse_args())
     del arguments['command']
     try:

@@ -45,7 +45,7 @@ _TOTAL_DAYS = (1.0, *_DECAY_DAYS)
 _TOTALS = 2 * len(_TOTAL_DAYS) * (TYPE_VOCABULARY - 1)      # of each type: how many slots, and how much money
 _MONEY_SCALE = 0.25                         # the logarithm of money is about four times that of a count
 _AGES = 3                                   # of the newest slot, of the oldest one, and how many there are
-# Added to the attention's logits where a token must not look: it leaves e^-60 of a weight, which no float32 sum notices.
+# Added to the attention's logits where a token must not look: e^-60 of a weight stays, which no float32 sum notices.
 # With much less the weights are denormal numbers, which a CPU is slow at: -1e9 cost 40 % of all scoring.
 _HIDE = -60.0
 
@@ -215,7 +215,7 @@ class EventsBackbone(nn.Module):
         self.encoder.set_input_embeddings(None)             # its words are not used: slots come embedded
 
     def forward(self, categories: Tensor, numbers: Tensor) -> Tensor:
-        """The query's state, [b, h]. In the last layer it alone asks: what that would make of the slots nobody needs."""
+        """The query's state, [b, h]. In the last layer it alone asks: of the slots nobody needs what that would say."""
         states, hide = self._embedded(categories, numbers)
         *layers, last = self.encoder.encoder.layer
         for layer in layers:

@@ -7,12 +7,16 @@ from stream.core.window import DAY_MS
 from stream.learn.backbones import describe
 from stream.learn.checkpoint import Checkpoint
 from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT, REFUND_DAYS, SPEND_DAYS
+from stream.learn.model import ShopperModel
+from stream.learn.prune import attentions
+from stream.scoring.artefact import Precision
 
 _REFUND = (f'| `refund` | the risk head: probability of a refund or a cancelled order within {REFUND_DAYS} days; a '
            'hint for service, never for a credit decision |\n')
 
 
-def card(kept: Checkpoint, name: str, version: int, difference: float, graph: bytes) -> str:
+def card(kept: Checkpoint, name: str, version: int, difference: float, graph: bytes,
+         precision: Precision = 'fp32') -> str:
     """The card as Markdown. `graph`: the exported file, which differs from torch by at most `difference`."""
     digest, size = hashlib.sha256(graph).hexdigest(), len(graph)
     config, metrics = kept.config, kept.metrics
@@ -43,9 +47,11 @@ Inputs: `categories` int32 [rows, slots, 3], `numbers` float32 [rows, slots, {SL
 - Graph: {_backbone(kept)} and a linear branch over the counters, mixed at the logit and calibrated; \
 {parameters:,} parameters, {size / 1e6:.1f} MB.
 - `{version}/model.onnx`: SHA-256 `{digest}`; \
-differs from torch by at most {difference:.0e} on windows of the test split.
+differs from torch by at most {difference:.0e} on windows of the test split.{_precision(precision)}{_taught(config)}
+- `warmup`: a window of each length from the test split, which Triton runs before it says that the model is ready.
 - Licence: Apache-2.0{_licence(config)}.
-- Made by: `{config['command']}`, then `stream export DIR --into triton_models` (seed {config['seed']}, \
+- Made by: `{config['command']}`, then `stream export DIR{' --int8' if precision == 'int8' else ''} \
+--into triton_models` (seed {config['seed']}, \
 {metrics['seconds']:,} s on one CPU core).
 
 ## Data
@@ -105,7 +111,7 @@ def _backbone(kept: Checkpoint) -> str:
     learning = kept.config['learning']['backbone']
     if told.encoder:
         text = (f'backbone `events`, an encoder on event tokens ({told.encoder.layers} layers, {told.encoder.hidden} '
-                f'units, {told.encoder.heads} heads, causal, a query last)')
+                f'units, {_heads(kept.model)}, causal, a query last)')
     else:
         text = (f'backbone `{told.name}` from `{learning["source"]}`, tuning `{learning["tuning"]}`, on the window '
                 f'written as text ({kept.model.backbone.width} units, at most {told.tokens_max} tokens)')
@@ -117,6 +123,29 @@ def _backbone(kept: Checkpoint) -> str:
 def _licence(config: dict) -> str:
     source = config['learning']['backbone']['source']
     return f'; the weights of `{source}`, which it started from, have one of their own' if source else ''
+
+
+def _heads(model: ShopperModel) -> str:
+    """How many attention heads each layer has, after those that were cut out."""
+    heads = [layer.self.num_attention_heads for layer in attentions(model).values()]
+    return f'{" and ".join(map(str, heads))} heads' if len(set(heads)) > 1 else f'{heads[0]} heads'
+
+
+def _precision(precision: Precision) -> str:
+    if precision == 'fp32':
+        return ''
+    return """
+- Large weights, and what is multiplied with them, have 8 bits; ranges are static, found on windows of training. The
+  figures below are those of the same model in fp32, from which this one's scores differ by no more than said above. For
+  CPUs: TensorRT does not take it."""
+
+
+def _taught(config: dict) -> str:
+    distil = config['learning']['distil']
+    if not distil['teachers']:
+        return ''
+    return f"""
+- Taught by {distil['teachers']} larger ones, whose chances have {distil['weight']:.0%} of the loss."""
 
 
 def _kept(config: dict) -> str:

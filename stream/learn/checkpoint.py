@@ -4,41 +4,47 @@
                           model's folder nor the catalogue is needed any more
     windows.safetensors   a few real windows of each length, as '<length>.<input name>': what the exported graph is
                           checked on
+    training_windows.safetensors   some of those it learned from, likewise: what int8 finds its ranges on
     config.json           options, data, tier edges, feature layout; what model the weights belong to
     metrics.json          what the test said (stream.learn.evaluate)
 
 LoRA and IA3 become part of the weights that they change; a prefix stays what it is.
 """
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from stream.core.features import COUNTERS, SLOT_NUMBERS, batches
+from stream.core.features import COUNTERS, LENGTHS, SLOT_NUMBERS, Batch, batches, padded
 from stream.errors import ModelError
 from stream.learn.backbones import Description, describe, remake
 from stream.learn.dataset import Examples
 from stream.learn.model import INPUT_NAMES, ShopperModel
+from stream.learn.prune import cut_as
 from stream.learn.tuning import merged
 from stream.scoring.artefact import LAYOUT, FeatureLayout
 
-WEIGHTS_FILE, CONFIG_FILE, METRICS_FILE, WINDOWS_FILE = (
-    'model.safetensors', 'config.json', 'metrics.json', 'windows.safetensors')
+WEIGHTS_FILE, CONFIG_FILE, METRICS_FILE, WINDOWS_FILE, TRAINING_WINDOWS_FILE = (
+    'model.safetensors', 'config.json', 'metrics.json', 'windows.safetensors', 'training_windows.safetensors')
 _KEPT_WINDOWS = 32
+_KEPT_TRAINING_WINDOWS = 128
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a folder holds. `windows`: for each length a batch of real windows, by input name."""
+    """What a folder holds. `windows`, `training_windows`: for each length a batch of real windows, by input name."""
 
     model: ShopperModel
     config: dict
     metrics: dict
     windows: dict[int, dict[str, Tensor]]
+    training_windows: dict[int, dict[str, Tensor]]
 
 
 def save(kept: Checkpoint, out: Path) -> None:
@@ -46,8 +52,9 @@ def save(kept: Checkpoint, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     model = merged(kept.model)
     safetensors.torch.save_file(_weights(model), out / WEIGHTS_FILE)
-    safetensors.torch.save_file({f'{length}.{name}': tensor for length, batch in kept.windows.items()
-                                 for name, tensor in batch.items()}, out / WINDOWS_FILE)
+    for file, windows in ((WINDOWS_FILE, kept.windows), (TRAINING_WINDOWS_FILE, kept.training_windows)):
+        safetensors.torch.save_file({f'{length}.{name}': tensor for length, batch in windows.items()
+                                     for name, tensor in batch.items()}, out / file)
     backbone = msgspec.to_builtins(describe(model.backbone), str_keys=True)
     for name, content in ((CONFIG_FILE, kept.config | {'backbone': backbone}), (METRICS_FILE, kept.metrics)):
         (out / name).write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1) + b'\n')   # NaN: null
@@ -58,7 +65,7 @@ def load(checkpoint: Path) -> Checkpoint:
 
     Errors   ModelError where it is not one, or it is damaged, or it was trained on another feature layout.
     """
-    for name in (CONFIG_FILE, METRICS_FILE, WEIGHTS_FILE, WINDOWS_FILE):
+    for name in (CONFIG_FILE, METRICS_FILE, WEIGHTS_FILE, WINDOWS_FILE, TRAINING_WINDOWS_FILE):
         if not (checkpoint / name).is_file():
             raise ModelError(f'{checkpoint} is not a checkpoint: {name} is missing.',
                              do='give the directory that `stream train --out` wrote.')
@@ -66,7 +73,8 @@ def load(checkpoint: Path) -> Checkpoint:
         config = json.loads((checkpoint / CONFIG_FILE).read_bytes())
         metrics = json.loads((checkpoint / METRICS_FILE).read_bytes())
         weights = safetensors.torch.load_file(checkpoint / WEIGHTS_FILE)
-        windows = _windows(safetensors.torch.load_file(checkpoint / WINDOWS_FILE))
+        windows, training_windows = (_windows(safetensors.torch.load_file(checkpoint / file))
+                                     for file in (WINDOWS_FILE, TRAINING_WINDOWS_FILE))
         layout = msgspec.convert(config['layout'], FeatureLayout)
         tiers, refund = len(config['tiers']['names']), bool(config['learning']['refund'])
         description = msgspec.convert(config['backbone'], Description, strict=False)
@@ -84,16 +92,29 @@ def load(checkpoint: Path) -> Checkpoint:
     if odd := weights.keys() ^ _weights(model).keys():
         raise _damaged(checkpoint, f'weights that are missing or belong to nothing: {", ".join(sorted(odd)[:3])}')
     try:
+        cut_as(model, weights)
         model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         raise _damaged(checkpoint, error) from error
-    return Checkpoint(model.eval(), config, metrics, windows)
+    return Checkpoint(model.eval(), config, metrics, windows, training_windows)
 
 
 def some_windows(examples: Examples) -> dict[int, dict[str, Tensor]]:
     """A few real windows of each length that occurs."""
+    return _first_of_each_length(batches(examples.inputs, _KEPT_WINDOWS))
+
+
+def some_training_windows(examples: Examples, seed: int) -> dict[int, dict[str, Tensor]]:
+    """Windows drawn from all users' moments, some of each length that occurs: they should be like the rest."""
+    drawn = np.random.default_rng(seed).permutation(len(examples))
+    length = np.asarray(LENGTHS)[np.searchsorted(LENGTHS, np.diff(examples.inputs.starts)[drawn])]
+    rows = [(int(bucket), drawn[length == bucket][:_KEPT_TRAINING_WINDOWS]) for bucket in LENGTHS]
+    return _first_of_each_length(padded(examples.inputs, some, bucket) for bucket, some in rows if len(some))
+
+
+def _first_of_each_length(found: Iterable[Batch]) -> dict[int, dict[str, Tensor]]:
     kept: dict[int, dict[str, Tensor]] = {}
-    for batch in batches(examples.inputs, _KEPT_WINDOWS):
+    for batch in found:
         kept.setdefault(batch.categories.shape[1], {
             name: torch.from_numpy(getattr(batch, name)) for name in INPUT_NAMES})
     return kept

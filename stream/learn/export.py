@@ -2,13 +2,16 @@
 
     <repository>/<name>/config.pbtxt            Triton's configuration, ONNX Runtime backend
     <repository>/<name>/tiers.txt               labels of tier_probabilities, one a line
+    <repository>/<name>/warmup/<length>.<input> a real window of each length, which Triton runs before it says ready
     <repository>/<name>/README.md               the model card, from the checkpoint's numbers
     <repository>/<name>/<version>/model.onnx    one graph, weights inside
     <repository>/<name>/<version>/manifest.json what `stream.scoring.artefact` verifies, and the graph's signature
 
-The exported graph is run on the checkpoint's real windows and compared with torch before anything is written. The
-worker asks for the first five outputs; `purchase` (a purchase within each of the manifest's `horizon_days`),
-`typical_spend` and `refund`, where it has that head, are for `stream predict` and for whoever else asks Triton.
+The exported graph is run on the checkpoint's real windows and compared with torch before anything is written. An int8
+graph (stream.learn.quantize) is a version of its own, which may differ by more. Of both, a row's scores must not depend
+on the rows beside it. The worker asks for the first five outputs; `purchase` (a purchase within each of the manifest's
+`horizon_days`), `typical_spend` and `refund`, where it has that head, are for `stream predict` and for whoever else asks
+Triton.
 """
 import json
 import tempfile
@@ -29,12 +32,23 @@ from stream.learn.checkpoint import Checkpoint, load
 from stream.learn.dataset import HORIZON_DAYS, REFUND_DAYS, SPEND_DAYS
 from stream.learn.fit import rows_max
 from stream.learn.model import HORIZONS, INPUT_NAMES, ShopperModel
+from stream.learn.quantize import quantize
 from stream.learn.tuning import merged
-from stream.scoring.artefact import LAYOUT, MANIFEST, WEIGHTS, Manifest, sha256
-from stream.scoring.repository import CONFIG_FILE, LABELS_FILE, Served, Tensor, triton_config
+from stream.scoring.artefact import LAYOUT, MANIFEST, WEIGHTS, Manifest, Precision, sha256
+from stream.scoring.repository import (
+    CONFIG_FILE,
+    LABELS_FILE,
+    WARMUP_FOLDER,
+    Served,
+    Tensor,
+    triton_config,
+    warmup_file,
+)
 
 OPSET = 17
-TOLERANCE = 1e-5        # absolute and relative
+# How far a graph may be from torch: in any score, and in spend, which is relative for amounts above 1.
+TOLERANCES = {'fp32': (1e-5, 1e-5), 'int8': (0.02, 0.1)}
+NEIGHBOURS_TOLERANCE = 1e-5     # of a row alone from the same row among others
 
 INPUTS = {'categories': Tensor('int32', (-1, 3)), 'numbers': Tensor('float32', (-1, SLOT_NUMBERS)),
           'counters': Tensor('float32', (COUNTERS,)), 'row_id': Tensor('int64', (1,))}
@@ -49,11 +63,12 @@ def outputs(model: ShopperModel) -> dict[str, Tensor]:
     return told | {'refund': one} if model.refund else told
 
 
-def export(checkpoint: Path, repository: Path, name: str = 'shopper', version: int = 1) -> Path:
+def export(checkpoint: Path, repository: Path, name: str = 'shopper', version: int = 1,
+           precision: Precision = 'fp32') -> Path:
     """Export a checkpoint into a model repository and return the version's folder.
 
-    Errors   ModelError where the checkpoint cannot be read, or the graph does not give torch's scores; UsageError where
-             the name or the version does not suit Triton.
+    Errors   ModelError where the checkpoint cannot be read, or the graph does not give torch's scores, or another row's
+             in other company; UsageError where the name or the version does not suit Triton.
     Promise  the same checkpoint gives the same bytes with the same releases of torch and onnx.
     """
     if version < 1 or not name.replace('_', '').replace('-', '').isalnum():
@@ -64,6 +79,11 @@ def export(checkpoint: Path, repository: Path, name: str = 'shopper', version: i
         graph = Path(scratch) / WEIGHTS
         write_graph(kept.model, kept.windows, graph)
         difference = parity(kept, graph)
+        if precision == 'int8':
+            quantize(graph, {length: {name: part.numpy() for name, part in batch.items()}
+                             for length, batch in kept.training_windows.items()}, graph)
+            difference = parity(kept, graph, precision)
+        check_neighbours(kept, graph)
         content = graph.read_bytes()
     model_dir = repository / name
     version_dir = model_dir / str(version)
@@ -73,19 +93,20 @@ def export(checkpoint: Path, repository: Path, name: str = 'shopper', version: i
                     rows_max(kept.model))
     (model_dir / CONFIG_FILE).write_text(triton_config(served))
     (model_dir / LABELS_FILE).write_text('\n'.join(kept.config['tiers']['names']) + '\n')
-    (version_dir / MANIFEST).write_text(json.dumps(_manifest(kept, model_dir, name, version), indent=1) + '\n')
-    (model_dir / 'README.md').write_text(card(kept, name, version, difference, content))
+    _write_warmup(kept.windows, model_dir / WARMUP_FOLDER)
+    manifest = _manifest(kept, model_dir, name, version, precision)
+    (version_dir / MANIFEST).write_text(json.dumps(manifest, indent=1) + '\n')
+    (model_dir / 'README.md').write_text(card(kept, name, version, difference, content, precision))
     return version_dir
 
 
-def parity(kept: Checkpoint, graph: Path) -> float:
+def parity(kept: Checkpoint, graph: Path, precision: Precision = 'fp32') -> float:
     """The largest difference between the graph and torch on the checkpoint's windows, padded to each length in turn,
     whole batches and single rows; relative for amounts above 1.
 
-    Errors   ModelError if it is above TOLERANCE.
+    Errors   ModelError if it is above what TOLERANCES allows.
     """
-    session = onnxruntime.InferenceSession(graph, providers=['CPUExecutionProvider'])
-    names, worst = list(outputs(kept.model)), 0.0
+    session, names, worst = _session(graph), list(outputs(kept.model)), 0.0
     for length in LENGTHS:
         fitting = [padded(batch, length) for own, batch in kept.windows.items() if own <= length]
         for batch in (*fitting, *({name: part[:1] for name, part in batch.items()} for batch in fitting)):
@@ -93,14 +114,57 @@ def parity(kept: Checkpoint, graph: Path) -> float:
             with torch.no_grad():
                 wanted = kept.model(*(batch[name] for name in INPUT_NAMES))
             for output, (mine, theirs) in zip(names, zip(got, wanted, strict=True), strict=True):
-                theirs = theirs.numpy()
-                difference = float((np.abs(mine - theirs) / np.maximum(1.0, np.abs(theirs))).max())
-                if not difference <= TOLERANCE:
+                difference = _difference(mine, theirs.numpy())
+                allowed = TOLERANCES[precision]['spend' in output]
+                if not difference <= allowed:
                     raise ModelError(
                         f'The exported graph and torch differ by {difference:.1e} in {output} at length {length}, '
-                        f'at most {TOLERANCE:.0e} is allowed.', do='use the releases that pyproject.toml names.')
+                        f'at most {allowed:.0e} is allowed.',
+                        do='use the releases that pyproject.toml names.' if precision == 'fp32' else
+                        'export it in fp32: this model does not bear 8 bits.')
                 worst = max(worst, difference)
     return worst
+
+
+def check_neighbours(kept: Checkpoint, graph: Path) -> None:
+    """Compare each of the checkpoint's windows alone with the same one in a full batch.
+
+    Errors   ModelError if they differ by more than NEIGHBOURS_TOLERANCE: the scores would depend on the batching.
+    """
+    session, names = _session(graph), list(outputs(kept.model))
+    for batch in kept.windows.values():
+        parts = {name: part.numpy() for name, part in batch.items()}
+        rows = np.arange(rows_max(kept.model)) % len(parts['row_id'])
+        among = session.run(names, {name: part[rows] for name, part in parts.items()})
+        for row in range(len(parts['row_id'])):
+            alone = session.run(names, {name: part[row:row + 1] for name, part in parts.items()})
+            for output, mine, theirs in zip(names, alone, among, strict=True):
+                difference = _difference(mine[0], theirs[row])
+                if not difference <= NEIGHBOURS_TOLERANCE:
+                    raise ModelError(f'A row alone and among others differ by {difference:.1e} in {output}.',
+                                     do='export it in fp32.')
+
+
+def _difference(mine: np.ndarray, theirs: np.ndarray) -> float:
+    """The largest one, relative for numbers above 1."""
+    return float((np.abs(mine - theirs) / np.maximum(1.0, np.abs(theirs))).max())
+
+
+def _session(graph: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3      # errors; they come as exceptions too
+    return onnxruntime.InferenceSession(graph, options, providers=['CPUExecutionProvider'])
+
+
+def _write_warmup(windows: dict[int, dict[str, torch.Tensor]], folder: Path) -> None:
+    """One real window of each length; where there was none as long, a shorter one padded, or a longer one cut."""
+    folder.mkdir(exist_ok=True)
+    for length in LENGTHS:
+        own = max((some for some in windows if some <= length), default=min(windows))
+        batch = windows[own] if own > length else padded(windows[own], length)
+        for name, tensor in INPUTS.items():
+            row = batch[name][0][:length] if tensor.row_shape[0] == -1 else batch[name][0]
+            (folder / warmup_file(name, length)).write_bytes(row.contiguous().numpy().tobytes())
 
 
 def padded(batch: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
@@ -126,16 +190,17 @@ def write_graph(model: ShopperModel, windows: dict[int, dict[str, torch.Tensor]]
                           for name, tensor in (INPUTS | outputs(model)).items()})
 
 
-def _manifest(kept: Checkpoint, model_dir: Path, name: str, version: int) -> dict:
+def _manifest(kept: Checkpoint, model_dir: Path, name: str, version: int, precision: Precision) -> dict:
     config = kept.config
+    warmups = sorted(f'{WARMUP_FOLDER}/{path.name}' for path in (model_dir / WARMUP_FOLDER).iterdir())
     manifest = Manifest(
         name=name, version=str(version), files={WEIGHTS: sha256(model_dir / str(version) / WEIGHTS)}, layout=LAYOUT,
         tier_names=tuple(config['tiers']['names']), tier_edges=(0.0, *config['tiers']['edges']),
         trained_on=config['source'], currency=config['currency'],
         window=msgspec.convert(config['window'], WindowLimits),
         command=config['command'], seed=config['seed'], horizon_days=HORIZON_DAYS, priced=config['priced'],
-        rows_max=rows_max(kept.model))
+        rows_max=rows_max(kept.model), precision=precision)
     return msgspec.to_builtins(manifest) | {
-        'repository_files': {file: sha256(model_dir / file) for file in (CONFIG_FILE, LABELS_FILE)},
+        'repository_files': {file: sha256(model_dir / file) for file in (CONFIG_FILE, LABELS_FILE, *warmups)},
         'inputs': msgspec.to_builtins(INPUTS), 'outputs': msgspec.to_builtins(outputs(kept.model)),
         'spend_days': SPEND_DAYS, 'refund_days': REFUND_DAYS, 'opset': OPSET, 'licence': 'Apache-2.0'}

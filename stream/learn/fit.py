@@ -3,8 +3,10 @@
     1 examples     what was known at a moment, and what came after (stream.learn.dataset)
     2 counters     the linear branch, to its optimum
     3 start        the backbone from another checkpoint, or pretrained, where that is asked for (stream.learn.pretrain)
-    4 window       the backbone on all tasks; the best epoch by validation loss is kept (stream.learn.passes)
-    5 calibration  the branches mixed, probabilities made honest (stream.learn.calibrate)
+    4 window       the backbone on all tasks, by itself or taught by larger ones (stream.learn.distil); the best epoch
+                   by validation loss is kept (stream.learn.passes)
+    5 heads        those that matter least are cut out, where that is asked for (stream.learn.prune)
+    6 calibration  the branches mixed, probabilities made honest (stream.learn.calibrate)
 
 One thread and deterministic kernels throughout: on one machine the same options give the same weights.
 """
@@ -25,7 +27,7 @@ from stream.core.features import padded
 from stream.core.window import DAY_MS, WindowLimits
 from stream.errors import UsageError
 from stream.learn.backbones import BackboneOptions, EncoderOptions, EventsBackbone, make_backbone
-from stream.learn.bounds import Count, NotNegative, Part, Positive, Share
+from stream.learn.bounds import Count, NotNegative, Part, PartOrAll, Positive, Share
 from stream.learn.calibrate import SETTLED_ROWS_MIN, calibrate
 from stream.learn.dataset import (
     HORIZON_DAYS,
@@ -37,10 +39,12 @@ from stream.learn.dataset import (
     part_of,
     sample,
 )
+from stream.learn.distil import DistilOptions, expected_losses, mean_logits, teacher_options
 from stream.learn.journal import Journal
 from stream.learn.model import ShopperModel, losses
-from stream.learn.passes import Course, Rated, device, improve, mixed_precision, shuffled
+from stream.learn.passes import Course, Rated, chunks, device, improve, mixed_precision, shuffled
 from stream.learn.pretrain import PretrainOptions, pretrain, reads_text, start_from
+from stream.learn.prune import attentions, cut, importance, kept_heads
 from stream.learn.tuning import learning_rate, pretrained
 from stream.scoring.artefact import ROWS_MAX
 
@@ -67,6 +71,8 @@ class FitOptions:
     task_weights      factors of the losses
     start_from        folder of a checkpoint whose backbone of events this one starts from
     pretrain          what the backbone of events learns without labels before
+    distil            who teaches the window's branch
+    heads_kept        share of the attention heads that are not cut out
     """
 
     seed: int = 7
@@ -90,6 +96,8 @@ class FitOptions:
         default_factory=lambda: {'purchase': 1.0, 'refund': 0.2, 'tier': 0.5, 'spend': 0.5})
     start_from: str | None = None
     pretrain: PretrainOptions | None = None
+    distil: DistilOptions = field(default_factory=DistilOptions)
+    heads_kept: PartOrAll = 1.0
 
 
 @dataclass(frozen=True)
@@ -158,6 +166,12 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
                         in zip(HORIZON_DAYS, (~np.isnan(bought)).mean(0), strict=True))
     console.print(f'  {len(data):,} moments of {len(np.unique(data.user)):,} users; settled: {settled}')
 
+    pupils, teachers = sorted(set(users) - set(held_users)), []
+    for place in range(options.distil.teachers):
+        console.print(f'  teacher {place + 1} of {options.distil.teachers}')
+        larger = teacher_options(options, place)
+        teachers.append(fit(history, pupils, known_until_ms, larger, limits, console).model)
+
     # 2 counters
 
     model = ShopperModel(make_backbone(options.backbone, options.encoder), options.tiers, options.refund)
@@ -166,6 +180,8 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
     ignored = YEAR if known_until_ms - history.start_ms < YEARS_MIN * 365 * DAY_MS else ()
     model.counters.fit_normal(counters[~held_out], ignored)
     _fit_counters(model, counters, labels, ~held_out, options)
+    if options.heads_kept < 1:
+        attentions(model.backbone)      # an error now, not after the training
 
     # 3 start
 
@@ -179,13 +195,22 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
 
     # 4 window
 
+    taught = mean_logits([window_logits(teacher, data, np.arange(len(data))) for teacher in teachers]
+                         ) if teachers else None
+
     with torch.no_grad():
         model.head.bias.copy_(model.counters.head.bias)     # the first step already tells the base rates
     train_rows, validation_rows = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     epoch_rows = min(options.rows_per_epoch, len(train_rows))
 
     def loss(rows: np.ndarray) -> Tensor:
-        return _total(losses(_window_logits(model, data, rows), *(label[rows].to(where) for label in labels)), options)
+        mine = tuple(label[rows].to(where) for label in labels)
+        logits = _window_logits(model, data, rows)
+        own = _total(losses(logits, *mine), options)
+        if taught is None:
+            return own
+        share = options.distil.weight
+        return (1 - share) * own + share * _total(expected_losses(logits, taught[rows].to(where), *mine), options)
 
     def judged() -> dict[str, float]:
         parts = losses(window_logits(model, data, validation_rows), *(label[validation_rows] for label in labels))
@@ -199,7 +224,18 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
     ), journal, console)
     model.cpu()
 
-    # 5 calibration
+    # 5 heads
+
+    if options.heads_kept < 1:
+        some = chunks(data.inputs, np.random.default_rng(options.seed).choice(train_rows, epoch_rows, replace=False),
+                      options.batch_rows, np.random.default_rng(options.seed))
+        kept = kept_heads(importance(model.backbone, (
+            _total(losses(_window_logits(model, data, rows), *(label[rows] for label in labels)), options)
+            for rows in some)), options.heads_kept)
+        cut(model.backbone, kept)
+        console.print(f'  heads of each layer that stay: {kept}; validation {judged()["validation"]:.4f}')
+
+    # 6 calibration
 
     with torch.no_grad():
         by_window, by_counters = window_logits(model, data, np.arange(len(data))), model.counters(counters)

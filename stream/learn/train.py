@@ -24,7 +24,7 @@ from stream.core.window import DAY_MS, WindowLimits
 from stream.errors import UsageError
 from stream.learn import dataset, metrics
 from stream.learn.backbones import check
-from stream.learn.checkpoint import Checkpoint, save, some_windows
+from stream.learn.checkpoint import Checkpoint, save, some_training_windows, some_windows
 from stream.learn.dataset import HORIZON_DAYS, ExampleOptions, Examples, History
 from stream.learn.evaluate import evaluate
 from stream.learn.export import write_graph
@@ -158,7 +158,8 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
     found = {'test': figures, 'ceiling': ceiling, 'pretraining': fitted.pretraining, 'epochs': fitted.epochs,
              'best_epoch': fitted.best_epoch, 'seconds': round(time.monotonic() - began)}
     config = _config(options, history, fitted, names, known_until_ms, cut_ms, split)
-    save(Checkpoint(fitted.model, config, found, some_windows(test)), out)
+    save(Checkpoint(fitted.model, config, found, some_windows(test),
+                    some_training_windows(fitted.data, options.seed)), out)
     shutil.rmtree(out / UNFINISHED)
     console.print(f'checkpoint in {out}, {found["seconds"]} s')
     return found

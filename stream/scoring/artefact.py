@@ -6,6 +6,7 @@
 """
 import hashlib
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -20,6 +21,8 @@ from stream.core.features import (
 from stream.core.messages import ModelInfo
 from stream.core.window import WindowLimits
 from stream.errors import ModelError
+
+Precision = Literal['fp32', 'int8']
 
 MANIFEST = 'manifest.json'
 WEIGHTS = 'model.onnx'
@@ -49,6 +52,7 @@ class Manifest(msgspec.Struct, frozen=True):
     horizon_days       of the columns of the output `purchase`
     priced             whether it has learned from prices: without, tiers and expected spend count purchases
     rows_max           of a batch: more would take gigabytes of memory
+    precision          of the weights and of what is multiplied with them
     """
 
     name: str
@@ -65,6 +69,7 @@ class Manifest(msgspec.Struct, frozen=True):
     horizon_days: tuple[int, ...]
     priced: bool
     rows_max: int = ROWS_MAX
+    precision: Precision = 'fp32'
 
 
 class Artefact(msgspec.Struct, frozen=True):

@@ -10,8 +10,11 @@ of a core). The queue has no bound unless one is asked for: clients bound what t
 (`triton_in_flight_max`), and with a bound Triton's batcher misses wake-ups, so that requests wait 500 ms now and then
 (measured with 2.51 on a CPU; its DynamicBatchScheduler prefetches nothing while there is a queue policy).
 
-All three serve the same model.onnx. Its SHA-256 stands in the configuration as the parameter `sha256`, which a client
-can ask for before it trusts the scores.
+Before a model counts as ready, Triton runs a real window of each length, as often as a batch has rows: files of raw
+numbers in the model's folder `warmup`, named <length>.<input>.
+
+All three serve the same model.onnx, but an int8 one not through TensorRT, which wants another form of it. Its SHA-256
+stands in the configuration as the parameter `sha256`, which a client can ask for before it trusts the scores.
 """
 import shutil
 from pathlib import Path
@@ -27,6 +30,7 @@ Variant = Literal['onnxruntime', 'tensorrt', 'python']
 VARIANTS: tuple[str, ...] = get_args(Variant)
 CONFIG_FILE = 'config.pbtxt'
 LABELS_FILE = 'tiers.txt'
+WARMUP_FOLDER = 'warmup'            # Triton's own name for it
 ENGINE_CACHE = '/var/cache/stream-tensorrt'     # on the GPU's machine: TensorRT's engines outlive a restart there
 _TRITON_TYPES = {'int32': 'TYPE_INT32', 'int64': 'TYPE_INT64', 'float32': 'TYPE_FP32'}
 
@@ -75,7 +79,7 @@ version_policy {{ specific {{ versions: [ {served.version} ] }} }}
   key: "{SHA256_PARAMETER}"
   value {{ string_value: "{served.files[WEIGHTS]}" }}
 }}
-''' + _OF_VARIANT[variant](served)
+''' + _OF_VARIANT[variant](served) + ''.join(_warmup(served, slots) for slots in LENGTHS)
 
 
 def render(version_dir: Path, repository: Path, variant: str, python_model: Path | None = None,
@@ -83,12 +87,16 @@ def render(version_dir: Path, repository: Path, variant: str, python_model: Path
     """Write a verified version as the only one of its model into `repository`; returns the model's folder there.
 
     python_model   the Python backend's model.py; needed by the variant `python` alone
-    Errors         ModelError where the version is not what its manifest says or the manifest names no tensors;
-                   UsageError for an unknown variant, or a repository that holds the version itself.
+    Errors         ModelError where the version is not what its manifest says, the manifest names no tensors, or the
+                   variant cannot serve it; UsageError for an unknown variant, or a repository that holds the version
+                   itself.
     """
     if variant not in VARIANTS or (variant == 'python') != bool(python_model):
         raise UsageError(f'{variant!r} is no variant of a model repository.', f'use one of {", ".join(VARIANTS)}.')
-    weights = load_artefact(version_dir).weights
+    artefact = load_artefact(version_dir)
+    if variant == 'tensorrt' and artefact.manifest.precision != 'fp32':
+        raise ModelError(f'TensorRT does not take the {artefact.manifest.precision} version in {version_dir}.',
+                         'render the fp32 version: on a GPU it is the faster one too.')
     try:
         served = msgspec.json.decode((version_dir / MANIFEST).read_bytes(), type=Served)
     except msgspec.DecodeError as error:
@@ -100,10 +108,11 @@ def render(version_dir: Path, repository: Path, variant: str, python_model: Path
     target = model_dir / served.version
     shutil.rmtree(model_dir, ignore_errors=True)
     target.mkdir(parents=True)
-    shutil.copyfile(weights, target / WEIGHTS)
+    shutil.copyfile(artefact.weights, target / WEIGHTS)
     if python_model:
         shutil.copyfile(python_model, target / 'model.py')
     shutil.copyfile(version_dir.parent / LABELS_FILE, model_dir / LABELS_FILE)
+    shutil.copytree(version_dir.parent / WARMUP_FOLDER, model_dir / WARMUP_FOLDER)
     (model_dir / CONFIG_FILE).write_text(triton_config(served, variant, queue_requests_max))
     return model_dir
 
@@ -119,8 +128,8 @@ def _python(_served: Served) -> str:
 
 
 def _tensorrt(served: Served) -> str:
-    """One engine for all batch sizes and lengths, in FP32 since scores are compared with the embedded copy's; built and
-    warmed before the model counts as ready."""
+    """One engine for all batch sizes and lengths, in FP32 since scores are compared with the embedded copy's; the
+    warm-up builds it before the model counts as ready."""
     def shapes(rows: int, slots: int) -> str:
         return ','.join(f'{name}:' + 'x'.join(map(str, (rows, *_shape(tensor, slots))))
                         for name, tensor in served.inputs.items())
@@ -132,7 +141,6 @@ def _tensorrt(served: Served) -> str:
         'trt_profile_max_shapes': shapes(served.rows_max, LENGTHS[-1])}
     accelerator = '\n'.join(f'      parameters {{ key: "{key}" value: "{value}" }}'
                             for key, value in parameters.items())
-    warmups = ''.join(_warmup(served, slots) for slots in LENGTHS)
     return f'''instance_group [ {{ count: 1 kind: KIND_GPU }} ]
 optimization {{
   execution_accelerators {{
@@ -142,15 +150,21 @@ optimization {{
     }}
   }}
 }}
-{warmups}'''
+'''
 
 
 def _warmup(served: Served, slots: int) -> str:
     inputs = ''.join(
-        f'  inputs {{\n    key: "{name}"\n    value {{ data_type: {_TRITON_TYPES[tensor.type]} '
-        f'dims: [ {", ".join(map(str, _shape(tensor, slots)))} ] zero_data: true }}\n  }}\n'
+        f'  inputs {{\n    key: "{name}"\n    value {{\n      data_type: {_TRITON_TYPES[tensor.type]}\n'
+        f'      dims: [ {", ".join(map(str, _shape(tensor, slots)))} ]\n'
+        f'      input_data_file: "{warmup_file(name, slots)}"\n    }}\n  }}\n'
         for name, tensor in served.inputs.items())
     return f'model_warmup {{\n  name: "{slots} slots"\n  batch_size: {served.rows_max}\n{inputs}}}\n'
+
+
+def warmup_file(name: str, slots: int) -> str:
+    """Of one input of a window of so many slots: raw numbers, little-endian, in C order."""
+    return f'{slots}.{name}'
 
 
 def _shape(tensor: Tensor, slots: int) -> tuple[int, ...]:

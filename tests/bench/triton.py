@@ -44,7 +44,7 @@ from stream.core.scores import OUTPUT_NAMES, Outputs
 from stream.replay.simulator import SimulatorOptions, simulate
 from stream.scoring.artefact import MANIFEST, WEIGHTS
 from stream.scoring.embedded import EmbeddedScorer
-from stream.scoring.repository import LABELS_FILE
+from stream.scoring.repository import LABELS_FILE, WARMUP_FOLDER
 from stream.scoring.triton import TritonScorer
 from tests.bench.common import Report, main, parser, say
 from tests.integration.running import Shop, Worker, wait_for
@@ -97,6 +97,7 @@ def identity_triton(folder: Path) -> Triton:
     version_dir = folder / 'identity' / '1'
     version_dir.mkdir(parents=True)
     shutil.copyfile(SHIPPED.parent / LABELS_FILE, version_dir.parent / LABELS_FILE)
+    shutil.copytree(SHIPPED.parent / WARMUP_FOLDER, version_dir.parent / WARMUP_FOLDER)
     manifest = json.loads((SHIPPED / MANIFEST).read_text())
     (version_dir / WEIGHTS).write_bytes(b'constants')
     manifest['files'] = {WEIGHTS: hashlib.sha256(b'constants').hexdigest()}

@@ -10,15 +10,17 @@ import pytest
 
 torch = pytest.importorskip('torch', reason='torch is not installed: pip install stream-scoring[train]')
 
+import onnx
 import onnxruntime
+from onnxruntime.quantization import quantize_dynamic
 
 from stream.core.features import COUNTERS, LENGTHS, SLOT_NUMBERS, batches
 from stream.core.scores import OUTPUT_NAMES
 from stream.core.window import WindowLimits
 from stream.errors import ModelError, UsageError
 from stream.learn import dataset
-from stream.learn.checkpoint import load
-from stream.learn.export import export, outputs, padded, parity
+from stream.learn.checkpoint import load, save
+from stream.learn.export import check_neighbours, export, outputs, padded, parity
 from stream.learn.model import INPUT_NAMES
 from stream.learn.served import score
 from stream.scoring.artefact import load_artefact
@@ -127,3 +129,80 @@ def test_a_metric_that_cannot_be_computed_leaves_its_cell_empty(checkpoint, tmp_
     (copy / 'metrics.json').write_text(json.dumps(metrics))
     card = (export(copy, tmp_path / 'repository').parent / 'README.md').read_text()
     assert '| logistic regression |  | ' in card and 'None' not in card and 'nan' not in card
+
+
+@pytest.fixture(scope='module')
+def int8_dir(checkpoint, tmp_path_factory):
+    return export(checkpoint, tmp_path_factory.mktemp('int8'), version=2, precision='int8')
+
+
+def test_int8_is_a_version_of_its_own(checkpoint, version_dir, int8_dir):
+    assert (int8_dir / 'model.onnx').stat().st_size < (version_dir / 'model.onnx').stat().st_size
+    artefact = load_artefact(int8_dir)
+    assert (artefact.info.version, artefact.manifest.precision) == ('2', 'int8')
+    assert load_artefact(version_dir).manifest.precision == 'fp32'
+    large = {tensor.data_type for tensor in onnx.load(int8_dir / 'model.onnx').graph.initializer
+             if np.prod(tensor.dims) >= 256 and 'counters' not in tensor.name and 'head' not in tensor.name}
+    assert large == {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
+    card = (int8_dir.parent / 'README.md').read_text()
+    assert '8 bits' in card and '--int8' in card and artefact.info.sha256 in card
+    assert '8 bits' not in (version_dir.parent / 'README.md').read_text()
+
+
+def test_int8_scores_are_near_and_a_row_has_one_score_in_any_company(version_dir, int8_dir, history):
+    data = dataset.sample(history, range(len(history.user_ids)), history.start_ms, history.end_ms,
+                          dataset.ExampleOptions(5, 5.0), WindowLimits(), 1)
+    near, exact = (score(folder / 'model.onnx', data.inputs) for folder in (int8_dir, version_dir))
+    for name in ('purchase', 'churn', 'tier_probabilities', 'refund'):
+        assert 0 < np.abs(near[name] - exact[name]).max() <= 0.02, name
+    session = onnxruntime.InferenceSession(int8_dir / 'model.onnx', providers=['CPUExecutionProvider'])
+    for batch in batches(data.inputs, 256):
+        parts = {name: getattr(batch, name) for name in INPUT_NAMES}
+        among = session.run(['purchase'], parts)[0]
+        for row in range(0, len(batch), 9):
+            alone = session.run(['purchase'], {name: part[row:row + 1] for name, part in parts.items()})[0]
+            np.testing.assert_allclose(alone[0], among[row], rtol=0, atol=1e-5)
+
+
+def test_int8_gives_the_same_bytes_twice(checkpoint, int8_dir, tmp_path):
+    again = export(checkpoint, tmp_path, version=2, precision='int8')
+    assert (again / 'model.onnx').read_bytes() == (int8_dir / 'model.onnx').read_bytes()
+
+
+def test_a_graph_whose_rows_see_one_another_is_refused(checkpoint, version_dir, tmp_path):
+    """As with ranges that are found anew for each batch."""
+    kept = load(checkpoint)
+    check_neighbours(kept, version_dir / 'model.onnx')
+    quantize_dynamic(version_dir / 'model.onnx', tmp_path / 'dynamic.onnx')
+    with pytest.raises(ModelError, match='alone'):
+        check_neighbours(kept, tmp_path / 'dynamic.onnx')
+
+
+def test_an_int8_graph_that_differs_by_too_much_is_refused(checkpoint, int8_dir):
+    kept = load(checkpoint)
+    assert 1e-5 < parity(kept, int8_dir / 'model.onnx', 'int8') <= 0.1
+    with torch.no_grad():
+        kept.model.calibration_shift[dataset.INTENT] += 0.3
+    with pytest.raises(ModelError, match='8 bits'):
+        parity(kept, int8_dir / 'model.onnx', 'int8')
+
+
+def test_the_warm_up_is_a_window_of_each_length(checkpoint, version_dir):
+    windows, folder = load(checkpoint).windows, version_dir.parent / 'warmup'
+    assert len(list(folder.iterdir())) == len(LENGTHS) * len(INPUT_NAMES)
+    for length in LENGTHS:
+        for name in INPUT_NAMES:
+            assert (folder / f'{length}.{name}').read_bytes() == windows[length][name][0].numpy().tobytes()
+
+
+def test_a_length_that_did_not_occur_is_warmed_by_another(checkpoint, tmp_path):
+    copy = shutil.copytree(checkpoint, tmp_path / 'checkpoint')
+    kept = load(copy)
+    save(dataclasses.replace(kept, windows={16: kept.windows[16]}), copy)
+    folder = export(copy, tmp_path / 'repository').parent / 'warmup'
+    row = kept.windows[16]['categories'][0].numpy()
+    found = {length: np.frombuffer((folder / f'{length}.categories').read_bytes(), np.int32).reshape(length, 3)
+             for length in LENGTHS}
+    np.testing.assert_array_equal(found[8], row[:8])
+    np.testing.assert_array_equal(found[64][:16], row)
+    assert not found[64][16:].any()

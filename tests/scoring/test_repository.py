@@ -1,7 +1,9 @@
 """Triton's own parser reads the configuration of every variant, and each serves the files that were exported."""
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
@@ -16,6 +18,8 @@ ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / 'triton_models' / 'shopper' / '1'
 PYTHON_MODEL = ROOT / 'deploy' / 'local' / 'model.py'
 INPUT_ROWS = {'categories': [-1, 3], 'numbers': [-1, SLOT_NUMBERS], 'counters': [COUNTERS], 'row_id': [1]}
+
+TYPES = {model_config_pb2.TYPE_INT32: '<i4', model_config_pb2.TYPE_INT64: '<i8', model_config_pb2.TYPE_FP32: '<f4'}
 
 
 def rendered(variant: str, into: Path, **options) -> Path:
@@ -73,9 +77,32 @@ def test_tensorrt_gets_a_profile_for_every_length(tmp_path: Path):
         f'categories:1x8x3,numbers:1x8x{SLOT_NUMBERS},counters:1x{COUNTERS},row_id:1x1')
     assert parameters['trt_profile_max_shapes'] == (
         f'categories:256x64x3,numbers:256x64x{SLOT_NUMBERS},counters:256x{COUNTERS},row_id:256x1')
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_every_length_is_warmed_with_a_real_window(variant: str, tmp_path: Path):
+    model_dir = rendered(variant, tmp_path)
+    config = parsed(model_dir)
     assert [warmup.inputs['categories'].dims[0] for warmup in config.model_warmup] == list(LENGTHS)
-    assert all(set(warmup.inputs) == set(INPUT_ROWS) and warmup.batch_size == ROWS_MAX
-               and all(entry.zero_data for entry in warmup.inputs.values()) for warmup in config.model_warmup)
+    for length, warmup in zip(LENGTHS, config.model_warmup, strict=True):
+        assert warmup.batch_size == ROWS_MAX and set(warmup.inputs) == set(INPUT_ROWS)
+        read = {}
+        for name, entry in warmup.inputs.items():
+            assert list(entry.dims) == [length if size < 0 else size for size in INPUT_ROWS[name]]
+            content = (model_dir / 'warmup' / entry.input_data_file).read_bytes()
+            read[name] = np.frombuffer(content, TYPES[entry.data_type]).reshape(entry.dims)
+        filled = int((read['categories'][:, 0] > 0).sum())
+        assert length / 2 < filled <= length and not read['numbers'][filled:].any() and read['counters'].any()
+
+
+def test_an_int8_version_is_not_for_tensorrt(tmp_path: Path):
+    exported = tmp_path / 'exported' / 'shopper'
+    shutil.copytree(SHIPPED.parent, exported)
+    manifest = json.loads((exported / '1' / 'manifest.json').read_bytes()) | {'precision': 'int8'}
+    (exported / '1' / 'manifest.json').write_text(json.dumps(manifest))
+    assert render(exported / '1', tmp_path / 'cpu', 'onnxruntime').is_dir()
+    with pytest.raises(ModelError, match='int8'):
+        render(exported / '1', tmp_path / 'gpu', 'tensorrt')
 
 
 def test_rendering_again_replaces_what_was_there(tmp_path: Path):
