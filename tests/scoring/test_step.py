@@ -7,7 +7,7 @@ import pytest
 
 from stream.core.decide import Policy
 from stream.core.events import Event, EventType, Source
-from stream.core.features import Batch
+from stream.core.features import LENGTHS, Batch
 from stream.core.lane import Touched, fold_step
 from stream.core.outbox import unpack_outbox
 from stream.core.scores import Outputs
@@ -15,7 +15,7 @@ from stream.core.user import User, encode
 from stream.core.window import WindowLimits
 from stream.errors import ModelError
 from stream.scoring.scorer import ConstantScorer
-from stream.scoring.step import Publish, Scored, score_step
+from stream.scoring.step import PADDING_SLOTS_MAX, Publish, Scored, score_step
 
 T0_MS = 1_700_000_000_000
 LIMITS = WindowLimits()
@@ -29,12 +29,14 @@ class ScriptedScorer(ConstantScorer):
         super().__init__(tiers=2)
         self._intent, self._churn = intent, churn
         self.rows_asked = 0
+        self.asked: list[tuple[int, int]] = []      # of each row its slots, and how many it was padded to
 
     async def score(self, batches: Sequence[Batch]) -> list[Outputs]:
         outputs = await super().score(batches)
         for batch, output in zip(batches, outputs, strict=True):
             self.rows_asked += len(batch)
             slots = (batch.categories[..., 0] > 0).sum(axis=1)
+            self.asked += [(int(count), batch.categories.shape[1]) for count in slots]
             output.purchase_intent = np.array([[self._intent(int(count))] for count in slots], np.float32)
             output.churn = np.full((len(batch), 1), self._churn, np.float32)
         return outputs
@@ -78,6 +80,27 @@ def test_events_gives_one_output_per_event_that_names_it():
     assert [value['event_id'] for value in values] == ['a0', 'a1', 'a2']
     assert {value['events_seen'] for value in values} == {3}
     assert len({value['id'] for value in values}) == 3
+
+
+def test_windows_go_to_the_scorer_in_length_buckets():
+    """Short ones are not padded to the longest, reasons' variants included."""
+    users = {f'u{number}': (3, 12, 25, 60)[number % 4] for number in range(160)}
+    scorer = ScriptedScorer(lambda slots: 0.9 if slots % 60 in (0, 3) else 0.1)
+    scored = run(touched_users(**users), scorer, budget=2000)
+    assert len(scorer.asked) > len(users) == len(scored.rows)
+    assert {padded for _, padded in scorer.asked} == set(LENGTHS)
+    for slots, padded in scorer.asked:
+        assert padded == next(length for length in LENGTHS if length >= slots)
+
+
+@pytest.mark.parametrize(('short', 'padded'), [(1, 64), (9, 32), (33, 8)])
+def test_a_few_short_windows_join_longer_ones_to_save_a_request(short: int, padded: int):
+    """A few: at most PADDING_SLOTS_MAX slots of padding from one bucket to the next."""
+    users = {f's{number}': 3 for number in range(short)} | {'long': 60}
+    scorer = ScriptedScorer(lambda slots: 0.0)
+    run(touched_users(**users), scorer)
+    assert sorted(set(scorer.asked)) == [(3, padded), (60, 64)]
+    assert short * (padded - LENGTHS[0]) <= PADDING_SLOTS_MAX * (len(LENGTHS) - 1)
 
 
 def test_the_outbox_holds_the_messages_of_the_newest_step():
