@@ -105,7 +105,7 @@ def now_value(categories: Tensor, numbers: Tensor) -> Tensor:
 
 
 def _bucket(values: Tensor, edges: Tensor) -> Tensor:
-    return (values[..., None] >= edges).sum(-1)
+    return (values[..., None] >= edges.to(values.device)).sum(-1)
 
 
 class TextBackbone(nn.Module):

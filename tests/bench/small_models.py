@@ -1,6 +1,7 @@
 """What it costs and brings to make the model small, and to serve windows in length buckets: one table.
 
-    .venv/bin/python -m tests.bench.small_models                # trains six models: a quarter of an hour
+    .venv/bin/python -m tests.bench.small_models                # trains four models and two teachers: ten minutes
+    .venv/bin/python -m tests.bench.small_models --models DIR   # keeps their graphs, and trains what is not there
     .venv/bin/python -m tests.bench.small_models --shoppers 300 --days 200 --epochs 2 --runs 3     # to try it
     .venv/bin/python -m tests.bench.small_models --triton       # and buckets through the local Triton
 
@@ -64,7 +65,7 @@ MIXES = {'first month': 30, 'half a year': 180}
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 def trained(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Path], Examples]:
-    """The graph of each model, and the moments that judge them."""
+    """The graph of each model, and the moments that judge them. What lies in the folder is not trained again."""
     shop = SimulatorOptions(shoppers=options.shoppers, days=options.days, seed=options.seed)
     history = dataset.read(simulate(shop).lines(), EventRules())
     cut_ms = history.end_ms + 1 - options.days // 4 * DAY_MS
@@ -81,17 +82,16 @@ def trained(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Path],
     for name, fitting in {
         'fp32': plain, 'pruned': replace(plain, heads_kept=0.5), 'small': replace(plain, encoder=SMALL),
         'distilled': replace(plain, encoder=SMALL, distil=DistilOptions(2, wider=2.0)),
-        'distilled + pruned': replace(plain, encoder=SMALL, distil=DistilOptions(2, wider=2.0),
-                                      heads_kept=0.5),
     }.items():
+        small = 'int8' if name == 'fp32' else f'{name} + int8'
+        graphs |= {each: folder / f'{each}.onnx' for each in (name, small)}
+        if graphs[small].exists():
+            continue
         say(f'training: {name}')
         fitted = fit(seen, users, cut_ms, fitting, WindowLimits(), Console(stderr=True, soft_wrap=True))
-        graphs[name] = folder / f'{name}.onnx'
         write_graph(fitted.model, some_windows(test), graphs[name])
         training = {length: {key: part.numpy() for key, part in batch.items()}
                     for length, batch in some_training_windows(fitted.data, options.seed).items()}
-        small = 'int8' if name == 'fp32' else f'{name} + int8'
-        graphs[small] = folder / f'{small}.onnx'
         quantize(graphs[name], training, graphs[small])
     return graphs, test
 
@@ -191,7 +191,9 @@ def through_triton(graph: Path, work: dict[str, list[Batch]], runs: int, report:
 def bench(options: argparse.Namespace) -> int:
     report = Report('small_models', options)
     with TemporaryDirectory() as path:
-        graphs, test = trained(options, Path(path))
+        folder = options.models or Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        graphs, test = trained(options, folder)
         work = workloads(test, options.seed)
         sessions = {name: session_of(graph) for name, graph in graphs.items()}
         for session in sessions.values():
@@ -234,11 +236,12 @@ def bench(options: argparse.Namespace) -> int:
 
 if __name__ == '__main__':
     made = parser(__doc__)
-    made.add_argument('--shoppers', type=int, default=2_500)
-    made.add_argument('--days', type=int, default=400)
+    made.add_argument('--shoppers', type=int, default=1_500)
+    made.add_argument('--days', type=int, default=365)
     made.add_argument('--epochs', type=int, default=8)
     made.add_argument('--rows', type=int, default=6_000, help='moments of each pass')
     made.add_argument('--seed', type=int, default=11)
     made.add_argument('--runs', type=int, default=7)
+    made.add_argument('--models', type=Path, metavar='DIR', help='where the graphs are kept')
     made.add_argument('--triton', action='store_true', help='measure buckets through the local Triton too')
     main(bench, made.parse_args())
