@@ -55,7 +55,8 @@ def test_a_checkpoint_is_complete(name, tuning, config, tmp_path):
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.2 * torch.randn_like(weight)        # as if it had been trained, whatever the tuning moves
-    save(Checkpoint(model, config, {}, {8: batch([8, 3], 8)}), tmp_path / 'kept')
+    some = {8: batch([8, 3], 8)}
+    save(Checkpoint(model, config, {}, some, some), tmp_path / 'kept')
     shutil.rmtree(tmp_path / 'source', ignore_errors=True)
     (tmp_path / 'items.jsonl').unlink()
 
@@ -80,7 +81,8 @@ def text_checkpoint(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp('text')
     source = str(save_tiny('bert', folder / 'source', positions=64))
     model = ShopperModel(make_backbone(BackboneOptions('bert', source, 'prefix'), EncoderOptions()), TIERS)
-    save(Checkpoint(model, config, {}, {8: batch([8, 3], 8)}), folder / 'kept')
+    some = {8: batch([8, 3], 8)}
+    save(Checkpoint(model, config, {}, some, some), folder / 'kept')
     return folder / 'kept'
 
 
