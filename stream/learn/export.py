@@ -10,8 +10,8 @@
 The exported graph is run on the checkpoint's real windows and compared with torch before anything is written. An int8
 graph (stream.learn.quantize) is a version of its own, which may differ by more. Of both, a row's scores must not depend
 on the rows beside it. The worker asks for the first five outputs; `purchase` (a purchase within each of the manifest's
-`horizon_days`), `typical_spend` and `refund`, where it has that head, are for `stream predict` and for whoever else asks
-Triton.
+`horizon_days`), `typical_spend` and `refund`, where it has that head, are for `stream predict` and for whoever else
+asks Triton.
 """
 import json
 import tempfile

@@ -42,7 +42,7 @@ from stream.learn.dataset import (
 from stream.learn.distil import DistilOptions, expected_losses, mean_logits, teacher_options
 from stream.learn.journal import Journal
 from stream.learn.model import ShopperModel, losses
-from stream.learn.passes import Course, Rated, chunks, device, improve, mixed_precision, shuffled
+from stream.learn.passes import Course, Rated, device, improve, mixed_precision, shuffled
 from stream.learn.pretrain import PretrainOptions, pretrain, reads_text, start_from
 from stream.learn.prune import attentions, cut, importance, kept_heads
 from stream.learn.tuning import learning_rate, pretrained
@@ -227,11 +227,10 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
     # 5 heads
 
     if options.heads_kept < 1:
-        some = chunks(data.inputs, np.random.default_rng(options.seed).choice(train_rows, epoch_rows, replace=False),
-                      options.batch_rows, np.random.default_rng(options.seed))
+        draw = shuffled(data.inputs, train_rows, epoch_rows, options.batch_rows)
         kept = kept_heads(importance(model.backbone, (
             _total(losses(_window_logits(model, data, rows), *(label[rows] for label in labels)), options)
-            for rows in some)), options.heads_kept)
+            for rows in draw(np.random.default_rng(options.seed)))), options.heads_kept)
         cut(model.backbone, kept)
         console.print(f'  heads of each layer that stay: {kept}; validation {judged()["validation"]:.4f}')
 

@@ -24,6 +24,7 @@ BENCHES: dict[str, tuple[str, ...]] = {
     'disk': ('disk',),
     'scaling': ('scaling',),
     'memory': ('memory',),
+    'small_models': ('small_models', '--triton'),
 }
 
 

@@ -49,8 +49,7 @@ from stream.learn.fit import FitOptions, fit
 from stream.learn.quantize import quantize
 from stream.learn.served import score
 from stream.replay.simulator import SimulatorOptions, simulate
-from stream.scoring.artefact import MANIFEST, WEIGHTS, sha256
-from stream.scoring.repository import ROWS_MAX
+from stream.scoring.artefact import MANIFEST, ROWS_MAX, WEIGHTS, sha256
 from stream.scoring.step import PADDING_SLOTS_MAX
 from tests.bench.common import Report, main, parser, say
 

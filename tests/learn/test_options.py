@@ -46,3 +46,11 @@ def test_what_is_wrong_says_so(name, value, message):
 def test_heads_that_do_not_divide_the_units_are_told():
     with pytest.raises(UsageError, match='3 attention heads cannot share 64'):
         make_backbone(BackboneOptions(), EncoderOptions(heads=3))
+
+
+def test_what_makes_it_small_has_names():
+    options = changed(FitOptions(), {'teachers': 2, 'wider': 2, 'heads_kept': 0.5})
+    assert (options.distil.teachers, options.distil.wider, options.heads_kept) == (2, 2.0, 0.5)
+    for name, wrong in (('heads_kept', 0), ('heads_kept', 1.5), ('teachers', -1)):
+        with pytest.raises(UsageError, match=name):
+            changed(FitOptions(), {name: wrong})
