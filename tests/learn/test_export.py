@@ -37,7 +37,7 @@ def test_the_graph_gives_the_scores_of_torch(checkpoint, version_dir, history):
     data = dataset.sample(history, range(len(history.user_ids)), history.start_ms, history.end_ms,
                           dataset.ExampleOptions(5, 5.0), WindowLimits(), 1)
     seen = set()
-    for batch in batches(data.inputs):
+    for batch in batches(data.inputs, 256):
         inputs = {name: getattr(batch, name) for name in INPUT_NAMES}
         with torch.no_grad():
             wanted = kept.model(*map(torch.from_numpy, inputs.values()))
