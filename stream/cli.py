@@ -23,6 +23,7 @@ from stream.cli_shared import (
     ConfigFile,
     FormatName,
     Overrides,
+    amounts_in,
     collect_seldom,
     effective_settings,
     format_of,
@@ -243,7 +244,8 @@ def _replay(
             from stream.replay.report import ReportAbout, write_report
             progress.update(task, description='writing report')
             about = ReportAbout(
-                sources=[path.name for path in files], format=format_name, currency=settings.currency,
+                sources=[path.name for path in files], format=format_name,
+                currency=amounts_in(format_name, settings),
                 first_ms=seen.first_ms, last_ms=seen.last_ms, publish=settings.publish,
                 trained_on=scorer.trained_on,
                 tier_names=scorer.tier_names, intent_raise=settings.intent_raise, churn_raise=settings.churn_raise,

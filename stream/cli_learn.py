@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import orjson
 import typer
 from rich.console import Console
@@ -18,6 +19,7 @@ from stream.cli_shared import (
     ConfigFile,
     FormatName,
     Overrides,
+    amounts_in,
     effective_settings,
     format_of,
     parsed,
@@ -27,10 +29,13 @@ from stream.cli_shared import (
 from stream.config import Settings
 from stream.core.events import parse_rfc3339_ms
 from stream.errors import UsageError
-from stream.scoring.artefact import MANIFEST
+from stream.scoring.artefact import MANIFEST, load_artefact
 
 app = typer.Typer()
 
+Clean = Annotated[str, typer.Option(
+    '--clean', metavar='STEPS', help='Steps of cleaning with commas between them, of duplicates, cancellations, '
+                                     'outliers, wholesalers: they change what is learned, not by what it is judged.')]
 Seed = Annotated[int, typer.Option(help='The same seed gives the same bytes.')]
 TIME = 'a day, its beginning in UTC, as 2014-07-16, or a time as 2014-07-16T12:00:00Z'
 MODEL_REPOSITORY = 'triton_models'      # inside the folder that `stream train` writes
@@ -75,6 +80,10 @@ def train(
         '--resume', help='Go on with the same command where it was cut off; the result is the same.')] = False,
     tensorboard: Annotated[Path | None, typer.Option(
         metavar='DIR', help='Write the losses of each pass there, for `tensorboard --logdir DIR`.')] = None,
+    clean: Clean = '',
+    trials: Annotated[int, typer.Option(
+        '--search', min=0, metavar='TRIALS', help='Look for better sizes and rates first: so many trainings, judged by '
+                                                  'users who are held out of them. 0: take those that are set.')] = 0,
     seed: Seed = 7,
     out: Annotated[Path, typer.Option(metavar='DIR', help='Folder for the checkpoint and the served model.')]
     = Path('build/shopper'),
@@ -84,6 +93,7 @@ def train(
     """Train a model, judge it on users and days that it has not seen, and export it."""
     settings = effective_settings(config, **parsed(overrides))
     learning = _learning('stream.learn.train')
+    from stream.learn.clean import steps_of
     if bool(files) == bool(simulated):
         raise UsageError('Nothing to learn from, or two things.', 'name recorded files, or --simulate SHOPPERS.')
     if simulated:
@@ -96,13 +106,16 @@ def train(
             command=f'stream train --format {format_name} {" ".join(names)}' + (f' --until {until}' if until else '')
             + f' --seed {seed} --out DIR')
     fitting = replace(
-        options.fit, tiers=tiers, refund=refund_head, start_from=start_from and str(start_from),
+        options.fit, tiers=tiers, refund=refund_head, clean=steps_of(clean),
+        start_from=start_from and str(start_from),
         pretrain=_learning('stream.learn.pretrain').PretrainOptions.of(pretrain) if pretrain else None,
         backbone=replace(options.fit.backbone, name=backbone, source=pretrained, tuning=tuning,
                          catalogue=str(catalogue) if catalogue else None))
-    given = _given(fitting) + ''.join(f' --fit {option}' for option in how or ())
+    given = _given(fitting) + ''.join(f' --fit {option}' for option in how or ()) + (
+        f' --clean {clean}' if clean else '') + (f' --search {trials}' if trials else '')
     options = replace(
-        options, rules=settings.event_rules(), limits=settings.window_limits(),
+        options, limits=settings.window_limits(), trials=trials,
+        rules=msgspec.structs.replace(settings.event_rules(), currency=amounts_in(format_name, settings)),
         until_ms=time_ms(until) if until else None, command=options.command.replace(' --out', f'{given} --out'),
         resume=resume, curves=tensorboard,
         fit=_learning('stream.learn.options').changed(fitting, parsed(how, '--fit', 'give e.g. --fit epochs=12.')))
@@ -138,6 +151,7 @@ def compare(
     pretrained_on: Annotated[Path | None, typer.Option(
         metavar='CHECKPOINT', help="Show as well what starting from another shop's model brings, on 1, 5, 10 and "
                                    '100 % of the users: a folder that `stream train` wrote.')] = None,
+    clean: Clean = '',
     seed: Seed = 7,
     out: Annotated[Path, typer.Option(
         metavar='DIR', help='Folder for index.html and figures.json.')] = Path('report'),
@@ -147,29 +161,64 @@ def compare(
     """Compare the model with simpler ones on a recording: trained alike, judged on users and days they never saw."""
     settings = effective_settings(config, **parsed(overrides))
     comparing, reporting = _learning('stream.learn.compare'), _learning('stream.learn.compare_report')
-    if out.exists() and not out.is_dir():
-        raise UsageError(f'{out} is a file.', 'name a folder with --out.')
+    _refuse_a_file(out)
     times_ms = sorted({time_ms(text) for text in at or ()})
     from stream.learn import dataset
+    from stream.learn.clean import steps_of
+    from stream.learn.questions import default_cutoffs
+    steps = steps_of(clean)
     history = dataset.read(recorded(files, format_name, settings), settings.event_rules())
     options = comparing.CompareOptions(seed=seed, folds=folds, processes=os.cpu_count() or 1,
                                        limits=settings.window_limits())
+    options = replace(options, fit=replace(options.fit, clean=steps))
     transferring = _learning('stream.learn.transfer')
     if pretrained_on:
         transferring.check(pretrained_on, options)
-    cutoffs_ms = times_ms or comparing.default_cutoffs(history)
+    cutoffs_ms = times_ms or default_cutoffs(history)
     figures = {'about': {'sources': [file.name for file in files], 'format': format_name,
-                         'currency': settings.currency}}
+                         'currency': amounts_in(format_name, settings)}}
     figures |= comparing.compare(history, cutoffs_ms, options, say)
     if pretrained_on:
         figures['transfer'] = transferring.transfer(history, cutoffs_ms[0], pretrained_on, options, say)
-    out.mkdir(parents=True, exist_ok=True)
-    for name, content in (('figures.json', orjson.dumps(figures, option=orjson.OPT_INDENT_2) + b'\n'),
-                          ('index.html', reporting.render_report(figures).encode())):
-        with written(out / name) as file:
-            file.write(content)
-    Console(width=None if sys.stdout.isatty() else 150, highlight=False).print(_standing(figures, reporting))
-    say(f'report: {out / "index.html"}')
+    _report(out, figures, reporting)
+
+
+@app.command()
+def evaluate(
+    files: Annotated[list[Path], typer.Argument(metavar='FILE...', help='Recorded files.')],
+    format_name: FormatName = 'events',
+    at: Annotated[list[str] | None, typer.Option(
+        metavar='DAY', help='As of when, repeatable: what was before is known, what came after is to be foretold. '
+                            f'Default: as `stream compare`. {TIME[0].upper()}{TIME[1:]}.')] = None,
+    model: Annotated[Path | None, typer.Option(
+        metavar='DIR', help='What `stream train` wrote, or a model version; default: setting `model`.')] = None,
+    threshold: Annotated[float, typer.Option(
+        min=0, max=1, help='Whoever has such a chance is called: for accuracy, precision, recall, F1.')] = 0.5,
+    seed: Seed = 7,
+    out: Annotated[Path, typer.Option(
+        metavar='DIR', help='Folder for index.html and figures.json.')] = Path('report'),
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Judge a served model on a recording, beside rules that need no training: nothing is trained."""
+    settings = effective_settings(config, **parsed(overrides))
+    _refuse_a_file(out)
+    times_ms = sorted({time_ms(text) for text in at or ()})
+    from stream.learn import backtest, backtest_report, dataset
+    from stream.learn.questions import default_cutoffs
+    from stream.scoring.make import mismatches, shipped
+    version_dir = version_of(model) if model else shipped(settings.model)
+    currency = amounts_in(format_name, settings)
+    warnings = [f'{line[0].upper()}{line[1:]}: do not trust its scores.' for line in mismatches(
+        load_artefact(version_dir).manifest, settings.model_copy(update={'currency': currency}))]
+    history = dataset.read(recorded(files, format_name, settings), settings.event_rules())
+    options = backtest.BacktestOptions(seed=seed, threshold=threshold, limits=settings.window_limits())
+    figures = {'about': {'sources': [file.name for file in files], 'format': format_name, 'currency': currency,
+                         'warnings': warnings}}
+    figures |= backtest.backtest(history, times_ms or default_cutoffs(history), version_dir, options, say)
+    _report(out, figures, backtest_report)
+    for line in (*warnings, *backtest_report.doubts(figures)):
+        say(f'warning: {line}')
 
 
 @app.command()
@@ -256,8 +305,25 @@ def _learning(module: str) -> Any:
                          "install it: pip install -e '.[train]' (or `make train`).") from error
 
 
-def _standing(figures: dict[str, Any], reporting: Any) -> Table:
+def _refuse_a_file(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UsageError(f'{out} is a file.', 'name a folder with --out.')
+
+
+def _report(out: Path, figures: dict[str, Any], reporting: Any) -> None:
+    """The figures as a file, a page, and a table for a person."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in (('figures.json', orjson.dumps(figures, option=orjson.OPT_INDENT_2) + b'\n'),
+                          ('index.html', reporting.render_report(figures).encode())):
+        with written(out / name) as file:
+            file.write(content)
+    Console(width=None if sys.stdout.isatty() else 150, highlight=False).print(_standing(figures))
+    say(f'report: {out / "index.html"}')
+
+
+def _standing(figures: dict[str, Any]) -> Table:
     """Who ranks how well, question by question: AUROC with its interval."""
+    from stream.learn import compare_report as reporting
     table = Table(title='AUROC [95 % over users]: 0.5 is guessing, 1 is perfect', title_justify='left')
     for column in ('as of', 'a user…', 'who', 'AUROC', 'our model less it', 'our model is'):
         figure = column in ('AUROC', 'our model less it')

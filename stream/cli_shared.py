@@ -69,6 +69,12 @@ def format_of(name: str, settings: Settings) -> Format | str:
     return kafka_format(inputs_of(settings))
 
 
+def amounts_in(format_name: str, settings: Settings) -> str:
+    """The currency of a format's amounts: what the format says, else that of the settings."""
+    entry = FORMATS.get(format_name)        # an unknown one is refused when it is read
+    return entry.currency if entry and entry.currency else settings.currency
+
+
 def inputs_of(settings: Settings) -> Inputs:
     """The input topics, and who chose the partitions of their records."""
     return Inputs((settings.clicks_topic, settings.carts_topic), settings.partitioner)

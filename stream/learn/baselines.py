@@ -1,7 +1,6 @@
-"""Simple contenders that the model has to beat, all on what the worker knew at a moment: rules, BG/NBD, regressions,
-boosted trees, a small network.
+"""Simple contenders that the model has to beat, all on what the worker knew at a moment: rules (stream.learn.rules),
+BG/NBD, regressions, boosted trees, a small network.
 
-    Table                  rows of users as of moments, and what came after
     purchase_contenders    fit(train, horizon) -> itself; predict(test) -> scores [n], more is likelier to buy
     spend_contenders       fit(train) -> itself; predict(test) -> expected spend of the next 90 days [n]
 
@@ -12,7 +11,6 @@ fifth of the training users, so that no user is on both sides.
 BG/NBD and Gamma-Gamma look at no label: they are fitted on the newest training row of each user who has ordered. To
 compare on a segment that recency chooses, still train these two on all rows: the law does not hold within it.
 """
-from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
@@ -24,77 +22,13 @@ from sklearn.neural_network import MLPRegressor
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from stream.core.features import Features, Snapshots
-from stream.core.window import DAY_MS, DAYS_KEPT
 from stream.errors import UsageError
 from stream.learn.bgnbd import BgNbd, GammaGamma
+from stream.learn.dataset import HORIZON_DAYS, SPEND_DAYS, tier_of
+from stream.learn.rules import Table, past_tier, purchase_rules, spend_rules
 
-HORIZON_DAYS = (1, 7, 30, 90, 273)
-SPEND_DAYS = 90
 VALIDATION_SHARE = 0.2
 _TINY = 1e-6                # chances are kept so far from 0 and 1
-
-
-@dataclass(frozen=True)
-class Table:
-    """N users, each as of a moment. Times in days, money in the currency of the events, refunds subtracted.
-
-    counters          float32 [N, COUNTERS], as the model sees them
-    user              int64 [N], the same number for the rows of one user
-    as_of_ms          int64 [N]
-    frequency         float64 [N], orders after the first one; 0 also without an order
-    recency_days      float64 [N], first to last order; 0 without an order
-    age_days          float64 [N], first order to the moment; 0 without an order
-    orders, spend, mean_order_value
-                      float64 [N], of the user's life; never below 0
-    spend_90d         float64 [N], of the last 90 days; never below 0
-    bought            float32 [N, HORIZON_DAYS], 1: an order within so many days after the moment; NaN: not known
-    spend_90d_after   float32 [N], NaN: not known
-    """
-
-    counters: np.ndarray
-    user: np.ndarray
-    as_of_ms: np.ndarray
-    frequency: np.ndarray
-    recency_days: np.ndarray
-    age_days: np.ndarray
-    orders: np.ndarray
-    spend: np.ndarray
-    mean_order_value: np.ndarray
-    spend_90d: np.ndarray
-    bought: np.ndarray
-    spend_90d_after: np.ndarray
-
-    @staticmethod
-    def of(snapshots: Snapshots, inputs: Features, bought: np.ndarray, spend: np.ndarray, user: np.ndarray) -> 'Table':
-        """From snapshots, their features, and the labels `bought` [N, HORIZON_DAYS] and `spend` [N].
-
-        The first order's time is the last one's less all gaps: exact where orders arrived in their order.
-        """
-        header = snapshots.headers
-        orders = header['orders'].astype(np.float64)
-        silence = np.where(orders > 0, (snapshots.as_of_ms - header['last_order_ms']) / DAY_MS, 0.0)
-        net = np.maximum(header['spend'] - header['refunds'], 0.0)
-        owner = np.repeat(np.arange(len(snapshots)), header['days'])
-        recent = (snapshots.as_of_ms // DAY_MS)[owner] - snapshots.days['day'] < DAYS_KEPT
-        last = np.bincount(owner[recent], snapshots.days['spend'][recent].astype(np.float64), len(snapshots))
-        return Table(
-            inputs.counters, user.astype(np.int64), snapshots.as_of_ms, np.maximum(orders - 1, 0.0),
-            header['gap_days'].astype(np.float64), header['gap_days'] + silence, orders, net,
-            net / np.maximum(orders, 1.0), np.maximum(last, 0.0), bought.astype(np.float32), spend.astype(np.float32))
-
-    def __len__(self) -> int:
-        return len(self.user)
-
-    def take(self, rows: np.ndarray) -> 'Table':
-        """Some rows, by mask or indices."""
-        return Table(*(getattr(self, field.name)[rows] for field in fields(self)))
-
-    def newest(self) -> 'Table':
-        """The newest row of each user."""
-        order = np.lexsort((self.as_of_ms, self.user))
-        last = np.flatnonzero(np.diff(self.user[order], append=-1))
-        return self.take(order[last])
 
 
 class PurchaseContender(Protocol):
@@ -115,11 +49,7 @@ class SpendContender(Protocol):
 
 def purchase_contenders(seed: int, threads: int = 1) -> dict[str, PurchaseContender]:
     """All of them, not yet fitted, by the name that a table shows. One thread: the same bytes on every run."""
-    return {
-        'recency rule': RecencyRule(),
-        'past rate': PastRate(),
-        'past spend': PastSpend('spend'),
-        'spend of 90 days': PastSpend('spend_90d'),
+    return purchase_rules() | {
         'BG/NBD': BuyTillYouDie(),
         'logistic regression': Regression(seed),
         'PCA + logistic': Regression(seed, PCA(0.95, whiten=True, svd_solver='full')),
@@ -131,54 +61,11 @@ def purchase_contenders(seed: int, threads: int = 1) -> dict[str, PurchaseConten
 
 def spend_contenders(seed: int, threads: int = 1) -> dict[str, SpendContender]:
     """All of them, not yet fitted, by the name that a table shows. One thread: the same bytes on every run."""
-    return {
-        'past spend': PastSpend('spend'),
-        'spend of 90 days': PastSpend('spend_90d'),
+    return spend_rules() | {
         'BG/NBD + Gamma-Gamma': BuyTillYouDieSpend(),
         'LightGBM': SpendTrees(seed, threads),
         'MLP regression': SpendNetwork(seed),
     }
-
-
-# ---- rules ----------------------------------------------------------------------------------------------------------
-
-class RecencyRule:
-    """Minus the days since the last order; whoever never ordered comes last."""
-
-    is_chance = False
-
-    def fit(self, _train: Table, _horizon: int) -> Self:
-        return self
-
-    def predict(self, test: Table) -> np.ndarray:
-        return -np.where(test.orders > 0, test.age_days - test.recency_days, np.inf)
-
-
-class PastRate:
-    """Orders per day since the first one. A day is added: the first hour after the first order is no rate yet."""
-
-    is_chance = False
-
-    def fit(self, _train: Table, _horizon: int) -> Self:
-        return self
-
-    def predict(self, test: Table) -> np.ndarray:
-        return test.orders / (test.age_days + 1.0)
-
-
-class PastSpend:
-    """A past amount as it stands: `spend` or `spend_90d` of the table. As a forecast of 90 days the latter is meant."""
-
-    is_chance = False
-
-    def __init__(self, column: str) -> None:
-        self.column = column
-
-    def fit(self, _train: Table, _horizon: int | None = None) -> Self:
-        return self
-
-    def predict(self, test: Table) -> np.ndarray:
-        return getattr(test, self.column)
 
 
 # ---- buy till you die -----------------------------------------------------------------------------------------------
@@ -262,21 +149,55 @@ class Regression:
 
     def fit(self, train: Table, horizon: int) -> Self:
         known = _labelled(train, horizon)
-        labels, held_out = known.bought[:, horizon], _validation(known.user, self.seed)
-        losses = []
-        for penalty in self.PENALTIES:
-            pipeline = self._pipeline(penalty).fit(known.counters[~held_out], labels[~held_out])
-            losses.append(_log_loss(pipeline.predict_proba(known.counters[held_out])[:, 1], labels[held_out]))
-        self.inverse_penalty = self.PENALTIES[int(np.argmin(losses))]
-        self.pipeline = self._pipeline(self.inverse_penalty).fit(known.counters, labels)
+        self._learn(known.counters, known.bought[:, horizon], known.user)
         return self
 
     def predict(self, test: Table) -> np.ndarray:
         return self.pipeline.predict_proba(test.counters)[:, 1]
 
+    def _learn(self, inputs: np.ndarray, labels: np.ndarray, user: np.ndarray) -> None:
+        held_out = _validation(user, self.seed)
+        losses = [_log_loss(self._pipeline(penalty).fit(inputs[~held_out], labels[~held_out]), inputs[held_out],
+                            labels[held_out]) for penalty in self.PENALTIES]
+        self.inverse_penalty = self.PENALTIES[int(np.argmin(losses))]
+        self.pipeline = self._pipeline(self.inverse_penalty).fit(inputs, labels)
+
     def _pipeline(self, inverse_penalty: float) -> Pipeline:
         steps = [StandardScaler(), self.components, LogisticRegression(C=inverse_penalty, max_iter=1000)]
         return make_pipeline(*(step for step in steps if step is not None))
+
+
+class TierRegression(Regression):
+    """Multinomial logistic regression of the tier, on normalised counters and the tier of the last 90 days' spend.
+
+    edges  between the tiers, see `stream.learn.dataset.tier_of`
+    """
+
+    PENALTIES = (1e-3, 1e-2, 1e-1)
+    ROWS_MAX = 20_000       # five classes take five times as long
+
+    def __init__(self, seed: int, edges: np.ndarray) -> None:
+        super().__init__(seed)
+        self.edges = edges
+
+    def fit(self, train: Table, _horizon: int | None = None) -> Self:
+        known = _spent(train)
+        if len(known) > self.ROWS_MAX:
+            known = known.take(np.random.default_rng(self.seed).choice(len(known), self.ROWS_MAX, replace=False))
+        tier = tier_of(known.spend_90d_after, self.edges)
+        if len(np.unique(tier)) < 2:
+            raise UsageError('All training rows are of one tier.', do='use a longer recording or more users.')
+        self._learn(self._inputs(known), tier, known.user)
+        return self
+
+    def predict(self, test: Table) -> np.ndarray:
+        """Chances, float64 [n, tiers]."""
+        chances = np.zeros((len(test), len(self.edges) + 2))
+        chances[:, self.pipeline.classes_] = self.pipeline.predict_proba(self._inputs(test))
+        return chances
+
+    def _inputs(self, table: Table) -> np.ndarray:
+        return np.column_stack([table.counters, past_tier(table, self.edges)])
 
 
 def _lightgbm() -> Any:
@@ -424,6 +345,7 @@ def _validation(user: np.ndarray, seed: int) -> np.ndarray:
     return np.isin(user, users[:max(1, round(VALIDATION_SHARE * len(users)))])
 
 
-def _log_loss(chances: np.ndarray, labels: np.ndarray) -> float:
-    chances = np.clip(chances, _TINY, 1 - _TINY)
-    return float(-np.mean(np.where(labels > 0, np.log(chances), np.log1p(-chances))))
+def _log_loss(fitted: Pipeline, inputs: np.ndarray, labels: np.ndarray) -> float:
+    """A class that it has never seen has no chance."""
+    chances = (fitted.predict_proba(inputs) * (labels[:, None] == fitted.classes_)).sum(1)
+    return float(-np.log(np.clip(chances, _TINY, 1 - _TINY)).mean())

@@ -6,7 +6,9 @@ from stream.core.features import COUNTERS, SLOT_NUMBERS
 from stream.core.window import DAY_MS
 from stream.learn.backbones import describe
 from stream.learn.checkpoint import Checkpoint
+from stream.learn.clean import in_words
 from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT, REFUND_DAYS, SPEND_DAYS
+from stream.learn.judge import MODEL
 from stream.learn.model import ShopperModel
 from stream.learn.prune import attentions
 from stream.scoring.artefact import Precision
@@ -60,7 +62,7 @@ differs from torch by at most {difference:.0e} on windows of the test split.{_pr
 {_day(data['start_ms'])} to {_day(data['known_until_ms'])}, {data['refused']:,} records refused.
 Examples are daily cut-offs, at which everybody is asked, and moments at which the worker scores: after events and at
 silence timers. Whether a moment is taken does not depend on what comes after it. What is known is folded by the
-worker's own code; a label whose days are not over is not used.
+worker's own code; a label whose days are not over is not used.{_cleaning(config['removed'])}
 
 | split | users | moments | time |
 |---|---|---|---|
@@ -70,12 +72,14 @@ before {_day(data['cut_ms'])}, labels too |
 
 No user is in both. {_kept(config)} Training: best of {len(metrics['epochs'])} passes by validation loss, pass \
 {metrics['best_epoch']} (training {best['train']:.3f}, validation {best['validation']:.3f}).
+{_searched(metrics['trials'])}
 
 ## How good it is
 
-On the test split; in brackets the middle 95 % of a bootstrap over users. Of AUC, PR-AUC, accuracy, Spearman and top
-decile (the share of all spend that the tenth with the highest scores accounts for) more is better; of log loss, Brier
-score, ECE (expected calibration error) and mean error less is.
+On the test split; in brackets the middle 95 % of a bootstrap over users. Of AUC, PR-AUC, lift (how many times as many
+positives are in the tenth with the highest scores as in any tenth), accuracy, Spearman and top decile (the share of all
+spend that this tenth accounts for) more is better; of log loss, Brier score, ECE (expected calibration error) and mean
+error less is.
 
 Baselines: the recency rule is minus the days since the last order; logistic regression sees the same counters; spend of
 90 days is the spend so far; most common tier is that of training. Active: bought within the 90 days before.
@@ -148,6 +152,30 @@ def _taught(config: dict) -> str:
 - Taught by {distil['teachers']} larger ones, whose chances have {distil['weight']:.0%} of the loss."""
 
 
+def _cleaning(removed: list[dict]) -> str:
+    if not removed:
+        return ''
+    return ('\nWhat is learned was cleaned, not what is known at a moment, and not the test. Taken away: '
+            + '; '.join(map(in_words, removed)) + '.')
+
+
+def _searched(trials: list[dict]) -> str:
+    """What was tried, and what came of it."""
+    if not trials:
+        return ''
+    names = list(trials[0]['settings'])
+    lines = [f'\n### Sizes and rates\n\nFound by {len(trials)} trials, judged by the validation users; the first is '
+             'what was set. The test took no part.\n',
+             '| trial | ' + ' | '.join(name.replace('_', ' ') for name in names) + ' | passes | validation loss |',
+             '|---' * (len(names) + 3) + '|']
+    for number, trial in enumerate(trials, 1):
+        loss = 'given up' if trial['validation'] is None else f'{trial["validation"]:.4f}'
+        lines.append(f'| {number}{" (kept)" if trial["kept"] else ""} | ' + ' | '.join(
+            f'{trial["settings"][name]:.3g}' if isinstance(trial['settings'][name], float)
+            else f'{trial["settings"][name]}' for name in names) + f' | {trial["passes"]} | {loss} |')
+    return '\n'.join(lines) + '\n'
+
+
 def _kept(config: dict) -> str:
     if config['refit']:
         return (f'The kept model was then trained in the same way on all users and days ({config["data"]["moments"]:,} '
@@ -180,18 +208,18 @@ def _origin(source: str) -> str:
 
 _LESS_IS_BETTER = {'log_loss', 'brier', 'ece', 'mean_absolute_error'}
 _TITLES = {'auc': 'AUC', 'pr_auc': 'PR-AUC', 'log_loss': 'log loss', 'brier': 'Brier score', 'ece': 'ECE',
-           'accuracy': 'accuracy', 'within_one_tier': 'within one tier', 'spearman': 'Spearman',
-           'top_decile_share': 'top decile', 'mean_absolute_error': 'mean error',
+           'accuracy': 'accuracy', 'within_one_tier': 'within one tier', 'top_decile_lift': 'lift',
+           'spearman': 'Spearman', 'top_decile_share': 'top decile', 'mean_absolute_error': 'mean error',
            'total_predicted_over_real': 'predicted / real'}
 
 
 def _comparison(test: dict) -> str:
     lines = []
     for task, contenders in test['tasks'].items():
-        columns = list(contenders['model'])
+        columns = list(contenders[MODEL]['metrics'])
         lines += [f'| {task} | ' + ' | '.join(_TITLES[metric] for metric in columns) + ' |',
                   '|---' * (len(columns) + 1) + '|']
-        lines += [f'| {name} | ' + ' | '.join(_number(numbers.get(metric)) for metric in columns) + ' |'
+        lines += [f'| {name} | ' + ' | '.join(_number(numbers['metrics'].get(metric)) for metric in columns) + ' |'
                   for name, numbers in contenders.items()]
         lines.append('')
     return '\n'.join(lines)
@@ -210,8 +238,7 @@ def _defeats(test: dict) -> str:
     found = []
     for task, contenders in test['tasks'].items():
         for name, numbers in contenders.items():
-            for metric in numbers:
-                difference = numbers.get(f'less_{metric}', [None])
+            for metric, difference in numbers['model_less'].items():
                 if None in difference or metric == 'total_predicted_over_real':
                     continue
                 sign = -1 if metric in _LESS_IS_BETTER else 1

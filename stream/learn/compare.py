@@ -27,24 +27,36 @@ import torch
 from rich.console import Console
 from threadpoolctl import threadpool_limits
 
-from stream.core.window import DAY_MS, WindowLimits
+from stream.core.window import WindowLimits
 from stream.errors import UsageError
-from stream.learn.baselines import BuyTillYouDie, Network, Table, purchase_contenders, spend_contenders
+from stream.learn.baselines import (
+    BuyTillYouDie,
+    Network,
+    TierRegression,
+    purchase_contenders,
+    spend_contenders,
+)
 from stream.learn.calibrate import SETTLED_ROWS_MIN
 from stream.learn.checkpoint import some_windows
-from stream.learn.dataset import ACTIVE_DAYS, HORIZON_DAYS, Examples, History, Kind, at_time, part_of
+from stream.learn.dataset import ACTIVE_DAYS, Examples, History, Kind, at_time, part_of, tier_of
 from stream.learn.export import write_graph
-from stream.learn.fit import FitOptions, Fitted, fit, rows_max, tier_of, window_logits
-from stream.learn.judge import COMMONEST, COUNTERS, MODEL, WINDOW, Scored, judge_chances, judge_spend, judge_tiers
+from stream.learn.fit import FitOptions, Fitted, fit, rows_max, window_logits
+from stream.learn.judge import (
+    COMMONEST,
+    COUNTERS,
+    MODEL,
+    PAST_TIER,
+    WINDOW,
+    Scored,
+    judge_chances,
+    judge_spend,
+    judge_tiers,
+)
+from stream.learn.questions import Cutoff, Task, day_of, known_until, segments, truth_of
+from stream.learn.rules import Table, past_tier, spend_rules
 from stream.learn.served import score
 
-POSITIVES_MIN = 10
-CUTOFFS_MAX = 2
-CUTOFF_DAYS = (273, 90, 30)         # before the last day: T so that such a horizon is settled
-PAST_SHARE_MIN = 0.45               # of the recording, that must lie before T
-CHURN_HORIZON = HORIZON_DAYS.index(90)
 _FOLD_SEED = 1 << 32                # far from the seed of training, whose validation users are cut by the same hash
-_MONEY_RULES = ('past spend', 'spend of 90 days')
 
 
 @dataclass(frozen=True)
@@ -67,29 +79,13 @@ class CompareOptions:
 
 
 @dataclass(frozen=True)
-class Task:
-    """A question with yes or no. `churn`: whether nothing is bought, asked of whoever is active."""
-
-    horizon: int
-    churn: bool = False
-
-    @property
-    def name(self) -> str:
-        return f'{"churn" if self.churn else "purchase"}_{HORIZON_DAYS[self.horizon]}d'
-
-    def words(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return {'name': self.name, 'days': HORIZON_DAYS[self.horizon], 'churn': self.churn}
-
-
-@dataclass(frozen=True)
 class FoldScores:
     """What a part's users were given, n of them.
 
     user      int64 [n], places in the history's `user_ids`
     chances   by task and contender
     spend     by contender, float64 [n]; empty where there is no money, or too little settled spend to learn from
-    tiers     by contender, float64 [n, tiers]; as `spend`
+    tiers     by contender, [n, tiers]; as `spend`
     tier      int64 [n], what it came to be; -1: not settled
     left_out  (task, contender, reason) where one could not be fitted
     training  its figures, ready for JSON
@@ -98,7 +94,7 @@ class FoldScores:
     user: np.ndarray
     chances: dict[str, dict[str, Scored]]
     spend: dict[str, np.ndarray]
-    tiers: dict[str, np.ndarray]
+    tiers: dict[str, Scored]
     tier: np.ndarray
     left_out: list[tuple[str, str, str]]
     training: dict[str, Any]
@@ -112,7 +108,7 @@ def compare(history: History, cutoffs_ms: Sequence[int], options: CompareOptions
     Promise  on one machine the same options give the same figures.
     """
     began = time.monotonic()
-    cutoffs = [Cutoff.of(history, at_ms, options) for at_ms in cutoffs_ms]
+    cutoffs = [Cutoff.of(history, at_ms, options.limits) for at_ms in cutoffs_ms]
     jobs = [(history, cutoff.at_ms, part, cutoff.tasks, options) for cutoff in cutoffs for part in range(options.folds)]
     found: dict[int, list[FoldScores]] = {cutoff.at_ms: [] for cutoff in cutoffs}
     with runner(min(options.processes, len(jobs))) as run:
@@ -132,6 +128,7 @@ def compare(history: History, cutoffs_ms: Sequence[int], options: CompareOptions
         'recording': {'events': len(history), 'users': len(history.user_ids), 'refused': history.refused,
                       'first_ms': history.start_ms, 'last_ms': history.end_ms, 'priced': history.priced},
         'protocol': {'folds': options.folds, 'seed': options.seed, 'resamples': options.resamples,
+                     'cleaning': options.fit.clean,
                      'contender_rows_max': options.contender_rows_max, 'active_days': ACTIVE_DAYS},
         'cutoffs': [{
             'at_ms': cutoff.at_ms, 'users': len(cutoff.asked), 'active': int(cutoff.asked.active.sum()),
@@ -143,66 +140,6 @@ def compare(history: History, cutoffs_ms: Sequence[int], options: CompareOptions
             'training': [scores.training for scores in found[cutoff.at_ms]],
         } for cutoff in cutoffs],
     }
-
-
-# ---- 1 cut-offs -----------------------------------------------------------------------------------------------------
-
-def default_cutoffs(history: History) -> list[int]:
-    """Midnights (UTC) so long before the last day that a horizon is settled, where enough of the recording lies before
-    them; at most CUTOFFS_MAX, the longest horizons. Errors: UsageError where there is none."""
-    last_ms = history.end_ms // DAY_MS * DAY_MS
-    past_ms = PAST_SHARE_MIN * (history.end_ms - history.start_ms)
-    fitting = [last_ms - days * DAY_MS for days in CUTOFF_DAYS if last_ms - days * DAY_MS - history.start_ms >= past_ms]
-    if not fitting:
-        days = (history.end_ms - history.start_ms) / DAY_MS
-        raise UsageError(f'{days:.0f} days are too few to learn from some and to foretell {CUTOFF_DAYS[-1]} others.',
-                         do='use a longer recording, or name a day with --at.')
-    return fitting[:CUTOFFS_MAX]
-
-
-def known_until(history: History) -> int:
-    """The end of the last day, ms: nobody knows what comes later."""
-    return (history.end_ms // DAY_MS + 1) * DAY_MS
-
-
-def day_of(at_ms: int) -> str:
-    """As an ISO day, UTC."""
-    return str(np.datetime64(at_ms, 'ms').astype('datetime64[D]'))
-
-
-@dataclass(frozen=True)
-class Cutoff:
-    """A cut-off, everybody who was seen before it, and what can be asked of them, or cannot, with the reason."""
-
-    at_ms: int
-    asked: Examples
-    tasks: list[Task]
-    skipped: list[tuple[Task, str]]
-
-    @staticmethod
-    def of(history: History, at_ms: int, options: CompareOptions) -> 'Cutoff':
-        end_ms, shortest_ms = known_until(history), HORIZON_DAYS[0] * DAY_MS
-        if not history.start_ms + shortest_ms < at_ms <= end_ms - shortest_ms:
-            raise UsageError(f'Before {day_of(at_ms)} there is nothing to learn from, or nothing to foretell after it.',
-                             do=f'name a day within {day_of(history.start_ms)} to {day_of(history.end_ms)}.')
-        asked = at_time(history, range(len(history.user_ids)), at_ms, options.limits, end_ms)
-        tasks, skipped = [], []
-        for task in (*map(Task, range(len(HORIZON_DAYS))), Task(CHURN_HORIZON, churn=True)):
-            truth = truth_of(asked, task)
-            fewer = min(int((truth == 1).sum()), int((truth == 0).sum()))
-            if at_ms + HORIZON_DAYS[task.horizon] * DAY_MS > end_ms:
-                skipped.append((task, 'the recording ends before it is settled'))
-            elif fewer < POSITIVES_MIN:
-                skipped.append((task, f'only {fewer} users on one side, {POSITIVES_MIN} are asked for'))
-            else:
-                tasks.append(task)
-        return Cutoff(at_ms, asked, tasks, skipped)
-
-
-def truth_of(asked: Examples, task: Task) -> np.ndarray:
-    """float64 [n], 1: it came to be; NaN: not asked of this user."""
-    bought = asked.labels.bought[:, task.horizon].astype(float)
-    return np.where(asked.active, 1 - bought, np.nan) if task.churn else bought
 
 
 # ---- 2 folds --------------------------------------------------------------------------------------------------------
@@ -219,7 +156,7 @@ def score_fold(history: History, at_ms: int, part: int, tasks: list[Task], optio
         learners = [user for user, user_id in enumerate(known.user_ids) if fold_of(user_id, options) != part]
         fitted = fit(known, learners, at_ms, replace(options.fit, seed=options.seed), options.limits,
                      Console(file=StringIO()))
-        as_of = at_time(known, learners, at_ms, options.limits, at_ms)
+        as_of = at_time(known, fitted.users, at_ms, options.limits, at_ms)
         train = _contender_table(fitted.data, as_of, options)
 
         held_out = [user for user, user_id in enumerate(history.user_ids) if fold_of(user_id, options) == part]
@@ -229,7 +166,7 @@ def score_fold(history: History, at_ms: int, part: int, tasks: list[Task], optio
             write_graph(fitted.model, some_windows(test), graph)
             served = score(graph, test.inputs, rows_max(fitted.model))
 
-        contenders = _Contenders(train, _table(test), known.priced, options.seed)
+        contenders = _Contenders(train, Table.of_examples(test), known.priced, options.seed)
         own = _model_chances(fitted, served['purchase'].astype(float), test, tasks)
         chances = {task.name: own[task.name] | contenders.chances(task) for task in tasks}
         spend, tiers = {}, {}
@@ -238,10 +175,12 @@ def score_fold(history: History, at_ms: int, part: int, tasks: list[Task], optio
         if known.priced and settled.sum() >= SETTLED_ROWS_MIN:
             spend = {MODEL: served['expected_spend'][:, 0].astype(float)} | contenders.spend()
             shares = np.bincount(before[settled], minlength=fitted.model.tiers) / settled.sum()
-            tiers = {MODEL: served['tier_probabilities'].astype(float), COMMONEST: np.tile(shares, (len(test), 1))}
+            tiers = {MODEL: Scored(served['tier_probabilities'].astype(float), True),
+                     COMMONEST: Scored(np.tile(shares, (len(test), 1)), True)} | contenders.tiers(fitted.tier_edges)
     return FoldScores(
         test.user, chances, spend, tiers, tier_of(test.labels.spend, fitted.tier_edges), contenders.left_out,
-        {'users': len(learners), 'moments': len(fitted.data), 'contender_rows': len(train) - len(as_of),
+        {'users': len(fitted.users), 'removed': fitted.removed, 'moments': len(fitted.data),
+         'contender_rows': len(train) - len(as_of),
          'epochs': fitted.epochs, 'best_epoch': fitted.best_epoch, 'tier_edges': fitted.tier_edges.tolist(),
          'network': contenders.network_curves})
 
@@ -270,12 +209,8 @@ def _contender_table(data: Examples, as_of: Examples, options: CompareOptions) -
     rows = np.flatnonzero(data.kind == Kind.CUTOFF)
     if len(rows) > options.contender_rows_max:
         rows = np.sort(np.random.default_rng(options.seed).choice(rows, options.contender_rows_max, replace=False))
-    parts = _table(data).take(rows), _table(as_of)
+    parts = Table.of_examples(data).take(rows), Table.of_examples(as_of)
     return Table(*(np.concatenate([getattr(part, column.name) for part in parts]) for column in fields(Table)))
-
-
-def _table(examples: Examples) -> Table:
-    return Table.of(examples.snapshots, examples.inputs, examples.labels.bought, examples.labels.spend, examples.user)
 
 
 class _Contenders:
@@ -303,7 +238,7 @@ class _Contenders:
         """
         answers = {}
         for name, contender in purchase_contenders(self._seed).items():
-            if name in _MONEY_RULES and not self._priced:
+            if name in spend_rules() and not self._priced:
                 continue
             lawful = isinstance(contender, BuyTillYouDie)
             taught = task.horizon if lawful else self._taught(task.horizon)
@@ -331,6 +266,16 @@ class _Contenders:
                 answers[name] = contender.fit(self._train).predict(self._test)
             except UsageError as error:
                 self.left_out.append(('spend', name, error.problem))
+        return answers
+
+    def tiers(self, edges: np.ndarray) -> dict[str, Scored]:
+        """By name, of the tier of the next 90 days' spend."""
+        answers = {PAST_TIER: Scored(past_tier(self._test, edges), False)}
+        try:
+            contender = TierRegression(self._seed, edges).fit(self._train)
+            answers['logistic regression'] = Scored(contender.predict(self._test), True)
+        except UsageError as error:
+            self.left_out.append(('tier', 'logistic regression', error.problem))
         return answers
 
     def _taught(self, horizon: int) -> int:
@@ -364,35 +309,29 @@ def _questions(cutoff: Cutoff, found: list[FoldScores], options: CompareOptions)
     asked = cutoff.asked
     order = np.argsort(np.concatenate([scores.user for scores in found]))       # the order of `asked`
     drawn = options.resamples, options.seed
-    segments = _segments(asked)
+    kinds = segments(asked)
     for task in cutoff.tasks:
         truth = truth_of(asked, task)
         rows = ~np.isnan(truth)
-        by_name = {
-            name: Scored(np.concatenate([scores.chances[task.name][name].scores for scores in found])[order][rows],
-                         all(scores.chances[task.name][name].is_chance for scores in found))
-            for name in _in_all([scores.chances[task.name] for scores in found])}
+        by_name = _together([scores.chances[task.name] for scores in found], order[rows])
         yield task.name, judge_chances, (by_name, truth[rows], {
-            words: chosen[rows] for words, chosen in segments.items() if chosen[rows].any()}, *drawn)
+            words: chosen[rows] for words, chosen in kinds.items() if chosen[rows].any()}, *drawn)
     spend = asked.labels.spend.astype(float)
     if np.isnan(spend).any():
         return
-    for name, judge, parts, truth in (
-            ('spend', judge_spend, [scores.spend for scores in found], spend),
-            ('tier', judge_tiers, [scores.tiers for scores in found],
-             np.concatenate([scores.tier for scores in found])[order])):
-        by_name = {name: np.concatenate([part[name] for part in parts])[order] for name in _in_all(parts)}
-        if MODEL in by_name:
-            yield name, judge, (by_name, truth, *drawn)
+    amounts = {name: np.concatenate([scores.spend[name] for scores in found])[order]
+               for name in _in_all([scores.spend for scores in found])}
+    if MODEL in amounts:
+        yield 'spend', judge_spend, (amounts, spend, *drawn)
+    tiers = _together([scores.tiers for scores in found], order)
+    if MODEL in tiers:
+        yield 'tier', judge_tiers, (tiers, np.concatenate([scores.tier for scores in found])[order], *drawn)
 
 
-def _segments(asked: Examples) -> dict[str, np.ndarray]:
-    """Kinds of users, bool [n] each."""
-    orders, active = asked.snapshots.headers['orders'], asked.active
-    return {'never ordered': orders == 0, 'ordered once': orders == 1,
-            'ordered 2 to 4 times': (orders > 1) & (orders < 5), 'ordered 5 times or more': orders > 4,
-            f'ordered in the last {ACTIVE_DAYS} days': active,
-            f'ordered, but not in the last {ACTIVE_DAYS} days': (orders > 0) & ~active}
+def _together(parts: list[dict[str, Scored]], rows: np.ndarray) -> dict[str, Scored]:
+    """Whoever answered in each part, by name; `rows` of all parts."""
+    return {name: Scored(np.concatenate([part[name].scores for part in parts])[rows],
+                         all(part[name].is_chance for part in parts)) for name in _in_all(parts)}
 
 
 def _in_all(parts: list[dict[str, Any]]) -> list[str]:

@@ -10,21 +10,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from stream.learn.judge import COMMONEST, COUNTERS, MODEL, REFERENCES, WINDOW
-from stream.learn.transfer import SCRATCH, TRANSFERRED
+from stream.learn.clean import in_words
+from stream.learn.judge import COMMONEST, COUNTERS, MODEL, PAST_TIER, REFERENCES, RULES, SCRATCH, TRANSFERRED, WINDOW
 from stream.page import Draw, render
 
 # Okabe and Ito's colours (Color Universal Design, 2008), which stay apart under colour blindness.
-_COLOURS = dict(zip((MODEL, *REFERENCES), ('#0072B2', '#E69F00', '#009E73', '#CC79A7'), strict=True))
+_RIVAL_COLOURS = ('#E69F00', '#009E73', '#CC79A7', '#56B4E9')
+_COLOURS = {MODEL: '#0072B2'} | dict(zip(REFERENCES, _RIVAL_COLOURS, strict=False)) | dict(
+    zip(RULES, _RIVAL_COLOURS, strict=True))
 _PART_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 _START_COLOURS = {SCRATCH: '#D55E00', TRANSFERRED: '#0072B2'}
 _CHANCE = '#888888'         # the line of whoever knows nothing
 _WIDTH, _HEIGHT = 300, 250  # px of a plot
 
 METRICS = {
-    'auc': 'AUROC', 'pr_auc': 'Average precision', 'log_loss': 'Log loss', 'brier': 'Brier score',
-    'ece': 'Calibration error', 'spearman': 'Rank correlation', 'top_decile_share': 'Spend of the top tenth',
-    'mean_absolute_error': 'Mean error', 'total_predicted_over_real': 'Total forecast / real', 'accuracy': 'Accuracy',
+    'auc': 'AUROC', 'pr_auc': 'Average precision', 'top_decile_lift': 'Lift of the top tenth', 'log_loss': 'Log loss',
+    'brier': 'Brier score', 'ece': 'Calibration error', 'spearman': 'Rank correlation',
+    'top_decile_share': 'Spend of the top tenth', 'mean_absolute_error': 'Mean error',
+    'total_predicted_over_real': 'Total forecast / real', 'accuracy': 'Accuracy',
     'within_one_tier': 'At most one tier off',
 }
 CONTENDERS = {
@@ -43,6 +46,7 @@ CONTENDERS = {
     'LightGBM': 'boosted trees on the counters',
     'MLP regression': 'a network of one hidden layer on the counters; it only ranks',
     COMMONEST: 'each tier with the share that it has among them',
+    PAST_TIER: 'the tier of what was spent in the last 90 days',
 }
 
 
@@ -53,17 +57,24 @@ def render_report(figures: Mapping[str, Any]) -> str:
              `transfer`, of `stream.learn.transfer.transfer`
     Promise  the same figures give the same bytes (with the same release of matplotlib).
     """
-    return render('stream.learn', 'compare.html.j2', {
+    return rendered('compare.html.j2', figures, REFERENCES, 'Best of the three')
+
+
+def rendered(template: str, figures: Mapping[str, Any], rivals: Sequence[str], rival_title: str, **more: Any) -> str:
+    """A page of judged cut-offs. `rivals`: of whom the best is set beside the model; `more`: what a template wants."""
+    return render('stream.learn', template, {
         'number': lambda value: f'{value:,}', 'day': day, 'share': partial(_plain, '{:.1%}'),
         'figure': partial(_plain, '{:,.3f}'), 'amount': partial(_plain, '{:,.2f}'),
     }, lambda draw: {
         'about': figures['about'], 'recording': figures['recording'], 'protocol': figures['protocol'],
         'verdicts': _verdicts(figures['cutoffs']), 'metrics': METRICS, 'contenders': CONTENDERS,
-        'present': _present(figures['cutoffs']), 'references': REFERENCES, 'model': MODEL,
+        'present': _present(figures['cutoffs']), 'references': rivals, 'rival_title': rival_title, 'model': MODEL,
         'legend': list(_COLOURS.items()), 'question': question, 'interval': interval, 'difference': difference,
         'transfer': 'transfer' in figures and _transfer(draw, figures['transfer']),
         'starts': _START_COLOURS, 'window': WINDOW, 'counters': COUNTERS,
+        'cleaning': in_words,
         'cutoffs': [_cutoff(draw, cutoff, figures['about']['currency']) for cutoff in figures['cutoffs']],
+        **more,
     })
 
 
@@ -71,7 +82,8 @@ def render_report(figures: Mapping[str, Any]) -> str:
 
 def on_terminal(task: Mapping[str, Any]) -> list[str]:
     """The contenders of the short table, the model first."""
-    return [name for name in (MODEL, WINDOW, COUNTERS, *REFERENCES) if name in task['contenders']]
+    rivals = [name for name in REFERENCES if name in task['contenders']] or RULES
+    return [name for name in (MODEL, WINDOW, COUNTERS, *rivals) if name in task['contenders']]
 
 
 def question(task: Mapping[str, Any]) -> str:
@@ -131,7 +143,7 @@ def _cutoff(draw: Draw, cutoff: Mapping[str, Any], currency: str) -> dict[str, A
         'spend_plot': cutoff['spend'] and draw.twice(
             partial(_spend_bins, bins=cutoff['spend']['bins'], currency=currency), _HEIGHT,
             'Mean spend by tenths of the forecast: forecast and real.'),
-        'training_plots': _training_plots(draw, cutoff['training'], cutoff['tasks']),
+        'training_plots': _training_plots(draw, cutoff['training'], cutoff['tasks']) if cutoff['training'] else [],
     }
 
 

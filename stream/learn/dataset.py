@@ -162,6 +162,12 @@ def history_of(by_user: dict[str, list[Event]], refused: int = 0) -> History:
     return History(list(by_user), list(by_user.values()), refused, min(times), max(times), priced)
 
 
+def tier_of(spend: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Tier of each spend, int64: 0 for nothing, else 1 + the number of edges at or below it; -1 where it is NaN."""
+    tiers = np.where(spend > 0, 1 + np.searchsorted(edges, spend, side='right'), 0)
+    return np.where(np.isnan(spend), -1, tiers).astype(np.int64)
+
+
 def part_of(user_id: str, shares: Sequence[float], seed: int) -> int:
     """Which part of all users, cut by `shares` (the last part is the rest), a user is in: by a hash of the id, so that
     it does not depend on who else is there."""
@@ -176,9 +182,10 @@ def at_time(history: History, users: Iterable[int], at_ms: int, limits: WindowLi
 
 
 def sample(history: History, users: Iterable[int], first_ms: int, known_until_ms: int, options: ExampleOptions,
-           limits: WindowLimits, seed: int) -> Examples:
+           limits: WindowLimits, seed: int, told: History | None = None) -> Examples:
     """A seeded sample of moments, user by user, from `first_ms` to the last one that settles the shortest horizon.
 
+    told     the same users with the events that labels are made of; None: the history itself
     Promise  whether a moment is taken does not depend on anything later than it.
     Errors   UsageError if nobody has a moment.
     """
@@ -205,7 +212,7 @@ def sample(history: History, users: Iterable[int], first_ms: int, known_until_ms
     found = sorted(found + own, key=lambda moment: moment[0])       # user by user
     if not found:
         raise UsageError('Nobody has a past and a settled day after it.', do='use a longer recording, or more users.')
-    return _examples(history, found, known_until_ms)
+    return _examples(told or history, found, known_until_ms)
 
 
 def at_cutoffs(events: list[Event], cutoffs_ms: list[int], limits: WindowLimits) -> Iterator[tuple[int, Parts]]:
@@ -272,7 +279,7 @@ def outcomes(events: list[Event], asked: Sequence[tuple[Kind, int]], known_until
     return rows
 
 
-def _examples(history: History, found: list[tuple[int, Kind, int, Parts]], known_until_ms: int) -> Examples:
+def _examples(told: History, found: list[tuple[int, Kind, int, Parts]], known_until_ms: int) -> Examples:
     if not found:
         raise UsageError('No user was seen before that time.', do='name a later time.')
     users, kinds, as_of_ms, parts = zip(*found, strict=True)
@@ -280,8 +287,8 @@ def _examples(history: History, found: list[tuple[int, Kind, int, Parts]], known
     snapshots = Snapshots.join(headers, days, window_rows, as_of_ms)
     starts = [0, *(np.flatnonzero(np.diff(users)) + 1).tolist(), len(users)]
     rows = np.concatenate([
-        outcomes(history.events[users[start]], list(zip(kinds[start:end], as_of_ms[start:end], strict=True)),
-                 known_until_ms, history.priced) for start, end in pairwise(starts)])
+        outcomes(told.events[users[start]], list(zip(kinds[start:end], as_of_ms[start:end], strict=True)),
+                 known_until_ms, told.priced) for start, end in pairwise(starts)])
     labels = Labels(*(np.ascontiguousarray(part, np.float32)
                       for part in (rows[:, :-3], rows[:, -3], rows[:, -2], rows[:, -1])))
     return Examples(snapshots, features(snapshots), labels, np.array(kinds, np.int8), np.array(users, np.int64))

@@ -1,6 +1,6 @@
 """How good a model is on users and days that its training has not seen, beside rules that anyone could run.
 
-Every number is a list [value, low, high], see `stream.learn.metrics`. `less_*` is the model's number less the
+Every number is a list [value, low, high], see `stream.learn.metrics`. `model_less` is the model's number less the
 baseline's over the same resamples.
 
     recency rule         minus the days since the last order; whoever never ordered comes last
@@ -10,16 +10,18 @@ baseline's over the same resamples.
 
 Churn is asked of active users: those who bought within the 90 days before. `stream compare` asks more contenders.
 """
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from stream.learn import metrics
-from stream.learn.baselines import Table, purchase_contenders
-from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT, Examples, Kind
-from stream.learn.fit import Fitted, rows_max, tier_of
+from stream.learn.baselines import purchase_contenders
+from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT, Examples, Kind, tier_of
+from stream.learn.fit import Fitted, rows_max
+from stream.learn.judge import MODEL, beside_model
 from stream.learn.metrics import AMOUNT, BINARY, CLASSES, RANKING, Metric
+from stream.learn.rules import Table
 from stream.learn.served import score
 
 RESAMPLES = 200
@@ -32,8 +34,12 @@ def evaluate(fitted: Fitted, graph: Path, test: Examples, seed: int) -> dict[str
     purchase, tiers = answers['purchase'].astype(float), answers['tier_probabilities'].astype(float)
     spend = answers['expected_spend'][:, 0].astype(float)
     bought, labels = test.labels.bought, test.labels
-    train, asked = _table(fitted.data), _table(test)
-    compare = partial(_compare, user=test.user, seed=seed)
+    train, asked = Table.of_examples(fitted.data), Table.of_examples(test)
+
+    def compare(truth: np.ndarray, contenders: Mapping[str, tuple[np.ndarray, Mapping[str, Metric]]],
+                rows: np.ndarray) -> dict[str, dict]:
+        chosen = {name: (scores[rows], rules) for name, (scores, rules) in contenders.items()}
+        return beside_model(chosen, truth[rows], metrics.resamples(test.user[rows], RESAMPLES, seed))
 
     tasks: dict[str, dict] = {}
     rates: dict[str, float] = {}
@@ -41,7 +47,7 @@ def evaluate(fitted: Fitted, graph: Path, test: Examples, seed: int) -> dict[str
         known = ~np.isnan(bought[:, horizon])
         if min(bought[known, horizon].sum(), (1 - bought[known, horizon]).sum()) < POSITIVES_MIN:
             continue
-        contenders = {'model': (purchase[:, horizon], BINARY)}
+        contenders = {MODEL: (purchase[:, horizon], BINARY)}
         for name, rules in (('recency rule', RANKING), ('logistic regression', BINARY)):
             contenders[name] = purchase_contenders(seed)[name].fit(train, horizon).predict(asked), rules
         tasks[f'purchase within {days} d'] = compare(bought[:, horizon], contenders, known)
@@ -59,33 +65,15 @@ def evaluate(fitted: Fitted, graph: Path, test: Examples, seed: int) -> dict[str
         seen = tier_of(fitted.data.labels.spend, fitted.tier_edges)
         shares = np.bincount(seen[seen >= 0], minlength=tiers.shape[1]) / max((seen >= 0).sum(), 1)
         tasks['tier of spend in 90 d'] = compare(tier, {
-            'model': (tiers, CLASSES), 'most common tier': (np.tile(shares, (len(test), 1)), CLASSES)}, known)
+            MODEL: (tiers, CLASSES), 'most common tier': (np.tile(shares, (len(test), 1)), CLASSES)}, known)
         tasks['spend in 90 d'] = compare(labels.spend, {
-            'model': (spend, AMOUNT), 'spend of 90 days': (asked.spend_90d, AMOUNT)}, known)
+            MODEL: (spend, AMOUNT), 'spend of 90 days': (asked.spend_90d, AMOUNT)}, known)
     return {
         'rows': len(test), 'users': len(np.unique(test.user)), 'base_rates': rates, 'tasks': tasks,
         'calibration': {f'purchase within {HORIZON_DAYS[horizon]} d': _calibration(purchase, bought, horizon)
                         for horizon in (INTENT, CHURN)},
         'segments': {name: _segment(rows, purchase, bought) for name, rows in _segments(test).items()},
     }
-
-
-def _table(examples: Examples) -> Table:
-    return Table.of(examples.snapshots, examples.inputs, examples.labels.bought, examples.labels.spend, examples.user)
-
-
-def _compare(truth: np.ndarray, contenders: dict[str, tuple[np.ndarray, dict[str, Metric]]], rows: np.ndarray,
-             user: np.ndarray, seed: int) -> dict[str, dict[str, list[float]]]:
-    """Each contender's metrics on some rows, and the model's less theirs."""
-    samples = metrics.resamples(user[rows], RESAMPLES, seed)
-    truth = truth[rows]
-    drawn = {name: {metric: np.array([rule(scores[rows][sample], truth[sample]) for sample in samples])
-                    for metric, rule in rules.items()} for name, (scores, rules) in contenders.items()}
-    model = drawn['model']
-    return {name: {metric: metrics.interval(values) for metric, values in numbers.items()} | (
-        {} if name == 'model' else {f'less_{metric}': metrics.interval(model[metric] - values)
-                                    for metric, values in numbers.items()})
-            for name, numbers in drawn.items()}
 
 
 def _calibration(purchase: np.ndarray, bought: np.ndarray, horizon: int) -> list[dict[str, float]]:

@@ -199,7 +199,7 @@ def _manifest(kept: Checkpoint, model_dir: Path, name: str, version: int, precis
         trained_on=config['source'], currency=config['currency'],
         window=msgspec.convert(config['window'], WindowLimits),
         command=config['command'], seed=config['seed'], horizon_days=HORIZON_DAYS, priced=config['priced'],
-        rows_max=rows_max(kept.model), precision=precision)
+        rows_max=rows_max(kept.model), precision=precision, known_until_ms=config['data']['known_until_ms'])
     return msgspec.to_builtins(manifest) | {
         'repository_files': {file: sha256(model_dir / file) for file in (CONFIG_FILE, LABELS_FILE, *warmups)},
         'inputs': msgspec.to_builtins(INPUTS), 'outputs': msgspec.to_builtins(outputs(kept.model)),

@@ -13,9 +13,10 @@ One thread and deterministic kernels throughout: on one machine the same options
 import math
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,8 @@ from stream.errors import UsageError
 from stream.learn.backbones import BackboneOptions, EncoderOptions, EventsBackbone, make_backbone
 from stream.learn.bounds import Count, NotNegative, Part, PartOrAll, Positive, Share
 from stream.learn.calibrate import SETTLED_ROWS_MIN, calibrate
+from stream.learn.clean import clean
+from stream.learn.clean import in_words as cleaning_in_words
 from stream.learn.dataset import (
     HORIZON_DAYS,
     SPEND_DAYS,
@@ -38,6 +41,7 @@ from stream.learn.dataset import (
     History,
     part_of,
     sample,
+    tier_of,
 )
 from stream.learn.distil import DistilOptions, expected_losses, mean_logits, teacher_options
 from stream.learn.journal import Journal
@@ -58,6 +62,7 @@ _NO_JOURNAL = Journal()
 class FitOptions:
     """How to learn.
 
+    clean             steps of `stream.learn.clean`
     examples_max      moments of training at most: fewer cut-offs are drawn of each user where there are many users
     validation_share  of the users, for the best epoch and the mixing of the branches
     tiers             tiers of spend: 0 is nothing, the others are equally many of those who spend
@@ -76,6 +81,7 @@ class FitOptions:
     """
 
     seed: int = 7
+    clean: tuple[str, ...] = ()
     examples: ExampleOptions = field(default_factory=ExampleOptions)
     examples_max: Count = 120_000
     validation_share: Part = 0.15
@@ -108,6 +114,9 @@ class Fitted:
     epochs       of each pass the losses: train, validation, and validation of each task
     data         the examples that it saw, those of the validation users included
     pretraining  of each pass without labels the losses
+    users        whom it has learned from, places in the history
+    removed      by each step of cleaning, ready for JSON (stream.learn.clean)
+    validation   loss of the validation users, both branches together
     """
 
     model: ShopperModel
@@ -116,18 +125,23 @@ class Fitted:
     best_epoch: int
     data: Examples
     pretraining: list[dict[str, float]]
+    users: list[int]
+    removed: list[dict]
+    validation: float
 
 
 def fit(history: History, users: Iterable[int], known_until_ms: int, options: FitOptions, limits: WindowLimits,
-        console: Console, journal: Journal = _NO_JOURNAL) -> Fitted:
+        console: Console, journal: Journal = _NO_JOURNAL,
+        after_pass: Callable[[int, float], None] | None = None) -> Fitted:
     """Train on these users with labels that are settled before `known_until_ms`.
 
-    journal  where states to go on from, and curves, are kept
+    journal     where states to go on from, and curves, are kept
+    after_pass  is told the number of each pass and its validation loss; what it raises ends the training
     Errors   UsageError where the events hold nothing to learn from.
     Promise  on one machine the same options give the same weights, cut off and gone on (journal) or not.
     """
     with _reproducible(options.seed):
-        return _fit(history, list(users), known_until_ms, options, limits, console, journal)
+        return _fit(history, list(users), known_until_ms, options, limits, console, journal, after_pass)
 
 
 def check_start(options: FitOptions) -> None:
@@ -141,13 +155,17 @@ def check_start(options: FitOptions) -> None:
 
 
 def _fit(history: History, users: list[int], known_until_ms: int, options: FitOptions, limits: WindowLimits,
-         console: Console, journal: Journal) -> Fitted:
+         console: Console, journal: Journal, after_pass: Callable[[int, float], None] | None) -> Fitted:
     # 1 examples
 
+    cleaned = clean(history, users, options.clean, known_until_ms)
+    users = cleaned.users
+    for step in cleaned.removed:
+        console.print(f'  {cleaning_in_words(step)}')
     moments = options.examples.moments_per_user
     cutoffs = min(options.examples.cutoffs_per_user, max(2, round(options.examples_max / max(len(users), 1) - moments)))
     data = sample(history, users, history.start_ms, known_until_ms, ExampleOptions(cutoffs, moments), limits,
-                  options.seed)
+                  options.seed, cleaned.history)
     held_users = [user for user in users
                   if part_of(history.user_ids[user], (options.validation_share,), options.seed) == 0]
     held_out = np.isin(data.user, held_users)
@@ -212,9 +230,14 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
         share = options.distil.weight
         return (1 - share) * own + share * _total(expected_losses(logits, taught[rows].to(where), *mine), options)
 
+    passes = count(1)
+
     def judged() -> dict[str, float]:
         parts = losses(window_logits(model, data, validation_rows), *(label[validation_rows] for label in labels))
-        return {'validation': float(_total(parts, options)), **{task: float(part) for task, part in parts.items()}}
+        validation = float(_total(parts, options))
+        if after_pass is not None:
+            after_pass(next(passes), validation)
+        return {'validation': validation, **{task: float(part) for task, part in parts.items()}}
 
     epochs, best_epoch = improve(Course(
         name='window', title='epoch', module=model, weights=_rated(model, options),
@@ -239,7 +262,9 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
     with torch.no_grad():
         by_window, by_counters = window_logits(model, data, np.arange(len(data))), model.counters(counters)
     calibrate(model, by_window, by_counters, data, labels, held_out)
-    return Fitted(model, tier_edges, epochs, best_epoch, data, pretraining)
+    mixed = (model.mix * by_window + (1 - model.mix) * by_counters)[validation_rows]
+    validation = float(_total(losses(mixed, *(label[validation_rows] for label in labels)), options))
+    return Fitted(model, tier_edges, epochs, best_epoch, data, pretraining, users, cleaned.removed, validation)
 
 
 def _spend(data: Examples) -> np.ndarray:
@@ -249,12 +274,6 @@ def _spend(data: Examples) -> np.ndarray:
     if np.isfinite(spend).sum() >= SETTLED_ROWS_MIN:
         return spend
     return data.labels.spend_soon * np.float32(SPEND_DAYS / SPEND_SOON_DAYS)
-
-
-def tier_of(spend: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Tier of each spend, int64: 0 for nothing, else 1 + the number of edges at or below it; -1 where it is NaN."""
-    tiers = np.where(spend > 0, 1 + np.searchsorted(edges, spend, side='right'), 0)
-    return np.where(np.isnan(spend), -1, tiers).astype(np.int64)
 
 
 def window_logits(model: ShopperModel, data: Examples, rows: np.ndarray) -> Tensor:

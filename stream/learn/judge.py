@@ -4,7 +4,7 @@ An interval is [value, low, high], see `stream.learn.metrics`. `model_less` of a
 the contender's, over the same resamples of users: only where the interval of a difference lies on one side of 0 is one
 of them said to be better.
 """
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from stream.learn.curves import curves
 from stream.learn.metrics import (
     AMOUNT,
     BINARY,
+    CHOICE,
     CLASSES,
     RANKING,
     Metric,
@@ -26,13 +27,16 @@ from stream.learn.metrics import (
 MODEL = 'our model'
 WINDOW, COUNTERS = 'its window branch alone', 'its counters branch alone'
 REFERENCES = ('logistic regression', 'LightGBM', 'BG/NBD')      # whom it has to beat
-COMMONEST = 'shares of the training users'
+COMMONEST, PAST_TIER = 'shares of the training users', 'tier of the last 90 days'
+SCRATCH, TRANSFERRED = 'from scratch', "from the other shop's"
+RULES = ('recency rule', 'past rate', 'past spend', 'spend of 90 days')     # who need no training
 SPEND_BINS = 10
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A contender's scores of some rows, float64 [n]: more is likelier. `is_chance`: they are probabilities."""
+    """A contender's scores of some rows, float64 [n] or of each class [n, classes]: more is likelier. `is_chance`: they
+    are probabilities."""
 
     scores: np.ndarray
     is_chance: bool
@@ -43,21 +47,23 @@ class Scored:
 
 
 def judge_chances(by_name: Mapping[str, Scored], truth: np.ndarray, segments: Mapping[str, np.ndarray], count: int,
-                  seed: int) -> dict:
+                  seed: int, rivals: Sequence[str] = REFERENCES, threshold: float = 0.5) -> dict:
     """Figures of a question with yes or no.
 
     by_name   with MODEL among them, all of the same rows, one row a user
     truth     float [n], 0 or 1
     segments  bool [n] each
     count     of the bootstrap
+    rivals    the best of them is whom the model has to beat
+    threshold of calling somebody, beside the share of those for whom it came true
     """
     base_rate = float(truth.mean())
     samples = resamples(np.arange(len(truth)), count, seed)
-    contenders = _contenders({name: (scored.scores, BINARY if scored.is_chance else RANKING)
+    contenders = beside_model({name: (scored.scores, BINARY if scored.is_chance else RANKING)
                               for name, scored in by_name.items()}, truth, samples)
-    references = [name for name in REFERENCES if name in contenders]
+    references = [name for name in rivals if name in contenders]
     best = max(references, key=lambda name: contenders[name]['metrics']['auc'][0], default=None)
-    shown = [name for name in (MODEL, *REFERENCES) if name in by_name]
+    shown = [name for name in (MODEL, *rivals) if name in by_name]
     return {
         'rows': len(truth), 'positives': int(truth.sum()), 'base_rate': base_rate,
         'contenders': contenders,
@@ -66,13 +72,21 @@ def judge_chances(by_name: Mapping[str, Scored], truth: np.ndarray, segments: Ma
         'curves': {name: curves(by_name[name].scores, truth) for name in shown},
         'calibration': {name: calibration(by_name[name].scores, truth) for name in shown if by_name[name].is_chance},
         'thresholds': {
-            name: {words: {'threshold': threshold} | at_threshold(by_name[name].scores, truth, threshold)
-                   for words, threshold in (('one half', 0.5), ('base rate', base_rate))}
+            name: {words: _called(by_name[name].scores, truth, samples, at)
+                   for words, at in (('stated', threshold), ('base rate', base_rate))}
             for name in shown if by_name[name].is_chance},
         'segments': {words: {'rows': int(rows.sum()), 'positives': int(truth[rows].sum()),
                              'auc': {name: auc(by_name[name].scores[rows], truth[rows]) for name in shown}}
                      for words, rows in segments.items()},
     }
+
+
+def _called(scores: np.ndarray, truth: np.ndarray, samples: list[np.ndarray], threshold: float) -> dict:
+    """The confusion matrix of calling whoever reaches a threshold, and the shares made of it as intervals."""
+    drawn = [at_threshold(scores[rows], truth[rows], threshold) for rows in samples]
+    shares = {name: interval(np.array([found[name] for found in drawn]))
+              for name in ('accuracy', 'precision', 'recall', 'f1')}
+    return {'threshold': threshold} | drawn[0] | shares
 
 
 def judge_spend(by_name: Mapping[str, np.ndarray], truth: np.ndarray, count: int, seed: int) -> dict:
@@ -81,26 +95,33 @@ def judge_spend(by_name: Mapping[str, np.ndarray], truth: np.ndarray, count: int
     by_forecast = [rows for rows in np.array_split(np.argsort(by_name[MODEL], kind='stable'), SPEND_BINS) if len(rows)]
     return {
         'rows': len(truth), 'mean': float(truth.mean()), 'spending': float((truth > 0).mean()),
-        'contenders': _contenders({name: (scores, AMOUNT) for name, scores in by_name.items()}, truth, samples),
+        'contenders': beside_model({name: (scores, AMOUNT) for name, scores in by_name.items()}, truth, samples),
         'bins': [{'rows': len(rows), 'forecast': float(by_name[MODEL][rows].mean()), 'spent': float(truth[rows].mean())}
                  for rows in by_forecast],
     }
 
 
-def judge_tiers(by_name: Mapping[str, np.ndarray], truth: np.ndarray, count: int, seed: int) -> dict:
-    """Figures of the tier: chances by name, float64 [n, tiers], MODEL among them, and the tier it was, int64 [n].
+def judge_tiers(by_name: Mapping[str, Scored], truth: np.ndarray, count: int, seed: int) -> dict:
+    """Figures of the tier: scores by name, float64 [n, tiers], MODEL among them, and the tier it was, int64 [n].
 
     `confusion[i][j]`: rows of tier i that the model held likeliest to be of tier j.
     """
     samples = resamples(np.arange(len(truth)), count, seed)
-    tiers = by_name[MODEL].shape[1]
-    confusion = np.bincount(truth * tiers + by_name[MODEL].argmax(1), minlength=tiers * tiers).reshape(tiers, tiers)
+    model = by_name[MODEL].scores
+    tiers = model.shape[1]
+    confusion = np.bincount(truth * tiers + model.argmax(1), minlength=tiers * tiers).reshape(tiers, tiers)
     return {'rows': len(truth), 'confusion': confusion.tolist(),
-            'contenders': _contenders({name: (scores, CLASSES) for name, scores in by_name.items()}, truth, samples)}
+            'contenders': beside_model({name: (scored.scores, CLASSES if scored.is_chance else CHOICE)
+                                        for name, scored in by_name.items()}, truth, samples)}
 
 
-def _contenders(by_name: Mapping[str, tuple[np.ndarray, Mapping[str, Metric]]], truth: np.ndarray,
-                samples: list[np.ndarray]) -> dict[str, dict]:
+def beside_model(by_name: Mapping[str, tuple[np.ndarray, Mapping[str, Metric]]], truth: np.ndarray,
+                 samples: list[np.ndarray]) -> dict[str, dict]:
+    """By contender, MODEL among them: `metrics` and `model_less`, intervals over the same resamples.
+
+    by_name   scores of each, and what they are judged by
+    samples   of `stream.learn.metrics.resamples`
+    """
     drawn = {name: {metric: np.array([rule(scores[rows], truth[rows]) for rows in samples])
                     for metric, rule in rules.items()} for name, (scores, rules) in by_name.items()}
     model = drawn[MODEL]

@@ -6,12 +6,17 @@ independent. Two contenders are compared over the same resamples.
 from collections.abc import Callable
 
 import numpy as np
-from scipy.stats import rankdata
 
 CALIBRATION_BINS = 10
 _TINY = 1e-7
 
 Metric = Callable[[np.ndarray, np.ndarray], float]      # (scores, truth) of some rows
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """float64 [n], from 1; equal values share the mean of their ranks."""
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[place]
 
 
 def auc(scores: np.ndarray, truth: np.ndarray) -> float:
@@ -20,7 +25,7 @@ def auc(scores: np.ndarray, truth: np.ndarray) -> float:
     negatives = len(truth) - positives
     if not positives or not negatives:
         return float('nan')
-    return float((rankdata(scores)[truth > 0].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+    return float((ranks(scores)[truth > 0].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
 def pr_auc(scores: np.ndarray, truth: np.ndarray) -> float:
@@ -64,7 +69,7 @@ def ece(scores: np.ndarray, truth: np.ndarray) -> float:
 
 def spearman(scores: np.ndarray, truth: np.ndarray) -> float:
     """Rank correlation; NaN where one side is constant."""
-    a, b = rankdata(scores), rankdata(truth)
+    a, b = ranks(scores), ranks(truth)
     if a.std() == 0 or b.std() == 0:
         return float('nan')
     return float(np.corrcoef(a, b)[0, 1])
@@ -74,6 +79,18 @@ def top_decile_share(scores: np.ndarray, truth: np.ndarray) -> float:
     """Share of all that was spent, by the tenth of rows with the highest scores."""
     best = np.argsort(-scores, kind='stable')[:max(1, len(scores) // 10)]
     return float(truth[best].sum() / max(truth.sum(), _TINY))
+
+
+def top_decile_lift(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Share of positives in the tenth of rows with the highest scores, over that in all; of equal scores at the edge
+    each counts in proportion. NaN without positives."""
+    if not (truth > 0).any():
+        return float('nan')
+    count = max(1, len(scores) // 10)
+    edge = np.partition(scores, len(scores) - count)[len(scores) - count]
+    above, level = scores > edge, scores == edge
+    found = truth[above].sum() + truth[level].mean() * (count - above.sum())
+    return float(found / count / truth.mean())
 
 
 def mean_absolute_error(scores: np.ndarray, truth: np.ndarray) -> float:
@@ -109,9 +126,10 @@ def at_threshold(scores: np.ndarray, truth: np.ndarray, threshold: float) -> dic
             'f1': 2 * hits / (2 * hits + alarms + missed) if hits + alarms + missed else float('nan')}
 
 
-RANKING: dict[str, Metric] = {'auc': auc, 'pr_auc': pr_auc}
-BINARY: dict[str, Metric] = {'auc': auc, 'pr_auc': pr_auc, 'log_loss': log_loss, 'brier': brier, 'ece': ece}
-CLASSES: dict[str, Metric] = {'log_loss': log_loss, 'accuracy': accuracy, 'within_one_tier': within_one}
+RANKING: dict[str, Metric] = {'auc': auc, 'pr_auc': pr_auc, 'top_decile_lift': top_decile_lift}
+BINARY: dict[str, Metric] = RANKING | {'log_loss': log_loss, 'brier': brier, 'ece': ece}
+CHOICE: dict[str, Metric] = {'accuracy': accuracy, 'within_one_tier': within_one}
+CLASSES: dict[str, Metric] = {'log_loss': log_loss} | CHOICE
 AMOUNT: dict[str, Metric] = {'spearman': spearman, 'top_decile_share': top_decile_share,
                              'mean_absolute_error': mean_absolute_error, 'total_predicted_over_real': total_ratio}
 

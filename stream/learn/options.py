@@ -16,8 +16,8 @@ from stream.errors import UsageError
 from stream.learn.fit import FitOptions
 
 # They have flags of their own.
-_ELSEWHERE = {('seed',), ('tiers',), ('refund',), ('start_from',), ('pretrain',), ('backbone', 'name'),
-              ('backbone', 'source'), ('backbone', 'tuning'), ('backbone', 'catalogue')}
+_ELSEWHERE = {('seed',), ('clean',), ('tiers',), ('refund',), ('start_from',), ('pretrain',),
+              ('backbone', 'name'), ('backbone', 'source'), ('backbone', 'tuning'), ('backbone', 'catalogue')}
 
 
 def option_names() -> dict[str, tuple[str, ...]]:

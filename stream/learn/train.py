@@ -1,7 +1,8 @@
 """A recording in, a checkpoint out: read from top to bottom.
 
     1 history      the recording, up to a time; nothing later is looked at
-    2 test         fit without the test's users and days, export, and judge the graph (stream.learn.evaluate)
+    2 test         fit without the test's users and days, after a search for sizes and rates where one is asked for
+                   (stream.learn.search), export, and judge the graph (stream.learn.evaluate)
     3 ceiling      of a simulated shop: what could at best be known (stream.learn.posterior)
     4 refit        fit again with all users and days, for the model that is kept
     5 checkpoint   weights, options, figures (stream.learn.checkpoint)
@@ -31,6 +32,7 @@ from stream.learn.export import write_graph
 from stream.learn.fit import FitOptions, Fitted, check_start, fit, rows_max
 from stream.learn.journal import Journal
 from stream.learn.posterior import posteriors
+from stream.learn.search import search
 from stream.learn.served import score
 from stream.replay.simulator import SimulatorOptions, simulate
 from stream.scoring.artefact import LAYOUT
@@ -55,6 +57,7 @@ class TrainOptions:
     until_ms     nothing at or after it is used; None: the whole recording
     test_users   share of the users, and
     test_time    of the time, from its end, that only the test uses
+    trials       of a search for sizes and rates before (stream.learn.search); 0: they are those of `fit`
     resume       whether to go on from where this training was cut off before
     curves       folder for TensorBoard's curves; None: none
     refit        whether the kept model learns from the test's users and days too, after they have judged its like
@@ -71,6 +74,7 @@ class TrainOptions:
     fit: FitOptions = field(default_factory=FitOptions)
     test_users: float = 0.25
     test_time: float = 0.25
+    trials: int = 0
     refit: bool = True
     resume: bool = False
     curves: Path | None = None
@@ -123,8 +127,13 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
     seen = history.before(cut_ms)
     place = {user_id: user for user, user_id in enumerate(seen.user_ids)}
     console.print('Without the users and days of the test')
-    fitted = fit(seen, [place[history.user_ids[user]] for user in train_users if history.user_ids[user] in place],
-                 cut_ms, fitting, options.limits, console, journal.part('test'))
+    learners = [place[history.user_ids[user]] for user in train_users if history.user_ids[user] in place]
+    trials: list[dict] = []
+    if options.trials:
+        found_best = search(seen, learners, cut_ms, fitting, options.limits, options.trials, console)
+        fitted, fitting, trials = found_best.fitted, found_best.options, found_best.trials
+    else:
+        fitted = fit(seen, learners, cut_ms, fitting, options.limits, console, journal.part('test'))
     test = dataset.sample(history, test_users, cut_ms, known_until_ms, _TEST_MOMENTS, options.limits, options.seed)
     with tempfile.TemporaryDirectory() as scratch:
         graph = Path(scratch) / 'model.onnx'
@@ -133,8 +142,8 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
         for task, contenders in figures['tasks'].items():
             for name, numbers in contenders.items():
                 console.print(f'  {task:28} {name:20} ' + '  '.join(
-                    f'{metric} {value:.3f} ({low:.3f} .. {high:.3f})' for metric, (value, low, high) in numbers.items()
-                    if not metric.startswith('less_')))
+                    f'{metric} {value:.3f} ({low:.3f} .. {high:.3f})'
+                    for metric, (value, low, high) in numbers['metrics'].items()))
 
         # 3 ceiling
 
@@ -155,12 +164,12 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
 
     # 5 checkpoint
 
-    found = {'test': figures, 'ceiling': ceiling, 'pretraining': fitted.pretraining, 'epochs': fitted.epochs,
-             'best_epoch': fitted.best_epoch, 'seconds': round(time.monotonic() - began)}
-    config = _config(options, history, fitted, names, known_until_ms, cut_ms, split)
+    found = {'test': figures, 'ceiling': ceiling, 'trials': trials, 'pretraining': fitted.pretraining,
+             'epochs': fitted.epochs, 'best_epoch': fitted.best_epoch, 'seconds': round(time.monotonic() - began)}
+    config = _config(replace(options, fit=fitting), history, fitted, names, known_until_ms, cut_ms, split)
     save(Checkpoint(fitted.model, config, found, some_windows(test),
                     some_training_windows(fitted.data, options.seed)), out)
-    shutil.rmtree(out / UNFINISHED)
+    shutil.rmtree(out / UNFINISHED, ignore_errors=True)     # a search leaves none
     console.print(f'checkpoint in {out}, {found["seconds"]} s')
     return found
 
@@ -202,7 +211,7 @@ def _config(options: TrainOptions, history: History, fitted: Fitted, names: list
         'currency': options.rules.currency,
         'window': {'events_max': options.limits.events_max, 'span_ms': options.limits.span_ms,
                    'silence_ms': list(options.limits.silence_ms)},
-        'learning': fitting, 'refit': options.refit,
+        'learning': fitting, 'refit': options.refit, 'removed': fitted.removed,
         'tiers': {'names': names, 'edges': fitted.tier_edges.tolist()}, 'priced': history.priced,
         'data': {'users': len(history.user_ids), 'events': len(history), 'refused': history.refused,
                  'start_ms': history.start_ms, 'cut_ms': cut_ms, 'known_until_ms': known_until_ms,

@@ -22,14 +22,14 @@ from threadpoolctl import threadpool_limits
 
 from stream.core.window import DAY_MS
 from stream.errors import UsageError
-from stream.learn.compare import CompareOptions, Cutoff, Task, day_of, fold_of, known_until, runner, truth_of
+from stream.learn.compare import CompareOptions, fold_of, runner
 from stream.learn.dataset import Examples, History, at_time, part_of
 from stream.learn.fit import FitOptions, check_start, fit, window_logits
-from stream.learn.judge import COUNTERS, MODEL, WINDOW
+from stream.learn.judge import COUNTERS, MODEL, SCRATCH, TRANSFERRED, WINDOW
 from stream.learn.metrics import auc, interval
+from stream.learn.questions import Cutoff, Task, day_of, known_until, truth_of
 
 SHARES = (0.01, 0.05, 0.1, 1.0)
-SCRATCH, TRANSFERRED = 'from scratch', "from the other shop's"
 _DRAWS_MAX = 3
 _DRAWN_USERS = 200          # as many draws of a share as bring so many users together, at most _DRAWS_MAX
 _MORE_PASSES_MAX = 4
@@ -59,7 +59,7 @@ def transfer(history: History, at_ms: int, source: Path, options: CompareOptions
     Errors   ModelError where it is none, or its encoder has other sizes.
     Promise  on one machine the same options give the same figures.
     """
-    cutoff = Cutoff.of(history, at_ms, options)
+    cutoff = Cutoff.of(history, at_ms, options.limits)
     jobs = [(history, at_ms, part, share, source, options) for share in SHARES for part in range(options.folds)]
     with runner(min(options.processes, len(jobs))) as run:
         scored: dict[float, list[ShareScores]] = {share: [] for share in SHARES}

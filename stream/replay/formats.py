@@ -16,7 +16,8 @@ costs one row and not the rest of the file.
     tmall            user_id brand_id type visit_datetime                      click, purchase, favorite, add_to_cart
     kafka            records of the input topics (see topic_records)           as the worker would read them
 
-Text files may be compressed (.gz, .zst). Times without a zone are UTC; no format names a currency.
+Text files may be compressed (.gz, .zst). Times without a zone are UTC. No row of theirs names a currency but those of
+`events` and `kafka`; where a set is known to be in one, the format says it (`currency`).
 
 Event ids: except for `events`, an event's id is its format, 16 hex digits of XXH3 of the row's bytes, and how often
 these bytes have been seen, from 1: `cdnow-0123456789abcdef-1`. The same file gives the same ids whatever the order of
@@ -92,12 +93,14 @@ class Format:
 
     records   None: a row is an event's JSON. Else a row is a line with a record of one of these topics, and stands in
               the stream where `RecordTimes` puts it.
+    currency  ISO 4217 code of the set's amounts; empty: they are in that of the settings, for all that is known
     """
 
     name: str
     help: str
     read: Callable[[Path, Occurrences], Rows]
     records: Inputs | None = None
+    currency: str = ''
 
     def rows(self, path: Path, occurrences: Occurrences | None = None) -> Rows:
         """The file's rows in file order, as event JSON or `BadRow`; a header is not a row.
@@ -494,8 +497,9 @@ _COLUMNS = {
 }
 
 
-def _csv_format(name: str, help_line: str, convert: Callable[..., dict[str, Any]], is_sorted: bool = False) -> Format:
-    return Format(name, help_line, partial(_csv_rows, name, _COLUMNS[name], convert, is_sorted))
+def _csv_format(name: str, help_line: str, convert: Callable[..., dict[str, Any]], is_sorted: bool = False,
+                currency: str = '') -> Format:
+    return Format(name, help_line, partial(_csv_rows, name, _COLUMNS[name], convert, is_sorted), currency=currency)
 
 
 FORMATS: dict[str, Format] = {given.name: given for given in (
@@ -503,8 +507,8 @@ FORMATS: dict[str, Format] = {given.name: given for given in (
            _event_rows),
     _csv_format('retailrocket', 'events.csv of the Retailrocket data set.', _retailrocket_event),
     _csv_format('rees46', 'A month of the REES46 multi-category store data set.', _rees46_event, is_sorted=True),
-    _csv_format('online-retail', 'UCI Online Retail as CSV: invoice lines.', _online_retail_event),
-    Format('cdnow', 'CDNOW_master.txt: customer, day, CDs, dollars.', _cdnow_rows),
+    _csv_format('online-retail', 'UCI Online Retail as CSV: invoice lines.', _online_retail_event, currency='GBP'),
+    Format('cdnow', 'CDNOW_master.txt: customer, day, CDs, dollars.', _cdnow_rows, currency='USD'),
     _csv_format('tmall', 'Tmall (Alibaba 2014): user, brand, type, month and day.', _tmall_event),
     kafka_format(Inputs()),
 )}

@@ -53,6 +53,7 @@ class Manifest(msgspec.Struct, frozen=True):
     priced             whether it has learned from prices: without, tiers and expected spend count purchases
     rows_max           of a batch: more would take gigabytes of memory
     precision          of the weights and of what is multiplied with them
+    known_until_ms     what it has learned from was before this time; 0: not known
     """
 
     name: str
@@ -70,6 +71,7 @@ class Manifest(msgspec.Struct, frozen=True):
     priced: bool
     rows_max: int = ROWS_MAX
     precision: Precision = 'fp32'
+    known_until_ms: int = 0
 
 
 class Artefact(msgspec.Struct, frozen=True):

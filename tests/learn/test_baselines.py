@@ -13,20 +13,18 @@ from stream.core.user import pack_header
 from stream.core.window import DAY_MS, WindowLimits
 from stream.errors import UsageError
 from stream.learn.baselines import (
-    HORIZON_DAYS,
     BuyTillYouDie,
     BuyTillYouDieSpend,
-    PastRate,
-    RecencyRule,
     SpendNetwork,
     SpendTrees,
-    Table,
+    TierRegression,
     purchase_contenders,
     spend_contenders,
 )
 from stream.learn.bgnbd import BgNbd, GammaGamma
-from stream.learn.dataset import moments
-from stream.learn.metrics import auc, log_loss, spearman
+from stream.learn.dataset import HORIZON_DAYS, moments, tier_of
+from stream.learn.metrics import accuracy, auc, log_loss, spearman
+from stream.learn.rules import PastRate, RecencyRule, Table, past_tier
 
 START_MS = 1_700_006_400_000
 WEEK = HORIZON_DAYS.index(7)
@@ -303,3 +301,39 @@ def test_every_spend_contender_answers(train, test):
         assert scores.shape == (len(test),), name
         assert np.isfinite(scores).all(), name
         assert (scores >= 0).all(), name
+
+
+# ---- tiers ----------------------------------------------------------------------------------------------------------
+
+EDGES = np.array([15.0, 30.0])
+
+
+def test_tier_regression_finds_what_is_there(train, test):
+    truth = tier_of(test.spend_90d_after, EDGES)
+    chances = TierRegression(3, EDGES).fit(train).predict(test)
+    assert chances.sum(1) == pytest.approx(np.ones(len(test)))
+    shares = np.tile(np.bincount(tier_of(train.spend_90d_after, EDGES), minlength=4) / len(train), (len(test), 1))
+    assert log_loss(chances, truth) < 0.93 * log_loss(shares, truth)
+
+
+def test_a_tier_that_nobody_reached_has_no_chance(train, test):
+    poor = train.take(train.spend_90d_after < 30)
+    chances = TierRegression(3, EDGES).fit(poor).predict(test)
+    assert (chances[:, 3] == 0).all() and chances.sum(1) == pytest.approx(np.ones(len(test)))
+    with pytest.raises(UsageError, match='one tier'):
+        TierRegression(3, EDGES).fit(train.take(train.spend_90d_after == 0))
+
+
+def test_the_past_tier_helps_where_the_counters_do_not(train, test):
+    rng = np.random.default_rng(5)
+
+    def faithful(table: Table) -> Table:
+        """Whoever spent much spends much again; the counters are noise."""
+        spend = rng.choice([0.0, 10.0, 20.0, 40.0], len(table))
+        return replace(table, counters=rng.normal(size=table.counters.shape).astype(np.float32), spend_90d=spend,
+                       spend_90d_after=spend.astype(np.float32))
+
+    learned, asked = faithful(train), faithful(test)
+    truth = tier_of(asked.spend_90d_after, EDGES)
+    assert accuracy(TierRegression(3, EDGES).fit(learned).predict(asked), truth) > 0.95
+    assert accuracy(past_tier(asked, EDGES), truth) == 1

@@ -1,4 +1,4 @@
-"""The protocol: what is asked, who is taught by whom, and that nothing of the future or of the judged gets in."""
+"""The protocol: who is taught by whom, and that nothing of the future or of the judged gets in."""
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -11,30 +11,21 @@ pytest.importorskip('torch', reason='torch is not installed: pip install stream-
 from typer.testing import CliRunner
 
 from stream.cli import app
-from stream.core.events import EventRules, EventType
-from stream.core.window import DAY_MS
+from stream.core.events import EventRules
 from stream.errors import ModelError, UsageError
 from stream.learn import compare as comparing
 from stream.learn.backbones import EncoderOptions
-from stream.learn.compare import (
-    CompareOptions,
-    Task,
-    compare,
-    day_of,
-    default_cutoffs,
-    fold_of,
-    known_until,
-    score_fold,
-)
+from stream.learn.compare import CompareOptions, FoldScores, compare, fold_of, score_fold
 from stream.learn.compare_report import CONTENDERS, difference, interval, question, render_report
 from stream.learn.dataset import HORIZON_DAYS, ExampleOptions, History, history_of, part_of, read
 from stream.learn.fit import FitOptions
 from stream.learn.judge import COUNTERS, MODEL, WINDOW
-from stream.replay.recording import Recording
+from stream.learn.questions import Task, day_of, default_cutoffs
 
 FIT = FitOptions(encoder=EncoderOptions(hidden=16, layers=1, heads=2, intermediate=32), epochs=2, rows_per_epoch=400,
                  examples=ExampleOptions(90, 2))
 OPTIONS = CompareOptions(seed=3, folds=2, resamples=30, fit=FIT)
+TASKS = [Task(HORIZON_DAYS.index(30)), Task(HORIZON_DAYS.index(90), churn=True)]
 NASTY = '''<script>alert("1")</script>'&amp;'''
 
 
@@ -42,19 +33,15 @@ def ms(day: str) -> int:
     return int(np.datetime64(day, 'ms').astype(np.int64))
 
 
-def spanning(first: str, last: str) -> History:
-    """A recording of nothing, with a beginning and an end."""
-    return History([], [], 0, ms(first), ms(last) + DAY_MS // 2, True)
-
-
-@pytest.fixture(scope='module')
-def history(lines) -> History:
-    return read(lines, EventRules())
-
-
 @pytest.fixture(scope='module')
 def cut_ms(history) -> int:
     return default_cutoffs(history)[0]
+
+
+@pytest.fixture(scope='module')
+def first_part(history, cut_ms) -> FoldScores:
+    """Scored in this process."""
+    return score_fold(history, cut_ms, 0, TASKS, OPTIONS)
 
 
 @pytest.fixture(scope='module')
@@ -64,69 +51,6 @@ def figures(history, cut_ms) -> dict:
     found = compare(history, [cut_ms], OPTIONS, said.append)
     assert [line.split(':')[0] for line in said[:2]] == [f'{day_of(cut_ms)}, part {part} of 2' for part in (1, 2)]
     return found
-
-
-# ---- cut-offs and questions -----------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize(('first', 'last', 'cutoffs'), [
-    ('1997-01-01', '1998-06-30', ['1997-09-30', '1998-04-01']),
-    ('2010-12-01', '2011-12-09', ['2011-09-10', '2011-11-09']),
-    ('2014-04-15', '2014-08-15', ['2014-07-16']),
-    ('2014-01-01', '2017-01-01', ['2016-04-03', '2016-10-03']),
-])
-def test_default_cutoffs(first, last, cutoffs):
-    assert [day_of(at_ms) for at_ms in default_cutoffs(spanning(first, last))] == cutoffs
-
-
-def test_too_short_a_recording_has_no_cutoff():
-    with pytest.raises(UsageError, match=r'50 days are too few.*--at'):
-        default_cutoffs(spanning('2014-01-01', '2014-02-20'))
-
-
-def test_a_cutoff_outside_the_recording_is_refused(history):
-    for at_ms in (history.start_ms, known_until(history)):
-        with pytest.raises(UsageError, match='nothing to learn from'):
-            compare(history, [at_ms], OPTIONS, print)
-
-
-def test_questions_are_those_that_are_settled_and_have_both_answers(history, cut_ms, figures):
-    cutoff = figures['cutoffs'][0]
-    end_ms = known_until(history)
-    asked, skipped = ({task['name'] for task in cutoff[part]} for part in ('tasks', 'skipped'))
-    assert asked | skipped == {*(f'purchase_{days}d' for days in HORIZON_DAYS), 'churn_90d'}
-    assert {'purchase_30d', 'purchase_90d', 'churn_90d'} <= asked
-    assert skipped >= {f'purchase_{days}d' for days in HORIZON_DAYS if cut_ms + days * DAY_MS > end_ms} != set()
-    for task in cutoff['tasks']:        # recounted from the events
-        lives = [[event for event in events if event.ts_ms < cut_ms] for events in history.events]
-        came = [any(event.type == EventType.PURCHASE and 0 <= event.ts_ms - cut_ms < task['days'] * DAY_MS
-                    for event in events) for events in history.events]
-        active = [any(event.type == EventType.PURCHASE and cut_ms - event.ts_ms <= 90 * DAY_MS for event in life)
-                  for life in lives]
-        if task['churn']:
-            assert (task['rows'], task['positives']) == (
-                sum(active), sum(one and not other for one, other in zip(active, came, strict=True)))
-        else:
-            assert (task['rows'], task['positives']) == (
-                sum(map(bool, lives)), sum(bool(life) and one for life, one in zip(lives, came, strict=True)))
-
-
-def test_rare_answers_are_not_asked_for(history, monkeypatch, cut_ms):
-    monkeypatch.setattr(comparing, 'POSITIVES_MIN', 10_000)
-    cutoff = comparing.Cutoff.of(history, cut_ms, OPTIONS)
-    assert cutoff.tasks == []
-    assert any('users on one side, 10000 are asked for' in reason for _, reason in cutoff.skipped)
-
-
-def test_cdnow_as_published(real_data):
-    """The cut-offs, customers and repeat buyers of the set on which BG/NBD was shown, by our reading of it."""
-    recording = Recording([real_data / 'cdnow' / 'CDNOW_master.txt.gz'], 'cdnow')
-    recording.scan()
-    cdnow = read((value for block in recording.blocks(10_000, 1 << 62) for value in block.values), EventRules())
-    cutoffs = [comparing.Cutoff.of(cdnow, at_ms, OPTIONS) for at_ms in default_cutoffs(cdnow)]
-    assert [day_of(cutoff.at_ms) for cutoff in cutoffs] == ['1997-09-30', '1998-04-01']
-    assert [len(cutoff.asked) for cutoff in cutoffs] == [16_585, 16_585]
-    assert [task.name for task in cutoffs[0].tasks] == [
-        'purchase_1d', 'purchase_7d', 'purchase_30d', 'purchase_90d', 'purchase_273d', 'churn_90d']
 
 
 # ---- who is taught by whom ------------------------------------------------------------------------------------------
@@ -141,9 +65,8 @@ def test_folds_cut_the_users_and_leave_each_training_its_validation_users():
         assert 0.12 < validation[parts != part].mean() < 0.18
 
 
-def test_everybody_is_scored_once(history, cut_ms):
-    tasks = [Task(2)]
-    found = [score_fold(history, cut_ms, part, tasks, OPTIONS) for part in range(2)]
+def test_everybody_is_scored_once(history, cut_ms, first_part):
+    found = [first_part, score_fold(history, cut_ms, 1, TASKS, OPTIONS)]
     users = np.concatenate([scores.user for scores in found])
     seen = [user for user, events in enumerate(history.events) if events[0].ts_ms < cut_ms]
     assert sorted(users.tolist()) == seen
@@ -152,15 +75,13 @@ def test_everybody_is_scored_once(history, cut_ms):
         assert all(len(scored.scores) == len(scores.user) for scored in scores.chances['purchase_30d'].values())
 
 
-def test_neither_the_future_nor_the_judged_teach(history, cut_ms):
+def test_neither_the_future_nor_the_judged_teach(history, cut_ms, first_part):
     """What comes after the cut-off is taken away, and what the judged did before it: the training is the same. What is
     foretold of the judged is the same without the future, too."""
-    tasks = [Task(2), Task(3, churn=True)]
-
     def scored(changed: History):
-        return score_fold(changed, cut_ms, 0, tasks, OPTIONS)
+        return score_fold(changed, cut_ms, 0, TASKS, OPTIONS)
 
-    whole = scored(history)
+    whole = first_part
     blind = scored(replace(history.before(cut_ms), end_ms=history.end_ms))
     ids = [[changed.user_ids[user] for user in scores.user] for changed, scores in
            ((history, whole), (history.before(cut_ms), blind))]
@@ -178,7 +99,7 @@ def test_neither_the_future_nor_the_judged_teach(history, cut_ms):
 
 
 def test_a_horizon_that_is_not_settled_is_told_from_the_longest_that_is(history, cut_ms):
-    tasks = [Task(horizon) for horizon in range(len(HORIZON_DAYS))]
+    tasks = [Task(HORIZON_DAYS.index(days)) for days in (7, 90, 273)]
     chances = score_fold(history, cut_ms, 0, tasks, OPTIONS).chances
     assert chances['purchase_7d']['logistic regression'].is_chance
     far = chances['purchase_273d']
@@ -213,9 +134,21 @@ def test_without_prices_nothing_is_said_of_money(lines, cut_ms):
     assert not {'past spend', 'spend of 90 days'} & set(found.chances['purchase_30d'])
 
 
-def test_processes_do_not_show(history, cut_ms, figures):
-    again = compare(history, [cut_ms], replace(OPTIONS, processes=2), lambda line: None)
-    assert orjson.dumps(again) == orjson.dumps(figures)
+def test_another_process_gives_the_same(history, cut_ms, first_part):
+    with comparing.runner(2) as run:
+        again, = run(score_fold, [(history, cut_ms, 0, TASKS, OPTIONS)])
+    assert again.training == first_part.training
+    assert again.chances.keys() == first_part.chances.keys() and again.left_out == first_part.left_out
+    for mine, theirs in ((again.spend, first_part.spend), (again.tiers, first_part.tiers), *(
+            ({name: scored.scores for name, scored in part.chances[task.name].items()} for part in (again, first_part))
+            for task in TASKS)):
+        assert mine.keys() == theirs.keys() != set()
+        assert all(np.array_equal(scores, theirs[name]) for name, scores in mine.items())
+
+
+def test_answers_come_in_the_order_of_the_jobs():
+    with comparing.runner(2) as run:
+        assert list(run(divmod, [(number, 7) for number in range(40)])) == [divmod(number, 7) for number in range(40)]
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------
@@ -255,8 +188,13 @@ def told(figures) -> dict:
     return {'about': {'sources': [NASTY], 'format': 'events', 'currency': 'EUR'}} | figures
 
 
-def test_the_page_says_what_the_figures_say(told, cut_ms):
-    page = Page(render_report(told))
+@pytest.fixture(scope='module')
+def html(told) -> str:
+    return render_report(told)
+
+
+def test_the_page_says_what_the_figures_say(told, html, cut_ms):
+    page = Page(html)
     assert page.open == []
     for words in (f'As of {day_of(cut_ms)}', 'A user buys within 30 days', 'A user buys nothing within 90 days', 'EUR',
                   'Tier of spend in 90 days', 'the recording ends before it is settled'):
@@ -267,8 +205,7 @@ def test_the_page_says_what_the_figures_say(told, cut_ms):
         assert ''.join(difference(task['contenders'][task['best_reference']]['model_less']['auc'])) in page.text
 
 
-def test_the_page_needs_nothing_and_runs_nothing(told):
-    html = render_report(told)
+def test_the_page_needs_nothing_and_runs_nothing(told, html):
     page = Page(html)
     assert NASTY in page.text
     assert not {'script', 'link', 'img', 'iframe', 'object', 'image'} & {tag for tag, _ in page.tags}
@@ -281,8 +218,8 @@ def test_the_page_needs_nothing_and_runs_nothing(told):
     assert len(ids) == len(set(ids))
 
 
-def test_the_page_is_made_of_the_written_figures_and_the_same_each_time(told):
-    assert render_report(orjson.loads(orjson.dumps(told))) == render_report(told)
+def test_the_page_is_made_of_the_written_figures_and_the_same_each_time(told, html):
+    assert render_report(orjson.loads(orjson.dumps(told))) == html
 
 
 def test_words_of_figures():

@@ -21,6 +21,7 @@ from stream.errors import ModelError, UsageError
 from stream.learn import dataset
 from stream.learn.checkpoint import load, save
 from stream.learn.export import check_neighbours, export, outputs, padded, parity
+from stream.learn.judge import MODEL
 from stream.learn.model import INPUT_NAMES
 from stream.learn.served import score
 from stream.scoring.artefact import load_artefact
@@ -101,7 +102,7 @@ def test_the_card_tells_the_run(checkpoint, version_dir):
     for contenders in metrics['test']['tasks'].values():
         for name in contenders:
             assert f'| {name} |' in card
-    assert f'{metrics["test"]["tasks"]["purchase within 7 d"]["model"]["auc"][0]:.3f}' in card
+    assert f'{metrics["test"]["tasks"]["purchase within 7 d"][MODEL]["metrics"]["auc"][0]:.3f}' in card
 
 
 def test_the_same_bytes_twice(checkpoint, version_dir, tmp_path):
@@ -125,7 +126,8 @@ def test_a_metric_that_cannot_be_computed_leaves_its_cell_empty(checkpoint, tmp_
     copy = shutil.copytree(checkpoint, tmp_path / 'checkpoint')
     metrics = json.loads((copy / 'metrics.json').read_bytes())
     contenders = metrics['test']['tasks']['purchase within 7 d']
-    contenders['logistic regression'] |= {'auc': [None] * 3, 'less_auc': [None] * 3}
+    contenders['logistic regression']['metrics']['auc'] = [None] * 3
+    contenders['logistic regression']['model_less']['auc'] = [None] * 3
     (copy / 'metrics.json').write_text(json.dumps(metrics))
     card = (export(copy, tmp_path / 'repository').parent / 'README.md').read_text()
     assert '| logistic regression |  | ' in card and 'None' not in card and 'nan' not in card

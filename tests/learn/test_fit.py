@@ -13,8 +13,8 @@ from stream.core.window import DAY_MS, WindowLimits
 from stream.errors import UsageError
 from stream.learn import calibrate, dataset
 from stream.learn.backbones import EncoderOptions, EventsBackbone
-from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT
-from stream.learn.fit import fit, tier_of, window_logits
+from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT, tier_of
+from stream.learn.fit import fit, window_logits
 from stream.learn.model import BINARY, HORIZONS, ShopperModel
 
 LIMITS = WindowLimits()

@@ -52,8 +52,9 @@ def test_differences_are_paired():
 
 def test_only_chances_are_judged_as_chances():
     figures = judged(CHANCE, LightGBM=CHANCE)
-    assert set(figures['contenders'][MODEL]['metrics']) == {'auc', 'pr_auc', 'log_loss', 'brier', 'ece'}
-    assert set(figures['contenders']['LightGBM']['metrics']) == {'auc', 'pr_auc'}
+    assert set(figures['contenders'][MODEL]['metrics']) == {
+        'auc', 'pr_auc', 'top_decile_lift', 'log_loss', 'brier', 'ece'}
+    assert set(figures['contenders']['LightGBM']['metrics']) == {'auc', 'pr_auc', 'top_decile_lift'}
     assert set(figures['calibration']) == set(figures['thresholds']) == {MODEL}
 
 
@@ -71,7 +72,9 @@ def test_thresholds_and_segments_by_a_recount():
     at = figures['thresholds'][MODEL]['base rate']
     assert at['threshold'] == TRUTH.mean()
     assert at['true_positive'] + at['false_positive'] == (TRUTH.mean() <= CHANCE).sum()
-    assert figures['thresholds'][MODEL]['one half']['threshold'] == 0.5
+    recall, low, high = at['recall']
+    assert recall == at['true_positive'] / TRUTH.sum() and low < recall < high
+    assert figures['thresholds'][MODEL]['stated']['threshold'] == 0.5
     segment = figures['segments']['the first half']
     assert (segment['rows'], segment['positives']) == (750, TRUTH[:750].sum())
     assert segment['auc'][MODEL] != figures['contenders'][MODEL]['metrics']['auc'][0]
@@ -87,6 +90,9 @@ def test_spend_and_tiers_by_hand():
     assert [row['spent'] for row in spend['bins']] == spent.tolist()
 
     chances = np.array([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]])
-    tiers = judge_tiers({MODEL: chances}, np.array([0, 1, 2, 2]), 20, seed=3)
+    tiers = judge_tiers({MODEL: Scored(chances, True), 'a choice': Scored(np.eye(3)[[0, 1, 1, 1]], False)},
+                        np.array([0, 1, 2, 2]), 20, seed=3)
     assert tiers['confusion'] == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
     assert tiers['contenders'][MODEL]['metrics']['accuracy'][0] == 0.75
+    assert set(tiers['contenders']['a choice']['metrics']) == {'accuracy', 'within_one_tier'}      # it gives no chances
+    assert tiers['contenders']['a choice']['model_less']['accuracy'][0] == 0.25

@@ -20,8 +20,10 @@ from stream.learn.metrics import (
     log_loss,
     mean_absolute_error,
     pr_auc,
+    ranks,
     resamples,
     spearman,
+    top_decile_lift,
     top_decile_share,
     total_ratio,
     within_one,
@@ -144,3 +146,17 @@ def test_an_interval_leaves_out_what_could_not_be_computed():
     value, *bounds = interval(A([1.0, np.nan]))
     assert value == 1
     assert all(map(math.isnan, bounds))
+
+
+def test_ranks_of_equal_values_are_shared():
+    assert ranks(A([3.0, 1, 3, -np.inf, 2])).tolist() == [4.5, 2, 4.5, 1, 3]
+
+
+def test_lift_of_the_top_tenth():
+    scores, truth = np.arange(100.0), np.zeros(100)
+    truth[[99, 98, 97, 10, 20]] = 1
+    assert top_decile_lift(scores, truth) == pytest.approx(3 / 10 / 0.05)
+    assert top_decile_lift(np.zeros(100), truth) == pytest.approx(1)        # nobody is told apart: as at random
+    level = np.where(scores >= 80, 1.0, 0.0)        # twenty are level at the edge: half of what is among them counts
+    assert top_decile_lift(level, truth) == pytest.approx(3 / 20 / 0.05)
+    assert math.isnan(top_decile_lift(scores, np.zeros(100)))

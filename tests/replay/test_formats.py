@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from stream.cli_shared import amounts_in
+from stream.config import Settings
 from stream.core.events import Decoder, Event, EventRules
 from stream.errors import InputError
 from stream.replay.formats import FORMATS, BadRow, Occurrences
@@ -380,3 +382,11 @@ def test_tmall_chinese_dates(tmp_path, encoding):
 def test_tmall_bad_rows(tmp_path):
     rows = read(tmp_path, 'tmall', TMALL + b'1,2,0\n,2,0,6-4\n1,2,4,6-4\n1,2,0,2-29\n1,2,0,June 4\n1,2,0,6-4,\n')
     assert reasons(rows) == ['short_row', 'no_user', 'unknown_type', 'bad_time', 'bad_time', 'long_row']
+
+
+def test_a_set_of_a_known_currency_says_it():
+    assert {name: entry.currency for name, entry in FORMATS.items() if entry.currency} == {
+        'online-retail': 'GBP', 'cdnow': 'USD'}
+    settings = Settings(currency='CHF')
+    assert [amounts_in(name, settings) for name in ('online-retail', 'events', 'tmall', 'unheard-of')] == [
+        'GBP', 'CHF', 'CHF', 'CHF']

@@ -1,0 +1,131 @@
+"""Sizes and rates of a training, found by trying: Optuna's tree-structured Parzen estimator, seeded.
+
+    1 try      one training after the other, on the users and the time of a training without a search; the first of
+               them as it was given
+    2 judge    by the loss of the validation users, both branches together: the test's users and days are not there
+    3 give up  a training that after a pass is worse than the median of those before it at that pass
+    4 keep     the best one, which is trained already
+
+The validation users choose the best pass, the mixing of the branches and now the sizes: their loss flatters what is
+kept, the more the more is tried. The test does not, and is what counts.
+
+Sources: Bergstra et al. (2011), "Algorithms for Hyper-Parameter Optimization". Akiba et al. (2019), Optuna,
+arXiv 1907.10902.
+"""
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.console import Console
+
+from stream.core.window import WindowLimits
+from stream.errors import UsageError
+from stream.learn.dataset import History
+from stream.learn.fit import FitOptions, Fitted, fit
+
+_FULL_TRIALS = 3        # before one is given up
+_FULL_PASSES = 2        # of each: fewer rows a pass begin more slowly
+
+
+@dataclass(frozen=True)
+class Searched:
+    """The best training.
+
+    options  its own
+    trials   ready for JSON, in their order: settings, validation (None: given up), passes, kept
+    """
+
+    fitted: Fitted
+    options: FitOptions
+    trials: list[dict[str, Any]]
+
+
+def search(history: History, users: Sequence[int], known_until_ms: int, options: FitOptions, limits: WindowLimits,
+           trials: int, console: Console) -> Searched:
+    """Try so many trainings, the first one as `options` say.
+
+    Errors   UsageError where Optuna is not installed, or the events hold nothing to learn from.
+    Promise  on one machine the same options give the same trials and the same weights.
+    """
+    optuna = _optuna()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        sampler=optuna.samplers.TPESampler(seed=options.seed, n_startup_trials=max(2, trials // 4)),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=_FULL_TRIALS, n_warmup_steps=_FULL_PASSES))
+    study.enqueue_trial(_settings(options))
+    best: Searched | None = None
+    log: list[dict[str, Any]] = []
+    for number in range(trials):
+        trial = study.ask()
+        given = _suggested(trial, options)
+        settings = ', '.join(f'{name} {value:.3g}' for name, value in trial.params.items())
+        console.print(f'Trial {number + 1} of {trials}: {settings}')
+        entry = {'settings': trial.params, 'validation': None, 'passes': 0, 'kept': False}
+        log.append(entry)
+        try:
+            fitted = fit(history, users, known_until_ms, given, limits, console,
+                         after_pass=_report_to(trial, entry, optuna.TrialPruned))
+        except optuna.TrialPruned:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            console.print(f'  given up after pass {entry["passes"]}')
+            continue
+        study.tell(trial, fitted.validation)
+        entry['validation'] = fitted.validation
+        if best is None or fitted.validation < best.fitted.validation:
+            best = Searched(fitted, given, log)
+        console.print(f'  validation {fitted.validation:.4f}, best so far {best.fitted.validation:.4f}')
+    assert best is not None         # the first is never given up
+    log[[entry['validation'] for entry in log].index(best.fitted.validation)]['kept'] = True
+    return best
+
+
+def _report_to(trial: Any, entry: dict[str, Any], given_up: type[Exception]) -> Callable[[int, float], None]:
+    def after_pass(number: int, validation: float) -> None:
+        entry['passes'] = number
+        trial.report(validation, number)
+        if trial.should_prune():
+            raise given_up
+
+    return after_pass
+
+
+def _settings(options: FitOptions) -> dict[str, Any]:
+    """What is searched, as it is given."""
+    sizes = {'hidden': options.encoder.hidden, 'layers': options.encoder.layers, 'dropout': options.encoder.dropout}
+    return (sizes if options.backbone.name == 'events' else {}) | {
+        'learning_rate': options.learning_rate, 'weight_decay': options.weight_decay,
+        'counters_decay': options.counters_decay, 'rows_per_epoch': options.rows_per_epoch}
+
+
+def _suggested(trial: Any, options: FitOptions) -> FitOptions:
+    """The next one to try; ranges lie around what is given. Sizes of a pretrained backbone are what they are."""
+    encoder = options.encoder
+    if options.backbone.name == 'events':
+        widths = [encoder.hidden // 2 // encoder.heads * encoder.heads or encoder.heads, encoder.hidden,
+                  encoder.hidden * 3 // 2 // encoder.heads * encoder.heads]
+        hidden = trial.suggest_categorical('hidden', widths)
+        encoder = replace(
+            encoder, hidden=hidden, intermediate=max(1, encoder.intermediate * hidden // encoder.hidden),
+            layers=trial.suggest_int('layers', 1, encoder.layers + 1),
+            dropout=trial.suggest_float('dropout', 0.0, max(0.3, encoder.dropout)))
+
+    def near(name: str, value: float, times: float) -> float:
+        if value == 0:      # none is asked for
+            return 0.0
+        return trial.suggest_float(name, value / times, value * times, log=True)
+
+    return replace(
+        options, encoder=encoder, learning_rate=near('learning_rate', options.learning_rate, 5),
+        weight_decay=near('weight_decay', options.weight_decay, 10),
+        counters_decay=near('counters_decay', options.counters_decay, 10),
+        rows_per_epoch=trial.suggest_categorical('rows_per_epoch', [
+            max(1, options.rows_per_epoch // 2), options.rows_per_epoch, options.rows_per_epoch * 2]))
+
+
+def _optuna() -> Any:
+    try:
+        return importlib.import_module('optuna')
+    except ModuleNotFoundError as error:
+        raise UsageError('Searching for sizes and rates needs optuna, which is not installed.',
+                         do="install it: pip install -e '.[train]'.") from error
