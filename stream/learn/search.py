@@ -52,7 +52,7 @@ def search(history: History, users: Sequence[int], known_until_ms: int, options:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         sampler=optuna.samplers.TPESampler(seed=options.seed, n_startup_trials=max(2, trials // 4)),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=_FULL_TRIALS, n_warmup_steps=_FULL_PASSES))
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=_FULL_TRIALS, n_warmup_steps=_FULL_PASSES + 1))
     study.enqueue_trial(_settings(options))
     best: Searched | None = None
     log: list[dict[str, Any]] = []
