@@ -83,7 +83,8 @@ def rendered(template: str, figures: Mapping[str, Any], rivals: Sequence[str], r
 def on_terminal(task: Mapping[str, Any]) -> list[str]:
     """The contenders of the short table, the model first."""
     rivals = [name for name in REFERENCES if name in task['contenders']] or RULES
-    return [name for name in (MODEL, WINDOW, COUNTERS, *rivals) if name in task['contenders']]
+    shown = dict.fromkeys((MODEL, WINDOW, COUNTERS, *rivals, RULES[0]))
+    return [name for name in shown if name in task['contenders']]
 
 
 def question(task: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from stream.learn.compare import CompareOptions, FoldScores, compare, fold_of, s
 from stream.learn.compare_report import CONTENDERS, difference, interval, question, render_report
 from stream.learn.dataset import HORIZON_DAYS, ExampleOptions, History, history_of, part_of, read
 from stream.learn.fit import FitOptions
-from stream.learn.judge import COUNTERS, MODEL, WINDOW
+from stream.learn.judge import COMMONEST, COUNTERS, MODEL, PAST_TIER, WINDOW
 from stream.learn.questions import Task, day_of, default_cutoffs
 
 FIT = FitOptions(encoder=EncoderOptions(hidden=16, layers=1, heads=2, intermediate=32), epochs=2, rows_per_epoch=400,
@@ -121,6 +121,7 @@ def test_figures_are_there_of_everybody(figures):
     month = next(task for task in cutoff['tasks'] if task['name'] == 'purchase_30d')
     assert month['contenders']['logistic regression']['metrics']['auc'][0] > 0.6     # shoppers differ, and it shows
     assert set(cutoff['spend']['contenders']) >= {MODEL, 'BG/NBD + Gamma-Gamma', 'LightGBM'}
+    assert set(cutoff['tier']['contenders']) == {MODEL, COMMONEST, PAST_TIER, 'logistic regression'}
     assert np.sum(cutoff['tier']['confusion']) == cutoff['tier']['rows'] == cutoff['users']
     assert [len(part['epochs']) for part in cutoff['training']] == [2, 2]
     assert set(cutoff['training'][0]['network']) <= {task['name'] for task in cutoff['tasks']} != set()
@@ -139,11 +140,17 @@ def test_another_process_gives_the_same(history, cut_ms, first_part):
         again, = run(score_fold, [(history, cut_ms, 0, TASKS, OPTIONS)])
     assert again.training == first_part.training
     assert again.chances.keys() == first_part.chances.keys() and again.left_out == first_part.left_out
-    for mine, theirs in ((again.spend, first_part.spend), (again.tiers, first_part.tiers), *(
-            ({name: scored.scores for name, scored in part.chances[task.name].items()} for part in (again, first_part))
-            for task in TASKS)):
-        assert mine.keys() == theirs.keys() != set()
-        assert all(np.array_equal(scores, theirs[name]) for name, scores in mine.items())
+
+    def all_scores(part: FoldScores) -> dict[tuple[str, str], np.ndarray]:
+        answers = {'spend': part.spend} | {task: {name: scored.scores for name, scored in by_name.items()}
+                                           for task, by_name in (*part.chances.items(), ('tier', part.tiers))}
+        return {(task, name): scores for task, by_name in answers.items() for name, scores in by_name.items()}
+
+    mine, theirs = all_scores(again), all_scores(first_part)
+    assert mine.keys() == theirs.keys() and {task for task, _ in mine} == {
+        'spend', 'tier', *(task.name for task in TASKS)}
+    for place, scores in mine.items():
+        assert np.array_equal(scores, theirs[place]), place
 
 
 def test_answers_come_in_the_order_of_the_jobs():
