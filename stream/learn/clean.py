@@ -163,10 +163,10 @@ def wholesalers(history: History, users: list[int]) -> tuple[History, list[int],
     spend_max, lines_max = _bound(spend[spend > 0]), _bound(lines[lines > 0])
     gone = {user for user, far in zip(bought, (spend > spend_max) | (lines > lines_max), strict=True) if far}
     money = _money(history, gone)
+    bounds = {f'{spend_max:,.2f} of spend': spend_max, f'{lines_max:,.0f} lines': lines_max}
     return history, [user for user in users if user not in gone], Removed(
         'wholesalers', sum(event.type in _MONEY for user in gone for event in history.events[user]), len(gone), money,
-        _share(money, history, users),
-        f'{spend_max:,.2f} of spend or {lines_max:,.0f} lines' if np.isfinite(spend_max + lines_max) else '')
+        _share(money, history, users), ' or '.join(words for words, bound in bounds.items() if np.isfinite(bound)))
 
 
 STEPS: dict[str, Callable[[History, list[int]], tuple[History, list[int], Removed]]] = {
