@@ -212,6 +212,18 @@ def test_the_page_says_what_the_figures_say(told, html, cut_ms):
         assert ''.join(difference(task['contenders'][task['best_reference']]['model_less']['auc'])) in page.text
 
 
+def test_the_page_says_what_was_cleaned(told, html):
+    assert 'cleaned' not in html
+    removed = {'step': 'duplicates', 'lines': 7, 'users': 2, 'money': 3.5, 'money_share': 0.012, 'bound': ''}
+    cutoff, = told['cutoffs']
+    first, *others = cutoff['training']
+    page = Page(render_report(told | {
+        'protocol': told['protocol'] | {'cleaning': ['duplicates']},
+        'cutoffs': [cutoff | {'tasks': [], 'training': [first | {'removed': [removed]}, *others]}]}))
+    assert 'What everybody learns from was cleaned first (duplicates)' in page.text
+    assert 'what part 1 learned from: duplicates: 7 lines of 2 training users, 1.2% of their money.' in page.text
+
+
 def test_the_page_needs_nothing_and_runs_nothing(told, html):
     page = Page(html)
     assert NASTY in page.text
@@ -260,11 +272,12 @@ def run(lines, tmp_path, monkeypatch, figures):
 
 
 def test_the_command_writes_the_page_and_the_figures(run, tmp_path, lines, cut_ms, figures):
-    done, asked = run('--folds', '4', '--seed', '11', '--at', '2024-05-06', '--at', '2024-04-01', '--out', 'there')
+    done, asked = run('--folds', '4', '--seed', '11', '--clean', 'outliers', '--at', '2024-05-06', '--at', '2024-04-01',
+                      '--out', 'there')
     assert done.exit_code == 0, done.output
     (events, cutoffs, options), = asked
     assert (events, cutoffs) == (len(lines), [ms('2024-04-01'), ms('2024-05-06')])
-    assert (options.folds, options.seed) == (4, 11)
+    assert (options.folds, options.seed, options.fit.clean) == (4, 11, ('outliers',))
     assert '<html' in (tmp_path / 'there' / 'index.html').read_text()
     kept = orjson.loads((tmp_path / 'there' / 'figures.json').read_bytes())
     assert kept['about']['sources'] == ['events.jsonl']
