@@ -22,8 +22,8 @@ from stream.learn.fit import FitOptions
 from stream.learn.judge import COMMONEST, COUNTERS, MODEL, PAST_TIER, WINDOW
 from stream.learn.questions import Task, day_of, default_cutoffs
 
-FIT = FitOptions(encoder=EncoderOptions(hidden=16, layers=1, heads=2, intermediate=32), epochs=2, rows_per_epoch=400,
-                 examples=ExampleOptions(90, 2))
+FIT = FitOptions(encoder=EncoderOptions(hidden=16, layers=1, heads=2, intermediate=32), epochs=2, rows_per_epoch=100,
+                 examples=ExampleOptions(90, 1))
 OPTIONS = CompareOptions(seed=3, folds=2, resamples=30, fit=FIT)
 TASKS = [Task(HORIZON_DAYS.index(30)), Task(HORIZON_DAYS.index(90), churn=True)]
 NASTY = '''<script>alert("1")</script>'&amp;'''
