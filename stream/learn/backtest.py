@@ -77,8 +77,8 @@ def learned(manifest: Manifest, at_ms: int) -> str:
 
 def _judged(cutoff: Cutoff, artefact: Artefact, priced: bool, options: BacktestOptions) -> dict:
     manifest, asked = artefact.manifest, cutoff.asked
-    served, table, drawn = score(artefact.weights, asked.inputs), Table.of_examples(asked), (
-        options.resamples, options.seed)
+    served, table = score(artefact.weights, asked.inputs, manifest.rows_max), Table.of_examples(asked)
+    drawn = options.resamples, options.seed
     money = priced and manifest.priced
     place = {days: column for column, days in enumerate(manifest.horizon_days)}
     kinds = segments(asked)
