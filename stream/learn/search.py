@@ -9,6 +9,8 @@
 The validation users choose the best pass, the mixing of the branches and now the sizes: their loss flatters what is
 kept, the more the more is tried. The test does not, and is what counts.
 
+A search that was cut off begins anew: only trainings without one go on where they were.
+
 Sources: Bergstra et al. (2011), "Algorithms for Hyper-Parameter Optimization". Akiba et al. (2019), Optuna,
 arXiv 1907.10902.
 """

@@ -13,12 +13,13 @@ from stream.core.events import EventRules
 from stream.errors import ModelError
 from stream.learn import transfer as transferring
 from stream.learn.backbones import EncoderOptions
-from stream.learn.compare import CompareOptions, Task, default_cutoffs, fold_of
+from stream.learn.compare import CompareOptions, fold_of
 from stream.learn.compare_report import render_report
 from stream.learn.dataset import ExampleOptions, part_of, read
 from stream.learn.fit import FitOptions
 from stream.learn.judge import COUNTERS, MODEL, WINDOW
 from stream.learn.metrics import auc
+from stream.learn.questions import Task, default_cutoffs
 from stream.learn.transfer import (
     SCRATCH,
     TRANSFERRED,
