@@ -168,7 +168,8 @@ def test_the_curve_has_all_shares_of_all_questions(curve, checkpoint):
 def test_the_page_shows_the_curve(curve):
     figures = {'about': {'sources': ['x'], 'format': 'events', 'currency': 'EUR'},
                'recording': {'events': 1, 'users': 1, 'refused': 0, 'first_ms': 0, 'last_ms': 1, 'priced': True},
-               'protocol': {'folds': 2, 'seed': 3, 'resamples': 8, 'contender_rows_max': 9, 'active_days': 90},
+               'protocol': {'folds': 2, 'seed': 3, 'resamples': 8, 'contender_rows_max': 9, 'active_days': 90,
+                            'cleaning': ()},
                'cutoffs': []}
     without = render_report(figures)
     page = render_report(figures | {'transfer': orjson.loads(orjson.dumps(curve))})
