@@ -132,6 +132,11 @@ def padded(inputs: Features, rows: np.ndarray, length: int) -> Batch:
                  inputs.counters[rows], rows.astype(np.int64)[:, None])
 
 
+def buckets(hashes: np.ndarray, count: int) -> np.ndarray:
+    """Which of `count` buckets each hash of an event's item or category falls into; 0: it has none."""
+    return np.where(hashes > 0, hashes % (count - 1) + 1, 0)
+
+
 def _slots(snapshots: Snapshots) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     events = snapshots.headers['events'].astype(np.int64)
     users = len(events)
@@ -164,8 +169,8 @@ def _slots(snapshots: Snapshots) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
     gap_days[starts[:-1][kept_of > 0]] = 0.0
     categories = np.zeros((slots + 1, 3), np.int32)
     categories[:-1, 0] = head['type']
-    categories[:-1, 1] = np.where(head['item'] > 0, head['item'] % (ITEM_BUCKETS - 1) + 1, 0)
-    categories[:-1, 2] = np.where(head['category'] > 0, head['category'] % (CATEGORY_BUCKETS - 1) + 1, 0)
+    categories[:-1, 1] = buckets(head['item'], ITEM_BUCKETS)
+    categories[:-1, 2] = buckets(head['category'], CATEGORY_BUCKETS)
     minute = ts_ms % DAY_MS // MINUTE_MS
     numbers = np.zeros((slots + 1, SLOT_NUMBERS), np.float32)
     numbers[:-1, 0] = np.log1p(amount)

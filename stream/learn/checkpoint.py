@@ -7,6 +7,7 @@
     training_windows.safetensors   some of those it learned from, likewise: what int8 finds its ranges on
     config.json           options, data, tier edges, feature layout; what model the weights belong to
     metrics.json          what the test said (stream.learn.evaluate)
+    ranking.safetensors   the ranking of what is bought next, where there is one
 
 LoRA and IA3 become part of the weights that they change; a prefix stays what it is.
 """
@@ -27,11 +28,13 @@ from stream.learn.backbones import Description, describe, remake
 from stream.learn.dataset import Examples
 from stream.learn.model import INPUT_NAMES, ShopperModel
 from stream.learn.prune import cut_as
+from stream.learn.ranker import Recommender
 from stream.learn.tuning import merged
 from stream.scoring.artefact import LAYOUT, FeatureLayout
 
 WEIGHTS_FILE, CONFIG_FILE, METRICS_FILE, WINDOWS_FILE, TRAINING_WINDOWS_FILE = (
     'model.safetensors', 'config.json', 'metrics.json', 'windows.safetensors', 'training_windows.safetensors')
+RANKING_FILE = 'ranking.safetensors'
 _KEPT_WINDOWS = 32
 _KEPT_TRAINING_WINDOWS = 128
 
@@ -45,6 +48,7 @@ class Checkpoint:
     metrics: dict
     windows: dict[int, dict[str, Tensor]]
     training_windows: dict[int, dict[str, Tensor]]
+    recommender: Recommender | None = None
 
 
 def save(kept: Checkpoint, out: Path) -> None:
@@ -55,6 +59,9 @@ def save(kept: Checkpoint, out: Path) -> None:
     for file, windows in ((WINDOWS_FILE, kept.windows), (TRAINING_WINDOWS_FILE, kept.training_windows)):
         safetensors.torch.save_file({f'{length}.{name}': tensor for length, batch in windows.items()
                                      for name, tensor in batch.items()}, out / file)
+    (out / RANKING_FILE).unlink(missing_ok=True)        # of an earlier checkpoint in this folder
+    if kept.recommender is not None:
+        safetensors.torch.save_file(kept.recommender.state_dict(), out / RANKING_FILE)
     backbone = msgspec.to_builtins(describe(model.backbone), str_keys=True)
     for name, content in ((CONFIG_FILE, kept.config | {'backbone': backbone}), (METRICS_FILE, kept.metrics)):
         (out / name).write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1) + b'\n')   # NaN: null
@@ -75,6 +82,8 @@ def load(checkpoint: Path) -> Checkpoint:
         weights = safetensors.torch.load_file(checkpoint / WEIGHTS_FILE)
         windows, training_windows = (_windows(safetensors.torch.load_file(checkpoint / file))
                                      for file in (WINDOWS_FILE, TRAINING_WINDOWS_FILE))
+        ranking = checkpoint / RANKING_FILE
+        recommender = Recommender.of(safetensors.torch.load_file(ranking)) if ranking.is_file() else None
         layout = msgspec.convert(config['layout'], FeatureLayout)
         tiers, refund = len(config['tiers']['names']), bool(config['learning']['refund'])
         description = msgspec.convert(config['backbone'], Description, strict=False)
@@ -96,7 +105,7 @@ def load(checkpoint: Path) -> Checkpoint:
         model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         raise _damaged(checkpoint, error) from error
-    return Checkpoint(model.eval(), config, metrics, windows, training_windows)
+    return Checkpoint(model.eval(), config, metrics, windows, training_windows, recommender)
 
 
 def some_windows(examples: Examples) -> dict[int, dict[str, Tensor]]:

@@ -38,8 +38,9 @@ from stream.learn.baselines import (
 )
 from stream.learn.calibrate import SETTLED_ROWS_MIN
 from stream.learn.checkpoint import some_windows
-from stream.learn.dataset import ACTIVE_DAYS, Examples, History, Kind, at_time, part_of, tier_of
+from stream.learn.dataset import ACTIVE_DAYS, NEXT_DAYS, Examples, History, Kind, at_time, part_of, tier_of
 from stream.learn.export import write_graph
+from stream.learn.export_ranking import write_ranking
 from stream.learn.fit import FitOptions, Fitted, fit, rows_max, window_logits
 from stream.learn.judge import (
     COMMONEST,
@@ -52,9 +53,12 @@ from stream.learn.judge import (
     judge_spend,
     judge_tiers,
 )
+from stream.learn.past_items import BUCKETS
 from stream.learn.questions import Cutoff, Task, day_of, known_until, segments, truth_of
+from stream.learn.recommend import ASKED_MIN, RankedFold, judge_ranking, rank
 from stream.learn.rules import Table, past_tier, spend_rules
 from stream.learn.served import score
+from stream.learn.served_ranking import rankings
 
 _FOLD_SEED = 1 << 32                # far from the seed of training, whose validation users are cut by the same hash
 
@@ -87,6 +91,7 @@ class FoldScores:
     spend     by contender, float64 [n]; empty where there is no money, or too little settled spend to learn from
     tiers     by contender, [n, tiers]; as `spend`
     tier      int64 [n], what it came to be; -1: not settled
+    ranked    by column and contender how well each ranked what was bought next, of whoever bought something
     left_out  (task, contender, reason) where one could not be fitted
     training  its figures, ready for JSON
     """
@@ -96,6 +101,7 @@ class FoldScores:
     spend: dict[str, np.ndarray]
     tiers: dict[str, Scored]
     tier: np.ndarray
+    ranked: dict[str, RankedFold]
     left_out: list[tuple[str, str, str]]
     training: dict[str, Any]
 
@@ -134,6 +140,8 @@ def compare(history: History, cutoffs_ms: Sequence[int], options: CompareOptions
             'at_ms': cutoff.at_ms, 'users': len(cutoff.asked), 'active': int(cutoff.asked.active.sum()),
             'tasks': [task.words() | answers[cutoff.at_ms, task.name] for task in cutoff.tasks],
             'spend': answers.get((cutoff.at_ms, 'spend')), 'tier': answers.get((cutoff.at_ms, 'tier')),
+            'ranking': [{'column': column, 'days': NEXT_DAYS} | answers[cutoff.at_ms, f'next_{column}']
+                        for column in BUCKETS if (cutoff.at_ms, f'next_{column}') in answers],
             'skipped': [task.words() | {'reason': reason} for task, reason in cutoff.skipped],
             'left_out': [{'task': task, 'contender': name, 'reason': reason} for task, name, reason
                          in sorted({left for scores in found[cutoff.at_ms] for left in scores.left_out})],
@@ -165,6 +173,11 @@ def score_fold(history: History, at_ms: int, part: int, tasks: list[Task], optio
             graph = Path(folder) / 'model.onnx'
             write_graph(fitted.model, some_windows(test), graph)
             served = score(graph, test.inputs, rows_max(fitted.model))
+            ranked = {}
+            if fitted.recommender is not None:
+                write_ranking(fitted.recommender, graph)
+                ranked = rank(known, learners, history, test, list(rankings(graph, history, test)), options.seed,
+                              known_until(history))
 
         contenders = _Contenders(train, Table.of_examples(test), known.priced, options.seed)
         own = _model_chances(fitted, served['purchase'].astype(float), test, tasks)
@@ -178,7 +191,8 @@ def score_fold(history: History, at_ms: int, part: int, tasks: list[Task], optio
             tiers = {MODEL: Scored(served['tier_probabilities'].astype(float), True),
                      COMMONEST: Scored(np.tile(shares, (len(test), 1)), True)} | contenders.tiers(fitted.tier_edges)
     return FoldScores(
-        test.user, chances, spend, tiers, tier_of(test.labels.spend, fitted.tier_edges), contenders.left_out,
+        test.user, chances, spend, tiers, tier_of(test.labels.spend, fitted.tier_edges), ranked,
+        contenders.left_out,
         {'users': len(fitted.users), 'removed': fitted.removed, 'moments': len(fitted.data),
          'contender_rows': len(train) - len(as_of),
          'epochs': fitted.epochs, 'best_epoch': fitted.best_epoch, 'tier_edges': fitted.tier_edges.tolist(),
@@ -316,6 +330,12 @@ def _questions(cutoff: Cutoff, found: list[FoldScores], options: CompareOptions)
         by_name = _together([scores.chances[task.name] for scores in found], order[rows])
         yield task.name, judge_chances, (by_name, truth[rows], {
             words: chosen[rows] for words, chosen in kinds.items() if chosen[rows].any()}, *drawn)
+    for column in _in_all([scores.ranked for scores in found]):
+        parts = [scores.ranked[column] for scores in found]
+        joined = {name: {metric: np.concatenate([part[name][metric] for part in parts]) for metric in parts[0][name]}
+                  for name in _in_all(parts)}
+        if len(joined[MODEL]['ndcg']) >= ASKED_MIN:
+            yield f'next_{column}', judge_ranking, (joined, *drawn)
     spend = asked.labels.spend.astype(float)
     if np.isnan(spend).any():
         return

@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from stream.learn.clean import in_words
 from stream.learn.judge import COMMONEST, COUNTERS, MODEL, PAST_TIER, REFERENCES, RULES, SCRATCH, TRANSFERRED, WINDOW
+from stream.learn.recommend import OWN, POPULAR, RECENT, SASREC, TOP
 from stream.page import Draw, render
 
 # Okabe and Ito's colours (Color Universal Design, 2008), which stay apart under colour blindness.
@@ -28,7 +29,7 @@ METRICS = {
     'brier': 'Brier score', 'ece': 'Calibration error', 'spearman': 'Rank correlation',
     'top_decile_share': 'Spend of the top tenth', 'mean_absolute_error': 'Mean error',
     'total_predicted_over_real': 'Total forecast / real', 'accuracy': 'Accuracy',
-    'within_one_tier': 'At most one tier off',
+    'within_one_tier': 'At most one tier off', 'ndcg': f'NDCG at {TOP}', 'recall': f'Recall at {TOP}',
 }
 CONTENDERS = {
     MODEL: 'the window of events and the counters together, through the exported graph',
@@ -47,6 +48,10 @@ CONTENDERS = {
     'MLP regression': 'a network of one hidden layer on the counters; it only ranks',
     COMMONEST: 'each tier with the share that it has among them',
     PAST_TIER: 'the tier of what was spent in the last 90 days',
+    POPULAR: 'what most users ever bought comes first, for everybody',
+    RECENT: 'the same of the 30 days before',
+    OWN: 'what the user dealt with most, lately above all',
+    SASREC: 'a network with attention over the sequence of what the user dealt with',
 }
 
 
@@ -129,7 +134,8 @@ def _verdicts(cutoffs: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 def _present(cutoffs: Sequence[Mapping[str, Any]]) -> set[str]:
     """The contenders that answered anything."""
-    return {name for cutoff in cutoffs for judged in (*cutoff['tasks'], cutoff['spend'], cutoff['tier']) if judged
+    return {name for cutoff in cutoffs
+            for judged in (*cutoff['tasks'], cutoff['spend'], cutoff['tier'], *cutoff['ranking']) if judged
             for name in judged['contenders']}
 
 

@@ -13,6 +13,8 @@ cut-off, or later than another moment.
                                               the recording has no prices, the number of purchases
     spend_soon  float32 [N]                   the same of the SPEND_SOON_DAYS after it
 
+What is bought next (`bought_next`) is asked for apart, by whoever ranks items and categories.
+
 A label is NaN where its days reach beyond what is known (`known_until_ms`): a horizon that is not settled teaches
 nothing, not even the purchases that were seen already.
 """
@@ -36,6 +38,7 @@ INTENT, CHURN = HORIZON_DAYS.index(7), HORIZON_DAYS.index(30)     # the horizons
 ACTIVE_DAYS = 90        # who bought within so many days is active
 REFUND_DAYS = 30
 SPEND_DAYS, SPEND_SOON_DAYS = 90, 30
+NEXT_DAYS = 30          # what is bought within so many days is next
 SESSION_GAP_MS = 30 * 60_000        # a longer pause ends a session
 
 Parts = tuple[bytes, bytes, bytes]      # header, days, rows: what `Snapshots.join` joins
@@ -276,6 +279,32 @@ def outcomes(events: list[Event], asked: Sequence[tuple[Kind, int]], known_until
         row[-3] = refund_ms <= days[-3]
         row[-2:] = [max(0.0, signed[after & (ahead_ms <= within)].sum()) for within in days[-2:]]
         row[days > known_until_ms - as_of_ms] = np.nan
+    return rows
+
+
+def bought_next(history: History, examples: Examples, column: str, known_until_ms: int) -> list[np.ndarray | None]:
+    """For each moment the hashes of what is bought within NEXT_DAYS after it, ascending, each once; None: not settled.
+
+    column   'item' or 'category', as events call their hashes; an event without one says nothing
+    """
+    bought: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for user in np.unique(examples.user).tolist():
+        named = [(event.ts_ms, getattr(event, column)) for event in history.events[user]
+                 if event.type == EventType.PURCHASE and getattr(event, column)]
+        ts_ms, hashes = zip(*sorted(named), strict=True) if named else ((), ())
+        bought[user] = np.array(ts_ms, np.int64), np.array(hashes, np.int64)
+    rows: list[np.ndarray | None] = []
+    for user, kind, as_of_ms in zip(examples.user.tolist(), examples.kind.tolist(), examples.as_of_ms.tolist(),
+                                    strict=True):
+        until_ms = as_of_ms + NEXT_DAYS * DAY_MS
+        if until_ms > known_until_ms:
+            rows.append(None)
+            continue
+        ts_ms, hashes = bought[user]
+        # What is at the time of a cut-off comes after it; see `outcomes`.
+        first, last = np.searchsorted(ts_ms, [as_of_ms, until_ms] if kind == Kind.CUTOFF
+                                      else [as_of_ms + 1, until_ms + 1])
+        rows.append(np.unique(hashes[first:last]))
     return rows
 
 

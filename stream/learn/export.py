@@ -7,6 +7,8 @@
     <repository>/<name>/<version>/model.onnx    one graph, weights inside
     <repository>/<name>/<version>/manifest.json what `stream.scoring.artefact` verifies, and the graph's signature
 
+Beside it, in <name>_next, lies the ranking of what is bought next (stream.learn.export_ranking).
+
 The exported graph is run on the checkpoint's real windows and compared with torch before anything is written. An int8
 graph (stream.learn.quantize) is a version of its own, which may differ by more. Of both, a row's scores must not depend
 on the rows beside it. The worker asks for the first five outputs; `purchase` (a purchase within each of the manifest's
@@ -30,6 +32,7 @@ from stream.errors import ModelError, UsageError
 from stream.learn.card import card
 from stream.learn.checkpoint import Checkpoint, load
 from stream.learn.dataset import HORIZON_DAYS, REFUND_DAYS, SPEND_DAYS
+from stream.learn.export_ranking import export_ranking
 from stream.learn.fit import rows_max
 from stream.learn.model import HORIZONS, INPUT_NAMES, ShopperModel
 from stream.learn.quantize import quantize
@@ -97,6 +100,8 @@ def export(checkpoint: Path, repository: Path, name: str = 'shopper', version: i
     manifest = _manifest(kept, model_dir, name, version, precision)
     (version_dir / MANIFEST).write_text(json.dumps(manifest, indent=1) + '\n')
     (model_dir / 'README.md').write_text(card(kept, name, version, difference, content, precision))
+    if kept.recommender is not None:
+        export_ranking(kept.recommender, version_dir)
     return version_dir
 
 

@@ -7,6 +7,7 @@
                    by validation loss is kept (stream.learn.passes)
     5 heads        those that matter least are cut out, where that is asked for (stream.learn.prune)
     6 calibration  the branches mixed, probabilities made honest (stream.learn.calibrate)
+    7 ranking      what is bought next (stream.learn.ranker); what is learnt above does not change
 
 One thread and deterministic kernels throughout: on one machine the same options give the same weights.
 """
@@ -49,6 +50,7 @@ from stream.learn.model import ShopperModel, losses
 from stream.learn.passes import Course, Rated, device, improve, mixed_precision, shuffled
 from stream.learn.pretrain import PretrainOptions, pretrain, reads_text, start_from
 from stream.learn.prune import attentions, cut, importance, kept_heads
+from stream.learn.ranker import RankerOptions, Recommender, fit_recommender
 from stream.learn.tuning import learning_rate, pretrained
 from stream.scoring.artefact import ROWS_MAX
 
@@ -73,6 +75,7 @@ class FitOptions:
     clip_norm         longest gradient
     patience          epochs without a better validation loss before training stops
     counters_decay    the linear branch's ridge: so many rows' worth of evidence for a weight of 0
+    ranker            how to learn what is bought next
     task_weights      factors of the losses
     start_from        folder of a checkpoint whose backbone of events this one starts from
     pretrain          what the backbone of events learns without labels before
@@ -98,6 +101,7 @@ class FitOptions:
     clip_norm: Positive = 1.0
     patience: Count = 3
     counters_decay: NotNegative = 30.0
+    ranker: RankerOptions = field(default_factory=RankerOptions)
     task_weights: dict[str, NotNegative] = field(
         default_factory=lambda: {'purchase': 1.0, 'refund': 0.2, 'tier': 0.5, 'spend': 0.5})
     start_from: str | None = None
@@ -117,6 +121,7 @@ class Fitted:
     users        whom it has learned from, places in the history
     removed      by each step of cleaning, ready for JSON (stream.learn.clean)
     validation   loss of the validation users, both branches together
+    recommender  None where the purchases name nothing, or it was not asked for
     """
 
     model: ShopperModel
@@ -128,6 +133,7 @@ class Fitted:
     users: list[int]
     removed: list[dict]
     validation: float
+    recommender: Recommender | None
 
 
 def fit(history: History, users: Iterable[int], known_until_ms: int, options: FitOptions, limits: WindowLimits,
@@ -264,7 +270,12 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
     calibrate(model, by_window, by_counters, data, labels, held_out)
     mixed = (model.mix * by_window + (1 - model.mix) * by_counters)[validation_rows]
     validation = float(_total(losses(mixed, *(label[validation_rows] for label in labels)), options))
-    return Fitted(model, tier_edges, epochs, best_epoch, data, pretraining, users, cleaned.removed, validation)
+
+    # 7 ranking
+
+    recommender = fit_recommender(history, users, data, held_out, known_until_ms, options.ranker, options.seed)
+    return Fitted(model, tier_edges, epochs, best_epoch, data, pretraining, users, cleaned.removed, validation,
+                  recommender)
 
 
 def _spend(data: Examples) -> np.ndarray:

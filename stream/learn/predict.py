@@ -4,23 +4,28 @@ The same path as the worker's: events before the time are folded by the core, fe
 graph run. No torch, and nothing at or after the time is looked at.
 """
 from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 
 import orjson
 
 from stream.core.window import WindowLimits
 from stream.errors import ModelError
-from stream.learn.dataset import History, at_time
+from stream.learn.dataset import Examples, History, at_time
+from stream.learn.item_names import Names, Texts
 from stream.learn.served import score
+from stream.learn.served_ranking import rankings, verified
 from stream.scoring.artefact import load_artefact
 
 CHURN_DAYS = (30, 90)
 PURCHASE_DAYS = (1, 7, 30, 90)
 
 
-def predict(history: History, at_ms: int, version_dir: Path, limits: WindowLimits) -> Iterator[bytes]:
+def predict(history: History, at_ms: int, version_dir: Path, limits: WindowLimits, items: int = 0,
+            texts: Texts | None = None) -> Iterator[bytes]:
     """JSON lines in the order of the user ids; what the model does not tell is null.
 
+    items    so many of the items, and of the categories, that are bought next are named; `texts` knows their names
     Errors   UsageError where nobody was seen before; ModelError where the model is not what its manifest says, or lacks
              a horizon.
     """
@@ -38,14 +43,32 @@ def predict(history: History, at_ms: int, version_dir: Path, limits: WindowLimit
     spend = answers['expected_spend'][:, 0].astype(float)
     typical = answers['typical_spend'][:, 0].astype(float) if 'typical_spend' in answers else None
     money = manifest.priced and history.priced
-    for row, (user, active) in enumerate(zip(people.user.tolist(), people.active.tolist(), strict=True)):
+    ranked = _ranked(history, people, version_dir, items, texts) if items and texts else repeat({})
+    for row, (user, active, following) in enumerate(zip(people.user.tolist(), people.active.tolist(), ranked,
+                                                        strict=False)):
         line = {'user_id': history.user_ids[user], 'as_of_ms': at_ms, 'active': active}
         line |= {f'purchase_{days}d': _rounded(purchase[row, place[days]]) for days in PURCHASE_DAYS}
         line |= {f'churn_{days}d': _rounded(1 - purchase[row, place[days]]) for days in CHURN_DAYS}
         line |= {'tier': int(tiers[row].argmax()), 'tier_probabilities': [_rounded(share) for share in tiers[row]],
                  'expected_spend_90d': round(float(spend[row]), 2) if money else None,
                  'typical_spend_90d': round(float(typical[row]), 2) if money and typical is not None else None}
-        yield orjson.dumps(line)
+        yield orjson.dumps(line | following)
+
+
+def _ranked(history: History, people: Examples, version_dir: Path, count: int, texts: Texts) -> Iterator[dict]:
+    """Of each row `next_items` and `next_categories`, best first, as far as the model ranks them."""
+    names: dict[str, Names] = {}
+    everybody = range(len(history.user_ids))
+    for chances in rankings(verified(version_dir), history, people):
+        found = {}
+        for column, key in (('item', 'next_items'), ('category', 'next_categories')):
+            if column in chances:
+                if column not in names:
+                    names[column] = Names(history, everybody, column)
+                best, chance = names[column].best(chances[column], count)
+                found[key] = [{'id': text, 'chance': _rounded(share)}
+                              for text, share in zip(texts.of(column, best), chance, strict=True)]
+        yield found
 
 
 def _rounded(probability: float) -> float:

@@ -168,7 +168,7 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
              'epochs': fitted.epochs, 'best_epoch': fitted.best_epoch, 'seconds': round(time.monotonic() - began)}
     config = _config(replace(options, fit=fitting), history, fitted, names, known_until_ms, cut_ms, split)
     save(Checkpoint(fitted.model, config, found, some_windows(test),
-                    some_training_windows(fitted.data, options.seed)), out)
+                    some_training_windows(fitted.data, options.seed), fitted.recommender), out)
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)     # a search leaves none
     console.print(f'checkpoint in {out}, {found["seconds"]} s')
     return found

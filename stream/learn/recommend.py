@@ -1,0 +1,118 @@
+"""What is bought next, ours beside simple rankings: who names the right items, or categories, among the first TOP.
+
+    popularity               how many training users ever bought it
+    popularity of 30 days    in the days before the moment
+    own past                 what the user had to do with most, newer events counting more, then popularity
+    SASRec                   self-attention over the sequence of the user's items (stream.learn.sasrec)
+
+All rank what was seen in training or by the user, by its hash of 32 bits (16 for categories), not by its bucket: of the
+buckets that our ranking gives, each names one (stream.learn.item_names). Asked of whoever buys something with a name
+within NEXT_DAYS. Everything is learnt from training users, before the moment.
+
+    ndcg     normalised discounted cumulative gain at TOP, each thing bought counts the same
+    recall   share of the things bought that are among the first TOP
+
+Source: Järvelin, Kekäläinen (2002), "Cumulated gain-based evaluation of IR techniques".
+"""
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from stream.core.events import EventType
+from stream.core.window import DAY_MS
+from stream.learn.dataset import NEXT_DAYS, Examples, History, Kind, bought_next
+from stream.learn.item_names import Names, Ranked
+from stream.learn.judge import MODEL
+from stream.learn.metrics import interval, resamples
+from stream.learn.past_items import Named
+from stream.learn.sasrec import SasRecOptions, fit_sasrec
+
+TOP = 10
+ASKED_MIN = 10          # of fewer users nothing is said
+POPULAR, RECENT, OWN, SASREC = 'popularity', 'popularity of 30 days', 'own past', 'SASRec'
+_OWN_DAYS = 30.0        # an event's weight falls to 1/e in so many days
+
+_PURCHASE = int(EventType.PURCHASE)
+
+Measured = dict[str, np.ndarray]    # 'ndcg', 'recall': float64 [n]
+RankedFold = dict[str, Measured]    # by contender
+
+
+def measured(best: np.ndarray, bought: Sequence[np.ndarray]) -> Measured:
+    """Of n lists int [n, TOP], best first, -1: none. `bought`: what it should have been, each once, not empty."""
+    discounts = 1 / np.log2(np.arange(TOP) + 2)
+    hits = np.stack([np.isin(row, wanted) for row, wanted in zip(best, bought, strict=True)])
+    counts = np.array([len(wanted) for wanted in bought])
+    ideal = np.cumsum(discounts)[np.minimum(counts, TOP) - 1]
+    return {'ndcg': (hits * discounts).sum(1) / ideal, 'recall': hits.sum(1) / counts}
+
+
+def top(scores: np.ndarray) -> np.ndarray:
+    """int64 [n, TOP] of scores [n, v]: the places of the highest, best first; of equal ones the first."""
+    return np.argsort(-scores, axis=1, kind='stable')[:, :TOP]
+
+
+def rank(known: History, learners: Sequence[int], history: History, test: Examples,
+         ranked: Sequence[Mapping[str, Ranked]], seed: int, known_until_ms: int) -> dict[str, RankedFold]:
+    """How well everybody ranks what the test's users buy next, by column and contender.
+
+    known      the recording up to the test's time, of which `learners` are the training users
+    history    all of it, of which the test's users are
+    ranked     ours of each row of `test`, by column
+    """
+    found = {}
+    for column in ranked[0]:
+        after = bought_next(history, test, column, known_until_ms)
+        rows = np.array([row for row, hashes in enumerate(after) if hashes is not None and len(hashes)], np.int64)
+        if not len(rows):
+            continue
+        bought = [hashes for row in rows if (hashes := after[row]) is not None]
+        past = [Named.of(history, int(test.user[row]), column).until(int(test.as_of_ms[row]), Kind(test.kind[row]))
+                for row in rows]
+        names = Names(known, learners, column)
+        mine = np.full((len(rows), TOP), -1, np.int64)
+        for place, row in enumerate(rows):
+            best, _ = names.best(ranked[row][column], TOP)
+            mine[place, :len(best)] = best
+        found[column] = {MODEL: measured(mine, bought)} | {
+            name: measured(best, bought)
+            for name, best in _contenders(known, learners, past, test.as_of_ms[rows], column, seed)}
+    return found
+
+
+def _contenders(known: History, learners: Sequence[int], past: list[Named], as_of_ms: np.ndarray, column: str,
+                seed: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and best hashes [n, TOP] of each."""
+    taught = [Named.of(known, user, column) for user in learners]
+    catalogue = np.unique(np.concatenate([part.hashes for part in (*taught, *past)]))
+    place = {int(hashed): index for index, hashed in enumerate(catalogue)}
+    index_of = [np.array([place[hashed] for hashed in part.hashes.tolist()], np.int64) for part in taught]
+    recent_ms = int(as_of_ms.max()) - NEXT_DAYS * DAY_MS
+    ever, lately = np.zeros(len(catalogue)), np.zeros(len(catalogue))
+    for part, index in zip(taught, index_of, strict=True):
+        bought = part.types == _PURCHASE
+        ever[np.unique(index[bought])] += 1
+        lately[np.unique(index[bought & (part.ts_ms >= recent_ms)])] += 1
+    yield POPULAR, np.tile(catalogue[top(ever[None])], (len(past), 1))
+    yield RECENT, np.tile(catalogue[top((lately + ever / (ever.max() + 1))[None])], (len(past), 1))
+    mine = np.tile((lately + ever / (ever.max() + 1)) * 1e-9, (len(past), 1))
+    sequences = []
+    for row, part, now_ms in zip(mine, past, as_of_ms.tolist(), strict=True):
+        own = np.array([place[hashed] for hashed in part.hashes.tolist()], np.int64)
+        np.add.at(row, own, np.exp(-(now_ms - part.ts_ms) / DAY_MS / _OWN_DAYS))
+        sequences.append(own + 1)
+    yield OWN, catalogue[top(mine)]
+    model = fit_sasrec([index + 1 for index in index_of], len(catalogue), SasRecOptions(), seed)
+    yield SASREC, catalogue[top(model.score(sequences)[:, 1:])]
+
+
+def judge_ranking(by_name: dict[str, Measured], count: int, seed: int) -> dict:
+    """Figures with bootstrap intervals over users, as `stream.learn.judge` gives them; one row a user."""
+    samples = resamples(np.arange(len(by_name[MODEL]['ndcg'])), count, seed)
+    drawn = {name: {metric: np.array([values[rows].mean() for rows in samples]) for metric, values in numbers.items()}
+             for name, numbers in by_name.items()}
+    return {'rows': len(samples[0]), 'contenders': {
+        name: {'metrics': {metric: interval(values) for metric, values in numbers.items()},
+               'model_less': {} if name == MODEL else {metric: interval(drawn[MODEL][metric] - values)
+                                                       for metric, values in numbers.items()}}
+        for name, numbers in drawn.items()}}

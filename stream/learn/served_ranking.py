@@ -1,0 +1,74 @@
+"""The exported ranking of what is bought next, asked for everybody of some examples. Needs no torch."""
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnxruntime
+
+from stream.errors import ModelError
+from stream.learn.dataset import Examples, History
+from stream.learn.item_names import Ranked
+from stream.learn.past_items import BUCKETS, past
+from stream.scoring.artefact import WEIGHTS, sha256
+from stream.scoring.repository import Served
+
+MANIFEST = 'ranking.json'       # not the scores' name for it: it is no version of a model that the worker can serve
+CANDIDATES = 'candidates'
+_ROWS_MAX = 256
+
+
+def ranking_dir(version_dir: Path) -> Path:
+    """Where the ranking of an exported version of the scores' model lies."""
+    return version_dir.parent.with_name(f'{version_dir.parent.name}_next') / version_dir.name
+
+
+def tensor_names(column: str) -> tuple[str, str]:
+    """The graph's inputs of a column."""
+    return f'own_{column}', f'{column}_numbers'
+
+
+def score_names(column: str) -> tuple[str, str]:
+    """The graph's outputs of a column: of all buckets, of the user's own."""
+    return f'{column}_scores', f'own_{column}_scores'
+
+
+def verified(version_dir: Path) -> Path:
+    """The graph of the ranking beside a version. Errors: ModelError where there is none, or it has been changed."""
+    folder = ranking_dir(version_dir)
+    if not (folder / MANIFEST).is_file():
+        raise ModelError(f'The model in {version_dir} has no ranking of items beside it: {folder} is missing.',
+                         do='train and export one from events that name items, with this version.')
+    try:
+        served = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Served)
+    except msgspec.DecodeError as error:
+        raise ModelError(f'{folder / MANIFEST} cannot be read: {error}.', do='export the model again.') from error
+    graph = folder / WEIGHTS
+    if not graph.is_file() or sha256(graph) != served.files.get(WEIGHTS):
+        raise ModelError(f'{graph} is not the file that its manifest lists: the SHA-256 differs.',
+                         do='export the model again.')
+    return graph
+
+
+def rankings(graph: Path, history: History, examples: Examples) -> Iterator[dict[str, Ranked]]:
+    """By column, row by row of the examples."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(graph, options, providers=['CPUExecutionProvider'])
+    given = {entry.name for entry in session.get_inputs()}
+    columns = [column for column in BUCKETS if tensor_names(column)[0] in given]
+    names = [name for column in columns for name in score_names(column)]
+    for at in range(0, len(examples), _ROWS_MAX):
+        rows = np.arange(at, min(at + _ROWS_MAX, len(examples)))
+        feed = {CANDIDATES: np.zeros((len(rows), 1), np.int32)}
+        before = {column: past(history, examples, rows, column) for column in columns}
+        for column, part in before.items():
+            feed |= zip(tensor_names(column), part.padded(np.arange(len(rows))), strict=True)
+        answers = dict(zip(names, session.run(names, feed), strict=True))
+        for row in range(len(rows)):
+            found = {}
+            for column, part in before.items():
+                scores, own_scores = score_names(column)
+                own = part.hashes[part.starts[row]:part.starts[row + 1]]
+                found[column] = Ranked(answers[scores][row], own, answers[own_scores][row, :len(own)])
+            yield found
