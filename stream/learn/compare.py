@@ -57,6 +57,7 @@ from stream.learn.past_items import BUCKETS
 from stream.learn.questions import Cutoff, Task, day_of, known_until, segments, truth_of
 from stream.learn.recommend import ASKED_MIN, RankedFold, judge_ranking, rank
 from stream.learn.rules import Table, past_tier, spend_rules
+from stream.learn.sasrec import SasRecOptions
 from stream.learn.served import score
 from stream.learn.served_ranking import rankings
 
@@ -79,6 +80,7 @@ class CompareOptions:
     resamples: int = 300
     processes: int = 1
     fit: FitOptions = field(default_factory=FitOptions)
+    sasrec: SasRecOptions = field(default_factory=SasRecOptions)
     limits: WindowLimits = field(default_factory=WindowLimits)
 
 
@@ -176,8 +178,8 @@ def score_fold(history: History, at_ms: int, part: int, tasks: list[Task], optio
             ranked = {}
             if fitted.recommender is not None:
                 write_ranking(fitted.recommender, graph)
-                ranked = rank(known, learners, history, test, list(rankings(graph, history, test)), options.seed,
-                              known_until(history))
+                ranked = rank(known, learners, history, test, list(rankings(graph, history, test)), options.sasrec,
+                              options.seed, known_until(history))
 
         contenders = _Contenders(train, Table.of_examples(test), known.priced, options.seed)
         own = _model_chances(fitted, served['purchase'].astype(float), test, tasks)

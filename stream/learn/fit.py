@@ -146,7 +146,7 @@ def fit(history: History, users: Iterable[int], known_until_ms: int, options: Fi
     Errors   UsageError where the events hold nothing to learn from.
     Promise  on one machine the same options give the same weights, cut off and gone on (journal) or not.
     """
-    with _reproducible(options.seed):
+    with reproducible(options.seed):
         return _fit(history, list(users), known_until_ms, options, limits, console, journal, after_pass)
 
 
@@ -347,7 +347,7 @@ def _rated(model: ShopperModel, options: FitOptions) -> list[Rated]:
 
 
 @contextmanager
-def _reproducible(seed: int) -> Iterator[None]:
+def reproducible(seed: int) -> Iterator[None]:
     """Seeds set, one thread, deterministic kernels; threads and kernels are as before afterwards."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')     # else a GPU's matrix product may differ

@@ -48,9 +48,9 @@ class RankerOptions:
 
     rows_max: Count = 4_000
     units: Count = 32
-    epochs: Annotated[int, Meta(ge=0)] = 8
+    epochs: Annotated[int, Meta(ge=0)] = 12
     batch_rows: Count = 128
-    learning_rate: Positive = 2e-2
+    learning_rate: Positive = 1e-2
 
 
 class Ranker(nn.Module):

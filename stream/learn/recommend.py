@@ -53,7 +53,8 @@ def top(scores: np.ndarray) -> np.ndarray:
 
 
 def rank(known: History, learners: Sequence[int], history: History, test: Examples,
-         ranked: Sequence[Mapping[str, Ranked]], seed: int, known_until_ms: int) -> dict[str, RankedFold]:
+         ranked: Sequence[Mapping[str, Ranked]], sasrec: SasRecOptions, seed: int,
+         known_until_ms: int) -> dict[str, RankedFold]:
     """How well everybody ranks what the test's users buy next, by column and contender.
 
     known      the recording up to the test's time, of which `learners` are the training users
@@ -76,12 +77,12 @@ def rank(known: History, learners: Sequence[int], history: History, test: Exampl
             mine[place, :len(best)] = best
         found[column] = {MODEL: measured(mine, bought)} | {
             name: measured(best, bought)
-            for name, best in _contenders(known, learners, past, test.as_of_ms[rows], column, seed)}
+            for name, best in _contenders(known, learners, past, test.as_of_ms[rows], column, sasrec, seed)}
     return found
 
 
 def _contenders(known: History, learners: Sequence[int], past: list[Named], as_of_ms: np.ndarray, column: str,
-                seed: int) -> Iterator[tuple[str, np.ndarray]]:
+                sasrec: SasRecOptions, seed: int) -> Iterator[tuple[str, np.ndarray]]:
     """Name and best hashes [n, TOP] of each."""
     taught = [Named.of(known, user, column) for user in learners]
     catalogue = np.unique(np.concatenate([part.hashes for part in (*taught, *past)]))
@@ -102,7 +103,7 @@ def _contenders(known: History, learners: Sequence[int], past: list[Named], as_o
         np.add.at(row, own, np.exp(-(now_ms - part.ts_ms) / DAY_MS / _OWN_DAYS))
         sequences.append(own + 1)
     yield OWN, catalogue[top(mine)]
-    model = fit_sasrec([index + 1 for index in index_of], len(catalogue), SasRecOptions(), seed)
+    model = fit_sasrec([index + 1 for index in index_of], len(catalogue), sasrec, seed)
     yield SASREC, catalogue[top(model.score(sequences)[:, 1:])]
 
 

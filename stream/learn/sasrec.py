@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from stream.learn.fit import reproducible
+
 NEGATIVES = 256
 
 
@@ -73,8 +75,7 @@ class SasRec(nn.Module):
 
 def fit_sasrec(sequences: Sequence[np.ndarray], items: int, options: SasRecOptions, seed: int) -> SasRec:
     """Of sequences of items 1 to `items`; a seventh of them chooses the pass: the loss at their places."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with reproducible(seed):
         rng = np.random.default_rng(seed)
         usable = rng.permutation([place for place, part in enumerate(sequences) if len(part) > 1])
         held_out, train = usable[:len(usable) // 7], usable[len(usable) // 7:]

@@ -21,10 +21,13 @@ from stream.learn.dataset import HORIZON_DAYS, ExampleOptions, History, history_
 from stream.learn.fit import FitOptions
 from stream.learn.judge import COMMONEST, COUNTERS, MODEL, PAST_TIER, WINDOW
 from stream.learn.questions import Task, day_of, default_cutoffs
+from stream.learn.recommend import OWN, POPULAR, RECENT, SASREC
+from stream.learn.sasrec import SasRecOptions
 
 FIT = FitOptions(encoder=EncoderOptions(hidden=16, layers=1, heads=2, intermediate=32), epochs=2, rows_per_epoch=100,
                  examples=ExampleOptions(90, 1))
-OPTIONS = CompareOptions(seed=3, folds=2, resamples=30, fit=FIT)
+OPTIONS = CompareOptions(seed=3, folds=2, resamples=30, fit=FIT,
+                         sasrec=SasRecOptions(hidden=8, blocks=1, length=8, epochs=2))
 TASKS = [Task(HORIZON_DAYS.index(30)), Task(HORIZON_DAYS.index(90), churn=True)]
 NASTY = '''<script>alert("1")</script>'&amp;'''
 
@@ -51,6 +54,18 @@ def figures(history, cut_ms) -> dict:
     found = compare(history, [cut_ms], OPTIONS, said.append)
     assert [line.split(':')[0] for line in said[:2]] == [f'{day_of(cut_ms)}, part {part} of 2' for part in (1, 2)]
     return found
+
+
+def test_next_items_and_categories_are_ranked_beside_the_others(figures):
+    ranking = figures['cutoffs'][0]['ranking']
+    assert [(part['column'], part['days']) for part in ranking] == [('item', 30), ('category', 30)]
+    for part in ranking:
+        assert list(part['contenders']) == [MODEL, POPULAR, RECENT, OWN, SASREC] and part['rows'] > 20
+        for scored in part['contenders'].values():
+            for value, low, high in scored['metrics'].values():
+                assert 0 <= low <= value <= high <= 1
+    page = render_report({'about': {'sources': ['a'], 'format': 'events', 'currency': 'EUR'}} | figures)
+    assert 'Next items, within 30 days' in page and 'Next categories, within 30 days' in page and 'SASRec' in page
 
 
 # ---- who is taught by whom ------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """`stream predict`: one line for everybody who was seen before a time, from the served model alone."""
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typer.testing import CliRunner
 
 from stream.cli import app
 from stream.cli_learn import time_ms, version_of
-from stream.errors import InputError, UsageError
+from stream.errors import InputError, ModelError, UsageError
 from stream.scoring.artefact import load_artefact
 
 SHIPPED = Path(__file__).parents[2] / 'triton_models' / 'shopper' / '1'
@@ -90,7 +91,25 @@ def test_what_train_writes_is_what_predict_takes(recording, tmp_path):
     assert done.exit_code == 0, done.output
     manifest = load_artefact(version_of(out)).manifest
     assert '--until 2025-06-01' in manifest.command and 'until 2025-06-01' in manifest.trained_on
-    assert len(predicted(recording, tmp_path / 'p.jsonl', '--model', str(out))) > 30
+    found = predicted(recording, tmp_path / 'p.jsonl', '--model', str(out), '--items', '3')
+    assert len(found) > 30
+    known = [json.loads(line) for line in recording.read_bytes().splitlines()]
+    known = [event for event in known if event['ts'] < time_ms('2025-06-01')]
+    for key, name in (('next_items', 'item_id'), ('next_categories', 'category')):
+        names = {event[name] for event in known if event.get(name)}
+        for line in found:
+            ids, chances = [part['id'] for part in line[key]], [part['chance'] for part in line[key]]
+            assert len(set(ids)) == 3 and set(ids) <= names
+            assert 0 <= chances[2] <= chances[1] <= chances[0] and sum(chances) <= 1
+    without = predicted(recording, tmp_path / 'q.jsonl', '--model', str(out))
+    assert without == [{key: value for key, value in line.items() if not key.startswith('next_')} for line in found]
+
+
+def test_a_model_without_a_ranking_is_told(recording, tmp_path):
+    version_dir = shutil.copytree(SHIPPED.parent, tmp_path / 'shopper') / '1'
+    done = CliRunner().invoke(app, ['predict', str(recording), '--at', '2025-06-01', '--out', str(tmp_path / 'p.jsonl'),
+                                    '--items', '3', '--model', str(version_dir)])
+    assert isinstance(done.exception, ModelError) and 'no ranking' in str(done.exception)
 
 
 def trained(recording: Path, out: Path, *arguments: str):

@@ -15,7 +15,7 @@ from stream.learn.past_items import BUCKETS
 from stream.learn.recommend import OWN, POPULAR, RECENT, SASREC, TOP, judge_ranking, measured, rank, top
 from stream.learn.sasrec import SasRec, SasRecOptions, fit_sasrec
 
-SMALL = SasRecOptions(hidden=16, blocks=1, length=12, epochs=30, batch_users=16, learning_rate=1e-2)
+SMALL = SasRecOptions(hidden=16, blocks=1, length=12, epochs=20, batch_users=8, learning_rate=1e-2)
 
 
 def test_ndcg_and_recall_by_hand():
@@ -47,7 +47,7 @@ def test_sasrec_sees_only_what_came_before():
 
 def test_sasrec_learns_what_follows_what_and_is_the_same_twice():
     rng = np.random.default_rng(5)
-    rounds = [(np.arange(30) + start) % 9 + 1 for start in rng.integers(0, 9, 60)]      # 1 after 9, else one more
+    rounds = [(np.arange(13) + start) % 9 + 1 for start in rng.integers(0, 9, 40)]      # 1 after 9, else one more
     model = fit_sasrec(rounds, 9, SMALL, 3)
     scores = model.score([np.array([4, 5, 6]), np.array([9]), np.arange(30) % 9 + 1])
     assert scores[:, 1:].argmax(1).tolist() == [6, 0, 3]
@@ -66,9 +66,10 @@ def test_who_knows_the_answer_is_ranked_best(history):
         own = np.zeros(0, np.int64) if hashes is None else hashes
         ranked.append({'category': Ranked(np.zeros(BUCKETS['category'], np.float32), own,
                                           np.ones(len(own), np.float32))})
-    found = rank(known, range(0, len(known.user_ids), 2), history, test, ranked, 3, history.end_ms)['category']
+    found = rank(known, range(0, len(known.user_ids), 2), history, test, ranked, SMALL, 3, history.end_ms)['category']
     assert list(found) == [MODEL, POPULAR, RECENT, OWN, SASREC]
-    assert (found[MODEL]['ndcg'] == 1).all() and len(found[MODEL]['ndcg']) > 20
+    assert len(found[MODEL]['ndcg']) > 20
+    np.testing.assert_allclose(found[MODEL]['ndcg'], 1)
     for name in (POPULAR, RECENT, OWN, SASREC):
         assert 0.05 < found[name]['ndcg'].mean() < 0.95, name
     assert found[OWN]['ndcg'].mean() > found[POPULAR]['ndcg'].mean()        # the simulator's shoppers have tastes
@@ -88,7 +89,8 @@ def test_nothing_after_the_time_is_ranked_by(history):
                                    np.zeros(0, np.float32))}] * len(test)
     early = dataclasses.replace(history, events=[
         [event for event in events if event.ts_ms < at_ms + 30 * 86_400_000] for events in history.events])
-    first, second = (rank(known, range(0, len(known.user_ids), 2), told, test, nothing, 3, history.end_ms)['category']
+    first, second = (rank(known, range(0, len(known.user_ids), 2), told, test, nothing, SMALL, 3,
+                         history.end_ms)['category']
                      for told in (history, early))
     for name, numbers in first.items():
         np.testing.assert_array_equal(numbers['ndcg'], second[name]['ndcg'])
