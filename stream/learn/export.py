@@ -132,7 +132,7 @@ def parity(kept: Checkpoint, graph: Path, precision: Precision = 'fp32') -> floa
 
 
 def check_neighbours(kept: Checkpoint, graph: Path) -> None:
-    """Compare each of the checkpoint's windows alone with the same one in a full batch.
+    """Compare the checkpoint's windows, each alone, with the same ones in a full batch.
 
     Errors   ModelError if they differ by more than NEIGHBOURS_TOLERANCE: the scores would depend on the batching.
     """
@@ -141,7 +141,7 @@ def check_neighbours(kept: Checkpoint, graph: Path) -> None:
         parts = {name: part.numpy() for name, part in batch.items()}
         rows = np.arange(rows_max(kept.model)) % len(parts['row_id'])
         among = session.run(names, {name: part[rows] for name, part in parts.items()})
-        for row in range(len(parts['row_id'])):
+        for row in range(min(len(rows), len(parts['row_id']))):
             alone = session.run(names, {name: part[row:row + 1] for name, part in parts.items()})
             for output, mine, theirs in zip(names, alone, among, strict=True):
                 difference = _difference(mine[0], theirs[row])
