@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from stream.learn.clean import in_words
 from stream.learn.judge import COMMONEST, COUNTERS, MODEL, PAST_TIER, REFERENCES, RULES, SCRATCH, TRANSFERRED, WINDOW
-from stream.learn.recommend import OWN, POPULAR, RECENT, SASREC, TOP
+from stream.learn.recommend import BOUGHT, OWN, POPULAR, RECENT, SASREC, TOP
 from stream.page import Draw, render
 
 # Okabe and Ito's colours (Color Universal Design, 2008), which stay apart under colour blindness.
@@ -51,6 +51,7 @@ CONTENDERS = {
     POPULAR: 'what most users ever bought comes first, for everybody',
     RECENT: 'the same of the 30 days before',
     OWN: 'what the user dealt with most, lately above all',
+    BOUGHT: 'what the user bought most often',
     SASREC: 'a network with attention over the sequence of what the user dealt with',
 }
 

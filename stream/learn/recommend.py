@@ -3,6 +3,7 @@
     popularity               how many training users ever bought it
     popularity of 30 days    in the days before the moment
     own past                 what the user had to do with most, newer events counting more, then popularity
+    own purchases            what the user bought most often, then popularity
     SASRec                   self-attention over the sequence of the user's items (stream.learn.sasrec)
 
 All rank what was seen in training or by the user, by its hash of 32 bits (16 for categories), not by its bucket: of the
@@ -29,7 +30,8 @@ from stream.learn.sasrec import SasRecOptions, fit_sasrec
 
 TOP = 10
 ASKED_MIN = 10          # of fewer users nothing is said
-POPULAR, RECENT, OWN, SASREC = 'popularity', 'popularity of 30 days', 'own past', 'SASRec'
+POPULAR, RECENT, OWN, BOUGHT, SASREC = (
+    'popularity', 'popularity of 30 days', 'own past', 'own purchases', 'SASRec')
 _OWN_DAYS = 30.0        # an event's weight falls to 1/e in so many days
 
 _PURCHASE = int(EventType.PURCHASE)
@@ -91,18 +93,20 @@ def _contenders(known: History, learners: Sequence[int], past: list[Named], as_o
     recent_ms = int(as_of_ms.max()) - NEXT_DAYS * DAY_MS
     ever, lately = np.zeros(len(catalogue)), np.zeros(len(catalogue))
     for part, index in zip(taught, index_of, strict=True):
-        bought = part.types == _PURCHASE
-        ever[np.unique(index[bought])] += 1
-        lately[np.unique(index[bought & (part.ts_ms >= recent_ms)])] += 1
+        is_bought = part.types == _PURCHASE
+        ever[np.unique(index[is_bought])] += 1
+        lately[np.unique(index[is_bought & (part.ts_ms >= recent_ms)])] += 1
     yield POPULAR, np.tile(catalogue[top(ever[None])], (len(past), 1))
     yield RECENT, np.tile(catalogue[top((lately + ever / (ever.max() + 1))[None])], (len(past), 1))
-    mine = np.tile((lately + ever / (ever.max() + 1)) * 1e-9, (len(past), 1))
+    mine, bought = (np.tile((lately + ever / (ever.max() + 1)) * 1e-9, (len(past), 1)) for _ in range(2))
     sequences = []
-    for row, part, now_ms in zip(mine, past, as_of_ms.tolist(), strict=True):
+    for row, counted, part, now_ms in zip(mine, bought, past, as_of_ms.tolist(), strict=True):
         own = np.array([place[hashed] for hashed in part.hashes.tolist()], np.int64)
         np.add.at(row, own, np.exp(-(now_ms - part.ts_ms) / DAY_MS / _OWN_DAYS))
+        np.add.at(counted, own[part.types == _PURCHASE], 1.0)
         sequences.append(own + 1)
     yield OWN, catalogue[top(mine)]
+    yield BOUGHT, catalogue[top(bought)]
     model = fit_sasrec([index + 1 for index in index_of], len(catalogue), sasrec, seed)
     yield SASREC, catalogue[top(model.score(sequences)[:, 1:])]
 

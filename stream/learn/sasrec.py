@@ -28,8 +28,8 @@ class SasRecOptions:
     blocks: int = 2
     length: int = 50
     dropout: float = 0.2
-    epochs: int = 40
-    patience: int = 4
+    epochs: int = 60
+    patience: int = 5
     batch_users: int = 64
     learning_rate: float = 1e-3
 

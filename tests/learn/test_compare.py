@@ -21,7 +21,7 @@ from stream.learn.dataset import HORIZON_DAYS, ExampleOptions, History, history_
 from stream.learn.fit import FitOptions
 from stream.learn.judge import COMMONEST, COUNTERS, MODEL, PAST_TIER, WINDOW
 from stream.learn.questions import Task, day_of, default_cutoffs
-from stream.learn.recommend import OWN, POPULAR, RECENT, SASREC
+from stream.learn.recommend import ASKED_MIN, BOUGHT, OWN, POPULAR, RECENT, SASREC
 from stream.learn.sasrec import SasRecOptions
 
 FIT = FitOptions(encoder=EncoderOptions(hidden=16, layers=1, heads=2, intermediate=32), epochs=2, rows_per_epoch=100,
@@ -60,7 +60,7 @@ def test_next_items_and_categories_are_ranked_beside_the_others(figures):
     ranking = figures['cutoffs'][0]['ranking']
     assert [(part['column'], part['days']) for part in ranking] == [('item', 30), ('category', 30)]
     for part in ranking:
-        assert list(part['contenders']) == [MODEL, POPULAR, RECENT, OWN, SASREC] and part['rows'] > 20
+        assert list(part['contenders']) == [MODEL, POPULAR, RECENT, OWN, BOUGHT, SASREC] and part['rows'] >= ASKED_MIN
         for scored in part['contenders'].values():
             for value, low, high in scored['metrics'].values():
                 assert 0 <= low <= value <= high <= 1

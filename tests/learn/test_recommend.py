@@ -12,7 +12,7 @@ from stream.learn.dataset import at_time, bought_next
 from stream.learn.item_names import Ranked
 from stream.learn.judge import MODEL
 from stream.learn.past_items import BUCKETS
-from stream.learn.recommend import OWN, POPULAR, RECENT, SASREC, TOP, judge_ranking, measured, rank, top
+from stream.learn.recommend import BOUGHT, OWN, POPULAR, RECENT, SASREC, TOP, judge_ranking, measured, rank, top
 from stream.learn.sasrec import SasRec, SasRecOptions, fit_sasrec
 
 SMALL = SasRecOptions(hidden=16, blocks=1, length=12, epochs=20, batch_users=8, learning_rate=1e-2)
@@ -67,10 +67,10 @@ def test_who_knows_the_answer_is_ranked_best(history):
         ranked.append({'category': Ranked(np.zeros(BUCKETS['category'], np.float32), own,
                                           np.ones(len(own), np.float32))})
     found = rank(known, range(0, len(known.user_ids), 2), history, test, ranked, SMALL, 3, history.end_ms)['category']
-    assert list(found) == [MODEL, POPULAR, RECENT, OWN, SASREC]
+    assert list(found) == [MODEL, POPULAR, RECENT, OWN, BOUGHT, SASREC]
     assert len(found[MODEL]['ndcg']) > 20
     np.testing.assert_allclose(found[MODEL]['ndcg'], 1)
-    for name in (POPULAR, RECENT, OWN, SASREC):
+    for name in (POPULAR, RECENT, OWN, BOUGHT, SASREC):
         assert 0.05 < found[name]['ndcg'].mean() < 0.95, name
     assert found[OWN]['ndcg'].mean() > found[POPULAR]['ndcg'].mean()        # the simulator's shoppers have tastes
     judged = judge_ranking(found, 50, 3)
