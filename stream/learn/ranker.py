@@ -9,8 +9,8 @@ without. It is a graph of its own beside the scores', because it needs what thei
 item, a basket may have dozens, and buckets are shared), and because onnxruntime computes outputs that nobody asks for:
 4,096 chances a row would slow the worker. b rows, m own items, v buckets.
 
-Embeddings of the items (of the user's past, of the window's state, from neighbours by singular values) made the ranking
-worse on the recordings that we have; see LOG.md.
+Embeddings of the items (of the user's past, from neighbours by singular values) made the ranking worse on the
+recordings that we have; see LOG.md.
 """
 import math
 from collections.abc import Iterable, Iterator, Sequence
