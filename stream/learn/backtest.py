@@ -17,7 +17,7 @@ import numpy as np
 from stream.core.window import WindowLimits
 from stream.errors import ModelError
 from stream.learn.dataset import ACTIVE_DAYS, HORIZON_DAYS, History, tier_of
-from stream.learn.judge import MODEL, PAST_TIER, RULES, Scored, judge_chances, judge_spend, judge_tiers
+from stream.learn.judge import MODEL, PAST_TIER, RULES, Scored, judge_chances, judge_spend, judge_tiers, spend_forecasts
 from stream.learn.questions import Cutoff, Task, day_of, segments, truth_of
 from stream.learn.rules import Table, past_tier, purchase_rules, spend_rules
 from stream.learn.served import score
@@ -105,10 +105,11 @@ def _judged(cutoff: Cutoff, artefact: Artefact, priced: bool, options: BacktestO
         'at_ms': cutoff.at_ms, 'users': len(asked), 'active': int(asked.active.sum()),
         'learned': learned(manifest, cutoff.at_ms),
         'tasks': [task.words() | answered(task) for task in told],
-        'spend': judge_spend({MODEL: served['expected_spend'][:, 0].astype(float)} | {
+        'spend': judge_spend(spend_forecasts(served) | {
             name: rule.predict(table) for name, rule in spend_rules().items()}, spend, *drawn) if settled else None,
         'tier': judge_tiers({MODEL: Scored(served['tier_probabilities'].astype(float), True),
                              PAST_TIER: Scored(past_tier(table, edges), False)}, tier_of(spend, edges),
                             *drawn) if settled else None,
-        'skipped': [task.words() | {'reason': reason} for task, reason in skipped], 'left_out': [], 'training': [],
+        'skipped': [task.words() | {'reason': reason} for task, reason in skipped], 'left_out': [], 'ranking': [],
+        'training': [],
     }

@@ -7,7 +7,7 @@ from stream.core.window import DAY_MS
 from stream.learn.backbones import describe
 from stream.learn.checkpoint import Checkpoint
 from stream.learn.clean import in_words
-from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT, REFUND_DAYS, SPEND_DAYS
+from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT, NEXT_DAYS, REFUND_DAYS, SPEND_DAYS
 from stream.learn.judge import MODEL
 from stream.learn.model import ShopperModel
 from stream.learn.prune import attentions
@@ -51,7 +51,7 @@ Inputs: `categories` int32 [rows, slots, 3], `numbers` float32 [rows, slots, {SL
 - `{version}/model.onnx`: SHA-256 `{digest}`; \
 differs from torch by at most {difference:.0e} on windows of the test split.{_precision(precision)}{_taught(config)}
 - `warmup`: a window of each length from the test split, which Triton runs before it says that the model is ready.
-- Licence: Apache-2.0{_licence(config)}.
+{_ranking(kept, name)}- Licence: Apache-2.0{_licence(config)}.
 - Made by: `{config['command']}`, then `stream export DIR{' --int8' if precision == 'int8' else ''} \
 --into triton_models` (seed {config['seed']}, \
 {metrics['seconds']:,} s on one CPU core).
@@ -122,6 +122,14 @@ def _backbone(kept: Checkpoint) -> str:
     if told.catalogue_columns:
         text += f', the items of the catalogue `{learning["catalogue"]}` ({told.catalogue_columns} columns)'
     return text
+
+
+def _ranking(kept: Checkpoint, name: str) -> str:
+    if kept.recommender is None:
+        return ''
+    columns = ' and '.join({'item': 'items', 'category': 'categories'}[column] for column in kept.recommender.columns)
+    return (f'- Beside it `{name}_next` ranks the {columns} that a shopper buys within {NEXT_DAYS} days, or given '
+            'candidates.\n')
 
 
 def _licence(config: dict) -> str:

@@ -52,6 +52,7 @@ from stream.learn.judge import (
     judge_chances,
     judge_spend,
     judge_tiers,
+    spend_forecasts,
 )
 from stream.learn.past_items import BUCKETS
 from stream.learn.questions import Cutoff, Task, day_of, known_until, segments, truth_of
@@ -188,7 +189,7 @@ def score_fold(history: History, at_ms: int, part: int, tasks: list[Task], optio
         before = tier_of(fitted.data.labels.spend[fitted.data.kind == Kind.CUTOFF], fitted.tier_edges)
         settled = before >= 0
         if known.priced and settled.sum() >= SETTLED_ROWS_MIN:
-            spend = {MODEL: served['expected_spend'][:, 0].astype(float)} | contenders.spend()
+            spend = spend_forecasts(served) | contenders.spend()
             shares = np.bincount(before[settled], minlength=fitted.model.tiers) / settled.sum()
             tiers = {MODEL: Scored(served['tier_probabilities'].astype(float), True),
                      COMMONEST: Scored(np.tile(shares, (len(test), 1)), True)} | contenders.tiers(fitted.tier_edges)

@@ -11,8 +11,24 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from stream.learn.clean import in_words
-from stream.learn.judge import COMMONEST, COUNTERS, MODEL, PAST_TIER, REFERENCES, RULES, SCRATCH, TRANSFERRED, WINDOW
-from stream.learn.recommend import BOUGHT, OWN, POPULAR, RECENT, SASREC, TOP
+from stream.learn.judge import (
+    BOUGHT,
+    COMMONEST,
+    COUNTERS,
+    MODEL,
+    OWN,
+    PAST_TIER,
+    POPULAR,
+    RECENT,
+    REFERENCES,
+    RULES,
+    SASREC,
+    SCRATCH,
+    TOP,
+    TRANSFERRED,
+    TYPICAL,
+    WINDOW,
+)
 from stream.page import Draw, render
 
 # Okabe and Ito's colours (Color Universal Design, 2008), which stay apart under colour blindness.
@@ -33,6 +49,7 @@ METRICS = {
 }
 CONTENDERS = {
     MODEL: 'the window of events and the counters together, through the exported graph',
+    TYPICAL: 'what half of those like this who buy spend no more than; 0 where a purchase is unlikely',
     WINDOW: 'what the network that reads the events would rank like without the counters',
     COUNTERS: 'what the linear part on the counters would rank like without the events',
     'recency rule': 'whoever ordered last comes first',

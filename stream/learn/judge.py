@@ -25,12 +25,16 @@ from stream.learn.metrics import (
 )
 
 MODEL = 'our model'
+TYPICAL = 'its typical spend'
 WINDOW, COUNTERS = 'its window branch alone', 'its counters branch alone'
 REFERENCES = ('logistic regression', 'LightGBM', 'BG/NBD')      # whom it has to beat
 COMMONEST, PAST_TIER = 'shares of the training users', 'tier of the last 90 days'
 SCRATCH, TRANSFERRED = 'from scratch', "from the other shop's"
 RULES = ('recency rule', 'past rate', 'past spend', 'spend of 90 days')     # who need no training
 SPEND_BINS = 10
+TOP = 10
+POPULAR, RECENT, OWN, BOUGHT, SASREC = (
+    'popularity', 'popularity of 30 days', 'own past', 'own purchases', 'SASRec')
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,14 @@ def _called(scores: np.ndarray, truth: np.ndarray, samples: list[np.ndarray], th
     shares = {name: interval(np.array([found[name] for found in drawn]))
               for name in ('accuracy', 'precision', 'recall', 'f1')}
     return {'threshold': threshold} | drawn[0] | shares
+
+
+def spend_forecasts(served: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a graph's outputs foretell of spend, by name, float64 [n] each."""
+    found = {MODEL: served['expected_spend'][:, 0].astype(float)}
+    if 'typical_spend' in served:       # older graphs do not tell it
+        found[TYPICAL] = served['typical_spend'][:, 0].astype(float)
+    return found
 
 
 def judge_spend(by_name: Mapping[str, np.ndarray], truth: np.ndarray, count: int, seed: int) -> dict:

@@ -23,15 +23,12 @@ from stream.core.events import EventType
 from stream.core.window import DAY_MS
 from stream.learn.dataset import NEXT_DAYS, Examples, History, Kind, bought_next
 from stream.learn.item_names import Names, Ranked
-from stream.learn.judge import MODEL
+from stream.learn.judge import BOUGHT, MODEL, OWN, POPULAR, RECENT, SASREC, TOP
 from stream.learn.metrics import interval, resamples
 from stream.learn.past_items import Named
 from stream.learn.sasrec import SasRecOptions, fit_sasrec
 
-TOP = 10
 ASKED_MIN = 10          # of fewer users nothing is said
-POPULAR, RECENT, OWN, BOUGHT, SASREC = (
-    'popularity', 'popularity of 30 days', 'own past', 'own purchases', 'SASRec')
 _OWN_DAYS = 30.0        # an event's weight falls to 1/e in so many days
 
 _PURCHASE = int(EventType.PURCHASE)

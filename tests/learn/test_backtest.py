@@ -19,7 +19,7 @@ from stream.learn import backtest as backtesting
 from stream.learn.backtest import SEEN, UNKNOWN, UNSEEN, BacktestOptions, backtest, learned
 from stream.learn.backtest_report import doubts, render_report
 from stream.learn.dataset import read
-from stream.learn.judge import MODEL, PAST_TIER
+from stream.learn.judge import MODEL, PAST_TIER, TYPICAL
 from stream.learn.metrics import auc
 from stream.learn.questions import Cutoff, default_cutoffs, truth_of
 from stream.learn.served import score
@@ -63,7 +63,7 @@ def test_every_metric_has_an_interval_and_every_rule_is_there(figures):
     assert set(month['contenders']) == {MODEL, 'recency rule', 'past rate', 'past spend', 'spend of 90 days'}
     assert month['best_reference'] in month['contenders'] and month['best_reference'] != MODEL
     cutoff = figures['cutoffs'][0]
-    assert set(cutoff['spend']['contenders']) == {MODEL, 'past spend', 'spend of 90 days'}
+    assert set(cutoff['spend']['contenders']) == {MODEL, TYPICAL, 'past spend', 'spend of 90 days'}
     assert set(cutoff['tier']['contenders']) == {MODEL, PAST_TIER}
     judged = [month['contenders'][MODEL]['metrics'], cutoff['spend']['contenders'][MODEL]['metrics'],
               {name: month['thresholds'][MODEL]['stated'][name] for name in ('accuracy', 'precision', 'recall', 'f1')}]

@@ -10,9 +10,9 @@ torch = pytest.importorskip('torch', reason='torch is not installed: pip install
 from stream.core.window import WindowLimits
 from stream.learn.dataset import at_time, bought_next
 from stream.learn.item_names import Ranked
-from stream.learn.judge import MODEL
+from stream.learn.judge import BOUGHT, MODEL, OWN, POPULAR, RECENT, SASREC, TOP
 from stream.learn.past_items import BUCKETS
-from stream.learn.recommend import BOUGHT, OWN, POPULAR, RECENT, SASREC, TOP, judge_ranking, measured, rank, top
+from stream.learn.recommend import judge_ranking, measured, rank, top
 from stream.learn.sasrec import SasRec, SasRecOptions, fit_sasrec
 
 SMALL = SasRecOptions(hidden=16, blocks=1, length=12, epochs=20, batch_users=8, learning_rate=1e-2)
