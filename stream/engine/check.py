@@ -269,7 +269,7 @@ async def _model(settings: Settings) -> AsyncIterator[Line]:
     listed = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=_Listed).repository_files
     for name, digest in listed.items():
         path = folder.parent / name
-        if Path(name).name != name or not path.is_file():
+        if not path.resolve().is_relative_to(folder.parent.resolve()) or not path.is_file():
             yield problem('model', ModelError(f'{path} is missing.', 'restore the folder from where it was exported.'))
         elif sha256(path) != digest:
             yield warning('model', f'{path} is not the file that was exported: the SHA-256 differs.',

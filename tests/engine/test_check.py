@@ -57,6 +57,9 @@ def test_the_model_folder_is_verified_with_its_repository_files(model: Path):
     config = model.parent / 'config.pbtxt'
     config.write_text(config.read_text() + '\n')
     assert lines(model=model)['model'].outcome == 'warning'
+    shutil.copy(MODEL.parent / 'config.pbtxt', config)
+    (model.parent / 'warmup' / '8.numbers').write_bytes(b'')
+    assert lines(model=model)['model'].outcome == 'warning'
     config.unlink()
     assert lines(model=model)['model'].exit_code == ModelError.exit_code
     assert 'another span' in lines(window_span_days=30)['model'].text
