@@ -16,6 +16,7 @@ on the rows beside it. The worker asks for the first five outputs; `purchase` (a
 asks Triton.
 """
 import json
+import shutil
 import tempfile
 import warnings
 from pathlib import Path
@@ -36,6 +37,7 @@ from stream.learn.export_ranking import export_ranking
 from stream.learn.fit import rows_max
 from stream.learn.model import HORIZONS, INPUT_NAMES, ShopperModel
 from stream.learn.quantize import quantize
+from stream.learn.served_ranking import ranking_dir
 from stream.learn.tuning import merged
 from stream.scoring.artefact import LAYOUT, MANIFEST, WEIGHTS, Manifest, Precision, sha256
 from stream.scoring.repository import (
@@ -77,6 +79,9 @@ def export(checkpoint: Path, repository: Path, name: str = 'shopper', version: i
     if version < 1 or not name.replace('_', '').replace('-', '').isalnum():
         raise UsageError(f'{name!r} version {version} is no name for Triton.',
                          do='use letters, digits, - and _, and a version of 1 or more.')
+    there = repository / name / str(version) / MANIFEST
+    if there.is_file() and json.loads(there.read_bytes()).get('precision', 'fp32') != precision:
+        raise UsageError(f'{there.parent} is another precision than {precision}.', do='give another version number.')
     kept = load(checkpoint)
     with tempfile.TemporaryDirectory() as scratch:
         graph = Path(scratch) / WEIGHTS
@@ -84,7 +89,7 @@ def export(checkpoint: Path, repository: Path, name: str = 'shopper', version: i
         difference = parity(kept, graph)
         if precision == 'int8':
             quantize(graph, {length: {name: part.numpy() for name, part in batch.items()}
-                             for length, batch in kept.training_windows.items()}, graph)
+                             for length, batch in kept.training_windows.items()}, graph, rows_max(kept.model))
             difference = parity(kept, graph, precision)
         check_neighbours(kept, graph)
         content = graph.read_bytes()
@@ -102,6 +107,8 @@ def export(checkpoint: Path, repository: Path, name: str = 'shopper', version: i
     (model_dir / 'README.md').write_text(card(kept, name, version, difference, content, precision))
     if kept.recommender is not None:
         export_ranking(kept.recommender, version_dir)
+    else:       # of an earlier model
+        shutil.rmtree(ranking_dir(version_dir), ignore_errors=True)
     return version_dir
 
 
@@ -206,7 +213,8 @@ def _manifest(kept: Checkpoint, model_dir: Path, name: str, version: int, precis
         trained_on=config['source'], currency=config['currency'],
         window=msgspec.convert(config['window'], WindowLimits),
         command=config['command'], seed=config['seed'], horizon_days=HORIZON_DAYS, priced=config['priced'],
-        rows_max=rows_max(kept.model), precision=precision, known_until_ms=config['data']['known_until_ms'])
+        rows_max=rows_max(kept.model), precision=precision,
+        known_until_ms=config['data']['known_until_ms' if config['refit'] else 'cut_ms'])
     return msgspec.to_builtins(manifest) | {
         'repository_files': {file: sha256(model_dir / file) for file in (CONFIG_FILE, LABELS_FILE, *warmups)},
         'inputs': msgspec.to_builtins(INPUTS), 'outputs': msgspec.to_builtins(outputs(kept.model)),

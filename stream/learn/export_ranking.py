@@ -69,7 +69,7 @@ def export_ranking(recommender: Recommender, version_dir: Path) -> Path:
     (target / WEIGHTS).write_bytes(content)
     served = Served(target.parent.name, target.name, {WEIGHTS: sha256(target / WEIGHTS)}, inputs(recommender),
                     outputs(recommender))
-    (target.parent / CONFIG_FILE).write_text(triton_config(served))
+    (target.parent / CONFIG_FILE).write_text(triton_config(served, warm=False))
     (target / MANIFEST).write_text(json.dumps(
         msgspec.to_builtins(served) | {'next_days': NEXT_DAYS, 'opset': OPSET}, indent=1) + '\n')
     return target

@@ -138,16 +138,17 @@ class Fitted:
 
 def fit(history: History, users: Iterable[int], known_until_ms: int, options: FitOptions, limits: WindowLimits,
         console: Console, journal: Journal = _NO_JOURNAL,
-        after_pass: Callable[[int, float], None] | None = None) -> Fitted:
+        after_pass: Callable[[int, float], None] | None = None, ranked: bool = True) -> Fitted:
     """Train on these users with labels that are settled before `known_until_ms`.
 
     journal     where states to go on from, and curves, are kept
     after_pass  is told the number of each pass and its validation loss; what it raises ends the training
+    ranked      whether what is bought next is learnt too, which costs up to a quarter more
     Errors   UsageError where the events hold nothing to learn from.
     Promise  on one machine the same options give the same weights, cut off and gone on (journal) or not.
     """
     with reproducible(options.seed):
-        return _fit(history, list(users), known_until_ms, options, limits, console, journal, after_pass)
+        return _fit(history, list(users), known_until_ms, options, limits, console, journal, after_pass, ranked)
 
 
 def check_start(options: FitOptions) -> None:
@@ -161,7 +162,8 @@ def check_start(options: FitOptions) -> None:
 
 
 def _fit(history: History, users: list[int], known_until_ms: int, options: FitOptions, limits: WindowLimits,
-         console: Console, journal: Journal, after_pass: Callable[[int, float], None] | None) -> Fitted:
+         console: Console, journal: Journal, after_pass: Callable[[int, float], None] | None,
+         ranked: bool) -> Fitted:
     # 1 examples
 
     cleaned = clean(history, users, options.clean, known_until_ms)
@@ -194,7 +196,7 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
     for place in range(options.distil.teachers):
         console.print(f'  teacher {place + 1} of {options.distil.teachers}')
         larger = teacher_options(options, place)
-        teachers.append(fit(history, pupils, known_until_ms, larger, limits, console).model)
+        teachers.append(fit(history, pupils, known_until_ms, larger, limits, console, ranked=False).model)
 
     # 2 counters
 
@@ -206,6 +208,9 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
     _fit_counters(model, counters, labels, ~held_out, options)
     if options.heads_kept < 1:
         attentions(model.backbone)      # an error now, not after the training
+        if options.backbone.tuning == 'prefix':
+            raise UsageError('The prefix has keys and values for each head: none can be cut out.',
+                             do='keep all heads, or tune the backbone in another way.')
 
     # 3 start
 
@@ -238,12 +243,15 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
 
     passes = count(1)
 
-    def judged() -> dict[str, float]:
+    def validated() -> dict[str, float]:
         parts = losses(window_logits(model, data, validation_rows), *(label[validation_rows] for label in labels))
-        validation = float(_total(parts, options))
+        return {'validation': float(_total(parts, options)), **{task: float(part) for task, part in parts.items()}}
+
+    def judged() -> dict[str, float]:
+        found = validated()
         if after_pass is not None:
-            after_pass(next(passes), validation)
-        return {'validation': validation, **{task: float(part) for task, part in parts.items()}}
+            after_pass(next(passes), found['validation'])
+        return found
 
     epochs, best_epoch = improve(Course(
         name='window', title='epoch', module=model, weights=_rated(model, options),
@@ -261,7 +269,7 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
             _total(losses(_window_logits(model, data, rows), *(label[rows] for label in labels)), options)
             for rows in draw(np.random.default_rng(options.seed)))), options.heads_kept)
         cut(model.backbone, kept)
-        console.print(f'  heads of each layer that stay: {kept}; validation {judged()["validation"]:.4f}')
+        console.print(f'  heads of each layer that stay: {kept}; validation {validated()["validation"]:.4f}')
 
     # 6 calibration
 
@@ -273,7 +281,8 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
 
     # 7 ranking
 
-    recommender = fit_recommender(history, users, data, held_out, known_until_ms, options.ranker, options.seed)
+    recommender = fit_recommender(history, cleaned.history, users, data, held_out, known_until_ms, options.ranker,
+                                  options.seed) if ranked else None
     return Fitted(model, tier_edges, epochs, best_epoch, data, pretraining, users, cleaned.removed, validation,
                   recommender)
 

@@ -142,7 +142,11 @@ def start_from(backbone: nn.Module, checkpoint: Path) -> None:
     if theirs[0].options.sizes != ours.options.sizes:
         raise ModelError(f'The model in {checkpoint} has other sizes: {theirs[0].options.sizes}, not '
                          f'{ours.options.sizes}.', do='start from one of the same sizes.')
-    ours.load_state_dict(theirs[0].state_dict())
+    given = theirs[0].state_dict()
+    if any(given[name].shape != weight.shape for name, weight in ours.state_dict().items()):
+        raise ModelError(f'The model in {checkpoint} has had attention heads cut out.',
+                         do='start from one that has all of them.')
+    ours.load_state_dict(given)
 
 
 class Lesson(nn.Module):

@@ -20,14 +20,17 @@ import onnx
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
+from stream.scoring.artefact import ROWS_MAX
+
 _HEADS = ('/head/', '/counters/')       # names of nodes that stay in float
 _MULTIPLIED = ('MatMul', 'Gemm')
 
 
-def quantize(graph: Path, windows: Mapping[int, Mapping[str, np.ndarray]], out: Path) -> None:
+def quantize(graph: Path, windows: Mapping[int, Mapping[str, np.ndarray]], out: Path, rows_max: int = ROWS_MAX) -> None:
     """Write the int8 graph.
 
     windows   batches of training windows by length, each by input name: what finds the ranges
+    rows_max  that are run at once
     Promise   the same graph and windows give the same bytes.
     """
     model = onnx.load(graph)
@@ -39,7 +42,7 @@ def quantize(graph: Path, windows: Mapping[int, Mapping[str, np.ndarray]], out: 
         prepared = Path(scratch) / 'prepared.onnx'
         quant_pre_process(graph, prepared, skip_optimization=True, skip_symbolic_shape=True)
         quantize_static(
-            prepared, out, _Windows(windows), quant_format=QuantFormat.QDQ, nodes_to_quantize=nodes,
+            prepared, out, _Windows(windows, rows_max), quant_format=QuantFormat.QDQ, nodes_to_quantize=nodes,
             op_types_to_quantize=[*_MULTIPLIED, 'Gather'], per_channel=True, reduce_range=True,
             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
             # What is multiplied comes out in float: the next step, adding a bias, is done in float anyway.
@@ -47,10 +50,11 @@ def quantize(graph: Path, windows: Mapping[int, Mapping[str, np.ndarray]], out: 
 
 
 class _Windows(CalibrationDataReader):
-    """The batches one after another, shortest first."""
+    """The batches one after another, shortest first, of at most so many rows."""
 
-    def __init__(self, windows: Mapping[int, Mapping[str, np.ndarray]]) -> None:
-        self._batches = iter([dict(windows[length]) for length in sorted(windows)])
+    def __init__(self, windows: Mapping[int, Mapping[str, np.ndarray]], rows_max: int) -> None:
+        self._batches = ({name: part[at:at + rows_max] for name, part in windows[length].items()}
+                         for length in sorted(windows) for at in range(0, len(windows[length]['row_id']), rows_max))
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         return next(self._batches, None)

@@ -116,10 +116,11 @@ class Recommender(nn.Module):
         return *chances, chances[0].gather(1, inputs[-1].long())
 
 
-def fit_recommender(history: History, users: Iterable[int], data: Examples, held_out: np.ndarray, known_until_ms: int,
-                    options: RankerOptions, seed: int) -> Recommender | None:
+def fit_recommender(history: History, told: History, users: Iterable[int], data: Examples, held_out: np.ndarray,
+                    known_until_ms: int, options: RankerOptions, seed: int) -> Recommender | None:
     """Of what the purchases name; None where they name nothing, too few moments are followed by one, or it is off.
 
+    told       the same users, with the purchases that are learned from; what a user had to do is told by `history`
     users      whose purchases are counted as popularity
     held_out   bool [n]: the rows of `data` whose loss chooses the pass
     Promise    the caller's generators go on as if this had not been called.
@@ -130,7 +131,7 @@ def fit_recommender(history: History, users: Iterable[int], data: Examples, held
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for column in BUCKETS:
-            rows = _rows(history, chosen, data, held_out, column, known_until_ms, options, seed)
+            rows = _rows(history, told, chosen, data, held_out, column, known_until_ms, options, seed)
             if rows is not None:
                 found[column] = _fitted(rows, column, options, seed)
     if not found:
@@ -168,9 +169,9 @@ class _Rows:
         return (ordered[at:at + size] for at in range(0, len(rows), size))
 
 
-def _rows(history: History, users: list[int], data: Examples, held_out: np.ndarray, column: str, known_until_ms: int,
-          options: RankerOptions, seed: int) -> _Rows | None:
-    after = bought_next(history, data, column, known_until_ms)
+def _rows(history: History, told: History, users: list[int], data: Examples, held_out: np.ndarray, column: str,
+          known_until_ms: int, options: RankerOptions, seed: int) -> _Rows | None:
+    after = bought_next(told, data, column, known_until_ms)
     usable = np.array([place for place, hashes in enumerate(after) if hashes is not None and len(hashes)], np.int64)
     if len(usable) < ROWS_MIN or held_out[usable].all() or not held_out[usable].any():
         return None
@@ -178,7 +179,7 @@ def _rows(history: History, users: list[int], data: Examples, held_out: np.ndarr
         usable = np.sort(np.random.default_rng(seed).choice(usable, options.rows_max, replace=False))
     # As of each week, so that nothing that a moment could not know is in its popularity.
     weeks_ms = np.append(np.arange(history.start_ms, known_until_ms, _WEEK_MS), known_until_ms)
-    popularity = np.stack([popular(history, users, column, weeks_ms, days) for days in (NEXT_DAYS, _EVER_DAYS)], 1)
+    popularity = np.stack([popular(told, users, column, weeks_ms, days) for days in (NEXT_DAYS, _EVER_DAYS)], 1)
     before = past(history, data, usable, column)
     bought = []
     for row, (start, end) in zip(usable, pairwise(before.starts.tolist()), strict=True):

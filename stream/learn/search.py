@@ -44,9 +44,10 @@ class Searched:
 
 
 def search(history: History, users: Sequence[int], known_until_ms: int, options: FitOptions, limits: WindowLimits,
-           trials: int, console: Console) -> Searched:
+           trials: int, console: Console, ranked: bool = True) -> Searched:
     """Try so many trainings, the first one as `options` say.
 
+    ranked   as for `fit`
     Errors   UsageError where Optuna is not installed, or the events hold nothing to learn from.
     Promise  on one machine the same options give the same trials and the same weights.
     """
@@ -67,7 +68,7 @@ def search(history: History, users: Sequence[int], known_until_ms: int, options:
         log.append(entry)
         try:
             fitted = fit(history, users, known_until_ms, given, limits, console,
-                         after_pass=_report_to(trial, entry, optuna.TrialPruned))
+                         after_pass=_report_to(trial, entry, optuna.TrialPruned), ranked=ranked)
         except optuna.TrialPruned:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             console.print(f'  given up after pass {entry["passes"]}')
@@ -95,15 +96,20 @@ def _report_to(trial: Any, entry: dict[str, Any], given_up: type[Exception]) -> 
 def _settings(options: FitOptions) -> dict[str, Any]:
     """What is searched, as it is given."""
     sizes = {'hidden': options.encoder.hidden, 'layers': options.encoder.layers, 'dropout': options.encoder.dropout}
-    return (sizes if options.backbone.name == 'events' else {}) | {
+    return (sizes if _sized(options) else {}) | {
         'learning_rate': options.learning_rate, 'weight_decay': options.weight_decay,
         'counters_decay': options.counters_decay, 'rows_per_epoch': options.rows_per_epoch}
 
 
+def _sized(options: FitOptions) -> bool:
+    """Whether sizes are free: those of weights that are there already are what they are."""
+    return options.backbone.name == 'events' and options.start_from is None
+
+
 def _suggested(trial: Any, options: FitOptions) -> FitOptions:
-    """The next one to try; ranges lie around what is given. Sizes of a pretrained backbone are what they are."""
+    """The next one to try; ranges lie around what is given."""
     encoder = options.encoder
-    if options.backbone.name == 'events':
+    if _sized(options):
         widths = [encoder.hidden // 2 // encoder.heads * encoder.heads or encoder.heads, encoder.hidden,
                   encoder.hidden * 3 // 2 // encoder.heads * encoder.heads]
         hidden = trial.suggest_categorical('hidden', widths)

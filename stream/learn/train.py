@@ -130,10 +130,12 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
     learners = [place[history.user_ids[user]] for user in train_users if history.user_ids[user] in place]
     trials: list[dict] = []
     if options.trials:
-        found_best = search(seen, learners, cut_ms, fitting, options.limits, options.trials, console)
+        found_best = search(seen, learners, cut_ms, fitting, options.limits, options.trials, console,
+                            ranked=not options.refit)
         fitted, fitting, trials = found_best.fitted, found_best.options, found_best.trials
     else:
-        fitted = fit(seen, learners, cut_ms, fitting, options.limits, console, journal.part('test'))
+        fitted = fit(seen, learners, cut_ms, fitting, options.limits, console, journal.part('test'),
+                     ranked=not options.refit)
     test = dataset.sample(history, test_users, cut_ms, known_until_ms, _TEST_MOMENTS, options.limits, options.seed)
     with tempfile.TemporaryDirectory() as scratch:
         graph = Path(scratch) / 'model.onnx'

@@ -147,7 +147,7 @@ def score_share(history: History, at_ms: int, part: int, share: float, source: P
 def _scores(known: History, users: list[int], at_ms: int, options: FitOptions, test: Examples,
             comparing: CompareOptions) -> dict[str, np.ndarray]:
     """By MODEL, WINDOW and COUNTERS, float [n, horizons]: chances of a purchase, and how each branch alone ranks."""
-    fitted = fit(known, users, at_ms, options, comparing.limits, Console(file=StringIO()))
+    fitted = fit(known, users, at_ms, options, comparing.limits, Console(file=StringIO()), ranked=False)
     model = fitted.model
     with torch.no_grad():
         window = window_logits(model, test, np.arange(len(test)))

@@ -53,10 +53,11 @@ class Served(msgspec.Struct, frozen=True):
     rows_max: int = ROWS_MAX
 
 
-def triton_config(served: Served, variant: str = 'onnxruntime', queue_requests_max: int = 0) -> str:
+def triton_config(served: Served, variant: str = 'onnxruntime', queue_requests_max: int = 0, warm: bool = True) -> str:
     """The text of config.pbtxt.
 
     queue_requests_max   beyond so many waiting requests Triton answers UNAVAILABLE at once; 0: no bound
+    warm                 whether windows of each length lie in WARMUP_FOLDER, to be scored before it is ready
     Source   ModelConfig in Triton's model_config.proto; accelerator parameters in its ONNX Runtime backend's README.
     """
     engine = 'backend: "python"' if variant == 'python' else 'platform: "onnxruntime_onnx"'
@@ -79,7 +80,7 @@ version_policy {{ specific {{ versions: [ {served.version} ] }} }}
   key: "{SHA256_PARAMETER}"
   value {{ string_value: "{served.files[WEIGHTS]}" }}
 }}
-''' + _OF_VARIANT[variant](served) + ''.join(_warmup(served, slots) for slots in LENGTHS)
+''' + _OF_VARIANT[variant](served) + ''.join(_warmup(served, slots) for slots in LENGTHS if warm)
 
 
 def render(version_dir: Path, repository: Path, variant: str, python_model: Path | None = None,

@@ -87,7 +87,8 @@ def trained(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Path],
         if graphs[small].exists():
             continue
         say(f'training: {name}')
-        fitted = fit(seen, users, cut_ms, fitting, WindowLimits(), Console(stderr=True, soft_wrap=True))
+        fitted = fit(seen, users, cut_ms, fitting, WindowLimits(), Console(stderr=True, soft_wrap=True),
+                     ranked=False)
         write_graph(fitted.model, some_windows(test), graphs[name])
         training = {length: {key: part.numpy() for key, part in batch.items()}
                     for length, batch in some_training_windows(fitted.data, options.seed).items()}

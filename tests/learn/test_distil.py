@@ -81,7 +81,7 @@ def test_a_pretrained_student_is_refused(tiny_fit):
 def test_students_learn_from_teachers_who_have_not_seen_who_validates(history, tiny_fit, monkeypatch):
     """Teachers who think everybody buys: the student comes to think so too, though its labels say otherwise."""
     seen = []
-    monkeypatch.setattr(fitting, 'fit', lambda *arguments: seen.append(fit(*arguments)) or seen[-1])
+    monkeypatch.setattr(fitting, 'fit', lambda *arguments, **named: seen.append(fit(*arguments, **named)) or seen[-1])
     monkeypatch.setattr(fitting, 'mean_logits', lambda taught: mean_logits(taught) + 3.0)
     options = tiny_fit(epochs=2, distil=DistilOptions(2, weight=0.9))
     users = list(range(60))

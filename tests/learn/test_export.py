@@ -24,6 +24,7 @@ from stream.learn.export import check_neighbours, export, outputs, padded, parit
 from stream.learn.judge import MODEL
 from stream.learn.model import INPUT_NAMES
 from stream.learn.served import score
+from stream.learn.served_ranking import ranking_dir
 from stream.scoring.artefact import load_artefact
 
 
@@ -164,6 +165,20 @@ def test_int8_scores_are_near_and_a_row_has_one_score_in_any_company(version_dir
         for row in range(0, len(batch), 9):
             alone = session.run(['purchase'], {name: part[row:row + 1] for name, part in parts.items()})[0]
             np.testing.assert_allclose(alone[0], among[row], rtol=0, atol=1e-5)
+
+
+def test_a_version_is_not_overwritten_by_another_precision(checkpoint, int8_dir):
+    with pytest.raises(UsageError, match='another precision'):
+        export(checkpoint, int8_dir.parent.parent, version=2)
+
+
+def test_of_a_model_without_a_ranking_an_earlier_one_goes(checkpoint, tmp_path):
+    version_dir = export(checkpoint, tmp_path / 'models')
+    assert ranking_dir(version_dir).is_dir()
+    bare = shutil.copytree(checkpoint, tmp_path / 'bare')
+    (bare / 'ranking.safetensors').unlink()
+    export(bare, tmp_path / 'models')
+    assert not ranking_dir(version_dir).exists()
 
 
 def test_int8_gives_the_same_bytes_twice(checkpoint, int8_dir, tmp_path):

@@ -15,10 +15,11 @@ from stream.core.window import WindowLimits
 from stream.errors import ModelError, UsageError
 from stream.learn import dataset
 from stream.learn.backbones import BackboneOptions, EncoderOptions, EventsBackbone
-from stream.learn.checkpoint import load
+from stream.learn.checkpoint import load, save
 from stream.learn.fit import fit
 from stream.learn.journal import Journal
 from stream.learn.pretrain import Lesson, PretrainOptions, cropped, pretrain, start_from, told_of
+from stream.learn.prune import attentions, cut
 from tests.learn.pretrained import save_tiny
 
 ENCODER = EncoderOptions(hidden=16, layers=1, heads=2, intermediate=32)
@@ -193,6 +194,14 @@ def test_a_checkpoint_of_other_sizes_is_refused(checkpoint):
     with pytest.raises(ModelError, match=r"'hidden': 16.*'hidden': 24.*Do: start from one of the same sizes"):
         start_from(EventsBackbone(replace(ENCODER, hidden=24)), checkpoint)
     start_from(EventsBackbone(replace(ENCODER, dropout=0.5)), checkpoint)       # no weight depends on it
+
+
+def test_a_checkpoint_with_heads_cut_out_is_refused(checkpoint, tmp_path):
+    kept = load(checkpoint)
+    cut(kept.model.backbone, [[0] for _ in attentions(kept.model.backbone)])
+    save(kept, tmp_path)
+    with pytest.raises(ModelError, match='heads cut out'):
+        start_from(EventsBackbone(ENCODER), tmp_path)
 
 
 @pytest.mark.parametrize('options', [{'pretrain': tiny('masked')}, {'start_from': 'anywhere'}])

@@ -79,7 +79,7 @@ def test_it_learns_who_buys_again(history):
     users = range(len(shop.user_ids))
     data = sample(shop, users, shop.start_ms, shop.end_ms, ExampleOptions(4, 0.0), LIMITS, 3)
     held_out = data.user % 5 == 0
-    found = fit_recommender(shop, users, data, held_out, shop.end_ms, RankerOptions(batch_rows=16), 3)
+    found = fit_recommender(shop, shop, users, data, held_out, shop.end_ms, RankerOptions(batch_rows=16), 3)
     rows = np.flatnonzero(held_out)
     before = past(shop, data, rows, 'item')
     own, numbers = map(torch.from_numpy, before.padded(np.arange(len(rows))))
@@ -100,8 +100,8 @@ def test_a_recording_that_names_nothing_has_no_ranking(history):
                                              event.amount, event.rating) for event in events]
                        for user_id, events in zip(history.user_ids, history.events, strict=True)})
     data = at_time(bare, range(len(bare.user_ids)), bare.end_ms - 40 * DAY_MS, LIMITS, bare.end_ms)
-    assert fit_recommender(bare, range(len(bare.user_ids)), data, data.user % 5 == 0, bare.end_ms, RankerOptions(),
-                           3) is None
+    assert fit_recommender(bare, bare, range(len(bare.user_ids)), data, data.user % 5 == 0, bare.end_ms,
+                           RankerOptions(), 3) is None
 
 
 def test_the_served_ranking_is_that_of_torch(checkpoint, version_dir, history):
@@ -134,6 +134,7 @@ def test_the_worker_finds_its_model_beside_the_ranking(version_dir):
     assert not any('item' in entry.name for entry in (*session.get_inputs(), *session.get_outputs()))
     config = (ranking_dir(version_dir).parent / 'config.pbtxt').read_text()
     assert 'name: "shopper_next"' in config and 'name: "own_item_scores"' in config
+    assert 'model_warmup' not in config         # no windows lie beside it
 
 
 def test_a_ranking_that_was_changed_or_is_missing_is_told(version_dir, tmp_path):

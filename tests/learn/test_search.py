@@ -89,6 +89,11 @@ def test_a_training_takes_what_was_found_and_tells_it(tiny_options, given, tmp_p
     assert '### Sizes and rates' in card and f'| {best["validation"]:.4f} |' in card
 
 
+def test_sizes_of_weights_that_are_there_are_what_they_are(given):
+    assert {'hidden', 'layers'} <= set(searching._settings(given))
+    assert not {'hidden', 'layers', 'dropout'} & set(searching._settings(replace(given, start_from='there')))
+
+
 def test_without_optuna_it_says_what_to_do(history, given, monkeypatch):
     monkeypatch.setitem(sys.modules, 'optuna', None)
     with pytest.raises(UsageError, match=r"needs optuna.*\[train\]"):
