@@ -36,6 +36,24 @@ app = typer.Typer()
 Clean = Annotated[str, typer.Option(
     '--clean', metavar='STEPS', help='Steps of cleaning with commas between them, of duplicates, cancellations, '
                                      'outliers, wholesalers: they change what is learned, not by what it is judged.')]
+Backbone = Annotated[str, typer.Option(
+    '--backbone', metavar='NAME', help='What reads the window: [bold]events[/bold], a small encoder of our own, or as '
+                                       'text a pretrained [bold]bert[/bold], [bold]distilbert[/bold], [bold]t5[/bold] '
+                                       '(its encoder) or [bold]gpt2[/bold].')]
+Pretrained = Annotated[str, typer.Option(
+    '--pretrained', metavar='FOLDER|ID', help='Where it is: a folder, or an id of the Hugging Face hub.')]
+Tuning = Annotated[str, typer.Option(
+    '--tuning', metavar='HOW', help='Which pretrained weights move: full, frozen, freeze:embeddings,layers=N, lora, '
+                                    'ia3, prefix.')]
+CatalogueFile = Annotated[Path | None, typer.Option(
+    '--catalogue', metavar='FILE', help='What is known of the items: JSON lines or Parquet with item_id, text, '
+                                        'embedding, category.')]
+Pretrain = Annotated[str | None, typer.Option(
+    '--pretrain', metavar='NAMES', help='First learn from windows without labels: some of masked, next, contrastive.')]
+Fit = Annotated[list[str] | None, typer.Option(
+    '--fit', metavar='NAME=VALUE', help='Sizes and the course of training, e.g. --fit hidden=96 --fit layers=3 --fit '
+                                        'epochs=12 --fit backbone.learning_rate=1e-4; repeatable; a wrong name lists '
+                                        'them all.')]
 Seed = Annotated[int, typer.Option(help='The same seed gives the same bytes.')]
 TIME = 'a day, its beginning in UTC, as 2014-07-16, or a time as 2014-07-16T12:00:00Z'
 MODEL_REPOSITORY = 'triton_models'      # inside the folder that `stream train` writes
@@ -51,28 +69,16 @@ def train(
     days: Annotated[int, typer.Option(min=120, help='Days that are simulated.')] = 730,
     until: Annotated[str | None, typer.Option(
         metavar='TIME', help=f'Use nothing at or after this time: {TIME}.')] = None,
-    backbone: Annotated[str, typer.Option(
-        metavar='NAME', help='What reads the window: [bold]events[/bold], a small encoder of our own, or as text a '
-                             'pretrained [bold]bert[/bold], [bold]distilbert[/bold], [bold]t5[/bold] (its encoder) or '
-                             '[bold]gpt2[/bold].')] = 'events',
-    pretrained: Annotated[str, typer.Option(
-        metavar='FOLDER|ID', help='Where it is: a folder, or an id of the Hugging Face hub.')] = '',
-    tuning: Annotated[str, typer.Option(
-        metavar='HOW', help='Which pretrained weights move: full, frozen, freeze:embeddings,layers=N, lora, ia3, '
-                            'prefix.')] = 'full',
-    catalogue: Annotated[Path | None, typer.Option(
-        metavar='FILE', help='What is known of the items: JSON lines or Parquet with item_id, text, embedding, '
-                             'category.')] = None,
+    backbone: Backbone = 'events',
+    pretrained: Pretrained = '',
+    tuning: Tuning = 'full',
+    catalogue: CatalogueFile = None,
     tiers: Annotated[int, typer.Option(help='Tiers of spend, the lowest is nothing.')] = 5,
     refund_head: Annotated[bool, typer.Option(
         help='Whether it also tells the risk of refunds and cancelled orders: a hint for service, never for a credit '
              'decision.')] = True,
-    how: Annotated[list[str] | None, typer.Option(
-        '--fit', metavar='NAME=VALUE', help='Sizes and the course of training, e.g. --fit hidden=96 --fit layers=3 '
-                                            '--fit epochs=12 --fit backbone.learning_rate=1e-4; repeatable; a wrong '
-                                            'name lists them all.')] = None,
-    pretrain: Annotated[str | None, typer.Option(
-        metavar='NAMES', help='First learn from windows without labels: some of masked, next, contrastive.')] = None,
+    how: Fit = None,
+    pretrain: Pretrain = None,
     start_from: Annotated[Path | None, typer.Option(
         '--from', metavar='CHECKPOINT', help="Start from another shop's model: a folder that `stream train` wrote.")]
     = None,
@@ -93,7 +99,6 @@ def train(
     """Train a model, judge it on users and days that it has not seen, and export it."""
     settings = effective_settings(config, **parsed(overrides))
     learning = _learning('stream.learn.train')
-    from stream.learn.clean import steps_of
     if bool(files) == bool(simulated):
         raise UsageError('Nothing to learn from, or two things.', 'name recorded files, or --simulate SHOPPERS.')
     if simulated:
@@ -105,20 +110,15 @@ def train(
             source=', '.join(names) + (f' until {until}' if until else ''),
             command=f'stream train --format {format_name} {" ".join(names)}' + (f' --until {until}' if until else '')
             + f' --seed {seed} --out DIR')
-    fitting = replace(
-        options.fit, tiers=tiers, refund=refund_head, clean=steps_of(clean),
-        start_from=start_from and str(start_from),
-        pretrain=_learning('stream.learn.pretrain').PretrainOptions.of(pretrain) if pretrain else None,
-        backbone=replace(options.fit.backbone, name=backbone, source=pretrained, tuning=tuning,
-                         catalogue=str(catalogue) if catalogue else None))
+    fitting = replace(_fitting(options.fit, backbone, pretrained, tuning, catalogue, pretrain, clean), tiers=tiers,
+                      refund=refund_head, start_from=start_from and str(start_from))
     given = _given(fitting) + ''.join(f' --fit {option}' for option in how or ()) + (
         f' --clean {clean}' if clean else '') + (f' --search {trials}' if trials else '')
     options = replace(
         options, limits=settings.window_limits(), trials=trials,
         rules=msgspec.structs.replace(settings.event_rules(), currency=amounts_in(format_name, settings)),
         until_ms=time_ms(until) if until else None, command=options.command.replace(' --out', f'{given} --out'),
-        resume=resume, curves=tensorboard,
-        fit=_learning('stream.learn.options').changed(fitting, parsed(how, '--fit', 'give e.g. --fit epochs=12.')))
+        resume=resume, curves=tensorboard, fit=_changed(fitting, how))
     learning.train(options, out, Console(stderr=True, soft_wrap=True))
     version_dir = _learning('stream.learn.export').export(out, out / MODEL_REPOSITORY)
     say(f'model: {version_dir}. Next: stream predict FILE --at TIME --model {out}, or stream export {out}')
@@ -152,6 +152,12 @@ def compare(
     pretrained_on: Annotated[Path | None, typer.Option(
         metavar='CHECKPOINT', help="Show as well what starting from another shop's model brings, on 1, 5, 10 and "
                                    '100 % of the users: a folder that `stream train` wrote.')] = None,
+    backbone: Backbone = 'events',
+    pretrained: Pretrained = '',
+    tuning: Tuning = 'full',
+    catalogue: CatalogueFile = None,
+    how: Fit = None,
+    pretrain: Pretrain = None,
     clean: Clean = '',
     seed: Seed = 7,
     out: Annotated[Path, typer.Option(
@@ -165,13 +171,12 @@ def compare(
     _refuse_a_file(out)
     times_ms = sorted({time_ms(text) for text in at or ()})
     from stream.learn import dataset
-    from stream.learn.clean import steps_of
     from stream.learn.questions import default_cutoffs
-    steps = steps_of(clean)
+    fitting = _changed(_fitting(comparing.FitOptions(), backbone, pretrained, tuning, catalogue, pretrain, clean), how)
+    _learning('stream.learn.backbones').check(fitting.backbone, fitting.encoder)
     history = dataset.read(recorded(files, format_name, settings), settings.event_rules())
     options = comparing.CompareOptions(seed=seed, folds=folds, processes=os.cpu_count() or 1,
-                                       limits=settings.window_limits())
-    options = replace(options, fit=replace(options.fit, clean=steps))
+                                       limits=settings.window_limits(), fit=fitting)
     transferring = _learning('stream.learn.transfer')
     if pretrained_on:
         transferring.check(pretrained_on, options)
@@ -289,6 +294,21 @@ def recorded(files: list[Path], format_name: str, settings: Settings) -> Iterato
         for index, value in enumerate(block.values):
             if index not in block.bad:
                 yield value if recording.records is None else event_bytes(value)
+
+
+def _fitting(fitting: Any, backbone: str, pretrained: str, tuning: str, catalogue: Path | None, pretrain: str | None,
+             clean: str) -> Any:
+    """The options of a fit with what these flags say."""
+    from stream.learn.clean import steps_of
+    return replace(
+        fitting, clean=steps_of(clean),
+        pretrain=_learning('stream.learn.pretrain').PretrainOptions.of(pretrain) if pretrain else None,
+        backbone=replace(fitting.backbone, name=backbone, source=pretrained, tuning=tuning,
+                         catalogue=str(catalogue) if catalogue else None))
+
+
+def _changed(fitting: Any, how: list[str] | None) -> Any:
+    return _learning('stream.learn.options').changed(fitting, parsed(how, '--fit', 'give e.g. --fit epochs=12.'))
 
 
 def _given(fitting: Any) -> str:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from io import StringIO
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -137,7 +137,7 @@ def compare(history: History, cutoffs_ms: Sequence[int], options: CompareOptions
         'recording': {'events': len(history), 'users': len(history.user_ids), 'refused': history.refused,
                       'first_ms': history.start_ms, 'last_ms': history.end_ms, 'priced': history.priced},
         'protocol': {'folds': options.folds, 'seed': options.seed, 'resamples': options.resamples,
-                     'cleaning': options.fit.clean,
+                     'cleaning': options.fit.clean, 'learning': asdict(options.fit),
                      'contender_rows_max': options.contender_rows_max, 'active_days': ACTIVE_DAYS},
         'cutoffs': [{
             'at_ms': cutoff.at_ms, 'users': len(cutoff.asked), 'active': int(cutoff.asked.active.sum()),

@@ -300,17 +300,23 @@ def run(lines, tmp_path, monkeypatch, figures):
 
 def test_the_command_writes_the_page_and_the_figures(run, tmp_path, lines, cut_ms, figures):
     done, asked = run('--folds', '4', '--seed', '11', '--clean', 'outliers', '--at', '2024-05-06', '--at', '2024-04-01',
-                      '--out', 'there')
+                      '--fit', 'hidden=32', '--pretrain', 'next', '--out', 'there')
     assert done.exit_code == 0, done.output
     (events, cutoffs, options), = asked
     assert (events, cutoffs) == (len(lines), [ms('2024-04-01'), ms('2024-05-06')])
     assert (options.folds, options.seed, options.fit.clean) == (4, 11, ('outliers',))
+    assert options.fit.encoder.hidden == 32 and list(options.fit.pretrain.objectives) == ['next']
     assert '<html' in (tmp_path / 'there' / 'index.html').read_text()
     kept = orjson.loads((tmp_path / 'there' / 'figures.json').read_bytes())
     assert kept['about']['sources'] == ['events.jsonl']
     assert kept['cutoffs'] == orjson.loads(orjson.dumps(figures['cutoffs']))
     assert 'buys within 30 days' in done.stdout
     assert interval(figures['cutoffs'][0]['tasks'][0]['contenders'][MODEL]['metrics']['auc'])[0] in done.stdout
+
+
+def test_a_backbone_that_cannot_be_is_told_before_hours_of_work(run):
+    done, compared = run('--backbone', 'lstm')
+    assert isinstance(done.exception, UsageError) and "no backbone 'lstm'" in str(done.exception) and not compared
 
 
 def test_the_command_shows_what_another_shop_brings(run, tmp_path, monkeypatch, checkpoint, cut_ms):
