@@ -18,6 +18,7 @@ from stream.learn.fit import FitOptions
 # They have flags of their own.
 _ELSEWHERE = {('seed',), ('clean',), ('tiers',), ('refund',), ('start_from',), ('pretrain',),
               ('backbone', 'name'), ('backbone', 'source'), ('backbone', 'tuning'), ('backbone', 'catalogue')}
+_BY_GROUP = ('task_weights', 'ranker')     # of these the name alone says too little
 
 
 def option_names() -> dict[str, tuple[str, ...]]:
@@ -26,8 +27,7 @@ def option_names() -> dict[str, tuple[str, ...]]:
     places = [(name,) for name, value in whole.items() if not isinstance(value, dict)]
     places += [(group, name) for group, values in whole.items() if isinstance(values, dict) for name in values]
     often = Counter(place[-1] for place in places)
-    # Of a task's weight the task's name alone says too little.
-    return {place[-1] if len(place) == 1 or (often[place[-1]] == 1 and place[0] != 'task_weights') else '.'.join(place):
+    return {place[-1] if len(place) == 1 or (often[place[-1]] == 1 and place[0] not in _BY_GROUP) else '.'.join(place):
             place for place in places if place not in _ELSEWHERE}
 
 
