@@ -75,9 +75,9 @@ def test_few_users_make_more_passes_of_smaller_batches():
 def test_both_starts_are_taught_by_the_same_users_of_other_parts(shop, checkpoint, monkeypatch):
     taught = []
 
-    def noted(known, users, at_ms, options, limits, console):
+    def noted(known, users, at_ms, options, limits, console, **named):
         taught.append(([known.user_ids[user] for user in users], options.start_from))
-        return fitting(known, users, at_ms, options, limits, console)
+        return fitting(known, users, at_ms, options, limits, console, **named)
 
     fitting = transferring.fit
     monkeypatch.setattr(transferring, 'fit', noted)
@@ -97,7 +97,7 @@ def test_both_starts_are_taught_by_the_same_users_of_other_parts(shop, checkpoin
 
 
 def test_who_can_teach_nothing_is_left_out_with_the_reason(shop, checkpoint, monkeypatch):
-    def nobody(*arguments):
+    def nobody(*arguments, **named):
         raise transferring.UsageError('Nobody buys anything.', do='wait.')
 
     monkeypatch.setattr(transferring, 'fit', nobody)
