@@ -38,7 +38,7 @@ def test_triton_reads_it(variant: str, tmp_path: Path):
     assert (config.backend, config.platform) == (
         ('python', '') if variant == 'python' else ('', 'onnxruntime_onnx'))
     assert {entry.name: list(entry.dims) for entry in config.input} == INPUT_ROWS
-    assert [entry.name for entry in config.output] == [*OUTPUT_NAMES, 'purchase', 'refund']
+    assert [entry.name for entry in config.output] == [*OUTPUT_NAMES, 'purchase', 'typical_spend', 'refund']
     assert list(config.version_policy.specific.versions) == [1]
     assert config.max_batch_size == ROWS_MAX
     assert config.HasField('dynamic_batching')
