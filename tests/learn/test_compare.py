@@ -1,6 +1,5 @@
 """The protocol: who is taught by whom, and that nothing of the future or of the judged gets in."""
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import orjson
@@ -35,6 +34,7 @@ from stream.learn.judge import (
 from stream.learn.questions import Task, day_of, default_cutoffs
 from stream.learn.recommend import ASKED_MIN
 from stream.learn.sasrec import SasRecOptions
+from tests.outline import Outline
 
 FIT = FitOptions(encoder=EncoderOptions(hidden=16, layers=1, heads=2, intermediate=32), epochs=2, rows_per_epoch=100,
                  examples=ExampleOptions(90, 1))
@@ -187,36 +187,6 @@ def test_answers_come_in_the_order_of_the_jobs():
 
 # ---- the page -------------------------------------------------------------------------------------------------------
 
-class Page(HTMLParser):
-    """Tags with their attributes, what is left open, text."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict]] = []
-        self.open: list[str] = []
-        self.words: list[str] = []
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in {'meta', 'br'}:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return ' '.join(''.join(self.words).split())
-
-
 @pytest.fixture(scope='module')
 def told(figures) -> dict:
     return {'about': {'sources': [NASTY], 'format': 'events', 'currency': 'EUR'}} | figures
@@ -228,7 +198,7 @@ def html(told) -> str:
 
 
 def test_the_page_says_what_the_figures_say(told, html, cut_ms):
-    page = Page(html)
+    page = Outline(html)
     assert page.open == []
     for words in (f'As of {day_of(cut_ms)}', 'A user buys within 30 days', 'A user buys nothing within 90 days', 'EUR',
                   'Tier of spend in 90 days', 'the recording ends before it is settled'):
@@ -244,7 +214,7 @@ def test_the_page_says_what_was_cleaned(told, html):
     removed = {'step': 'duplicates', 'lines': 7, 'users': 2, 'money': 3.5, 'money_share': 0.012, 'bound': ''}
     cutoff, = told['cutoffs']
     first, *others = cutoff['training']
-    page = Page(render_report(told | {
+    page = Outline(render_report(told | {
         'protocol': told['protocol'] | {'cleaning': ['duplicates']},
         'cutoffs': [cutoff | {'tasks': [], 'training': [first | {'removed': [removed]}, *others]}]}))
     assert 'What everybody learns from was cleaned first (duplicates)' in page.text
@@ -252,7 +222,7 @@ def test_the_page_says_what_was_cleaned(told, html):
 
 
 def test_the_page_needs_nothing_and_runs_nothing(told, html):
-    page = Page(html)
+    page = Outline(html)
     assert NASTY in page.text
     assert not {'script', 'link', 'img', 'iframe', 'object', 'image'} & {tag for tag, _ in page.tags}
     assert all(attributes.get(name, '#').startswith('#') for _, attributes in page.tags

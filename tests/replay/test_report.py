@@ -2,7 +2,6 @@ import re
 from collections import Counter
 from dataclasses import replace
 from functools import cache
-from html.parser import HTMLParser
 from itertools import pairwise
 
 import numpy as np
@@ -22,6 +21,7 @@ from stream.replay.report import (
     write_report,
 )
 from stream.replay.statistics import Statistics
+from tests.outline import Outline
 
 DAY = 20_089        # 2025-01-01
 HOUR = DAY * 24
@@ -66,45 +66,6 @@ def page(statistics: Statistics, counts=COUNTS, about=ABOUT) -> str:
 @cache
 def full_page() -> str:
     return page(full())
-
-
-class Outline(HTMLParser):
-    """What a browser would see: headings, ids, tags left open, attributes of a tag, text."""
-
-    VOID = frozenset({'meta', 'br', 'rect', 'path', 'use', 'line'})
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.headings: list[tuple[int, str]] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.open: list[str] = []
-        self.words: list[str] = []
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-        if re.fullmatch('h[1-6]', tag):
-            self.headings.append((int(tag[1]), ''))
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        if tag not in self.VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-        if self.open and re.fullmatch('h[1-6]', self.open[-1]):
-            level, text = self.headings[-1]
-            self.headings[-1] = (level, text + data)
-
-    @property
-    def text(self) -> str:
-        return ' '.join(''.join(self.words).split())
 
 
 # ---- what is on the page --------------------------------------------------------------------------------------------
