@@ -54,6 +54,10 @@ Fit = Annotated[list[str] | None, typer.Option(
     '--fit', metavar='NAME=VALUE', help='Sizes and the course of training, e.g. --fit hidden=96 --fit layers=3 --fit '
                                         'epochs=12 --fit backbone.learning_rate=1e-4; repeatable; a wrong name lists '
                                         'them all.')]
+ReportFolder = Annotated[Path, typer.Option(
+    '--out', metavar='DIR', help='Folder for index.html and figures.json.')]
+ModelFolder = Annotated[Path | None, typer.Option(
+    '--model', metavar='DIR', help='What `stream train` wrote, or a model version; default: setting `model`.')]
 Seed = Annotated[int, typer.Option(help='The same seed gives the same bytes.')]
 TIME = 'a day, its beginning in UTC, as 2014-07-16, or a time as 2014-07-16T12:00:00Z'
 MODEL_REPOSITORY = 'triton_models'      # inside the folder that `stream train` writes
@@ -160,8 +164,7 @@ def compare(
     pretrain: Pretrain = None,
     clean: Clean = '',
     seed: Seed = 7,
-    out: Annotated[Path, typer.Option(
-        metavar='DIR', help='Folder for index.html and figures.json.')] = Path('report'),
+    out: ReportFolder = Path('report'),
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
@@ -169,11 +172,11 @@ def compare(
     settings = effective_settings(config, **parsed(overrides))
     comparing, reporting = _learning('stream.learn.compare'), _learning('stream.learn.compare_report')
     _refuse_a_file(out)
-    times_ms = sorted({time_ms(text) for text in at or ()})
+    times_ms = _times_ms(at)
     from stream.learn import dataset
     from stream.learn.questions import default_cutoffs
     fitting = _changed(_fitting(comparing.FitOptions(), backbone, pretrained, tuning, catalogue, pretrain, clean), how)
-    _learning('stream.learn.backbones').check(fitting.backbone, fitting.encoder)
+    _learning('stream.learn.fit').check(fitting)
     history = dataset.read(recorded(files, format_name, settings), settings.event_rules())
     options = comparing.CompareOptions(seed=seed, folds=folds, processes=os.cpu_count() or 1,
                                        limits=settings.window_limits(), fit=fitting)
@@ -196,20 +199,18 @@ def evaluate(
     at: Annotated[list[str] | None, typer.Option(
         metavar='DAY', help='As of when, repeatable: what was before is known, what came after is to be foretold. '
                             f'Default: as `stream compare`. {TIME[0].upper()}{TIME[1:]}.')] = None,
-    model: Annotated[Path | None, typer.Option(
-        metavar='DIR', help='What `stream train` wrote, or a model version; default: setting `model`.')] = None,
+    model: ModelFolder = None,
     threshold: Annotated[float, typer.Option(
         min=0, max=1, help='Whoever has such a chance is called: for accuracy, precision, recall, F1.')] = 0.5,
     seed: Seed = 7,
-    out: Annotated[Path, typer.Option(
-        metavar='DIR', help='Folder for index.html and figures.json.')] = Path('report'),
+    out: ReportFolder = Path('report'),
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
     """Judge a served model on a recording, beside rules that need no training: nothing is trained."""
     settings = effective_settings(config, **parsed(overrides))
     _refuse_a_file(out)
-    times_ms = sorted({time_ms(text) for text in at or ()})
+    times_ms = _times_ms(at)
     from stream.learn import backtest, backtest_report, dataset
     from stream.learn.questions import default_cutoffs
     from stream.scoring.make import mismatches, shipped
@@ -233,8 +234,7 @@ def predict(
     at: Annotated[str, typer.Option(metavar='TIME', help=f'As of when; nothing at or after it is looked at: {TIME}.')],
     out: Annotated[Path, typer.Option(metavar='FILE', help='Where the lines go.')] = Path('predictions.jsonl'),
     format_name: FormatName = 'events',
-    model: Annotated[Path | None, typer.Option(
-        metavar='DIR', help='What `stream train` wrote, or a model version; default: setting `model`.')] = None,
+    model: ModelFolder = None,
     items: Annotated[int, typer.Option(
         min=0, metavar='K', help='Also name the K items and categories that are likeliest to be bought next, from '
                                  'those that the files name; the model must rank them.')] = 0,
@@ -271,6 +271,11 @@ def time_ms(text: str) -> int:
     if found is None:
         raise UsageError(f'{text} is no time.', f'give {TIME}.')
     return found
+
+
+def _times_ms(days: list[str] | None) -> list[int]:
+    """Those of `--at`, each once, in their order."""
+    return sorted({time_ms(text) for text in days or ()})
 
 
 def version_of(folder: Path) -> Path:

@@ -132,7 +132,7 @@ def padded(inputs: Features, rows: np.ndarray, length: int) -> Batch:
                  inputs.counters[rows], rows.astype(np.int64)[:, None])
 
 
-def buckets(hashes: np.ndarray, count: int) -> np.ndarray:
+def buckets(hashes: np.ndarray | int, count: int) -> np.ndarray:
     """Which of `count` buckets each hash of an event's item or category falls into; 0: it has none."""
     return np.where(hashes > 0, hashes % (count - 1) + 1, 0)
 

@@ -57,7 +57,7 @@ def calibrate(model: ShopperModel, window: Tensor, counters: Tensor, examples: E
                 for share in _SHARES]
         model.mix[tiers] = _best(loss, users)
 
-    logits = model.mix * window + (1 - model.mix) * counters
+    logits = model.mixed(window, counters)
     settled = _settled(binary)
     for task in range(BINARY):
         known = (~binary[:, task].isnan()).numpy()

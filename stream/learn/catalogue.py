@@ -28,7 +28,7 @@ from pyarrow import compute, parquet
 from torch import Tensor, nn
 
 from stream.core.events import hash16, hash32
-from stream.core.features import CATEGORY_BUCKETS, ITEM_BUCKETS
+from stream.core.features import CATEGORY_BUCKETS, ITEM_BUCKETS, buckets
 from stream.errors import InputError
 
 WORD_COLUMNS = 256          # of the hashed bag of words
@@ -55,7 +55,7 @@ class Catalogue:
         """Of category buckets; of those that share one, the first."""
         names: dict[int, str] = {}
         for category in filter(None, self.categories):
-            names.setdefault(hash16(category) % (CATEGORY_BUCKETS - 1) + 1, category)
+            names.setdefault(int(buckets(hash16(category), CATEGORY_BUCKETS)), category)
         return names
 
 
@@ -135,7 +135,7 @@ def item_table(catalogue: Catalogue, embed: Callable[[Sequence[str]], Tensor]) -
 
 def item_bucket(item_id: str) -> int:
     """The bucket by which stream.core.features knows an item."""
-    return hash32(item_id) % (ITEM_BUCKETS - 1) + 1
+    return int(buckets(hash32(item_id), ITEM_BUCKETS))
 
 
 def bag_of_words(texts: Sequence[str]) -> Tensor:

@@ -11,26 +11,23 @@ baseline's over the same resamples.
 Churn is asked of active users: those who bought within the 90 days before. `stream compare` asks more contenders.
 """
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
 from stream.learn import metrics
 from stream.learn.baselines import purchase_contenders
 from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT, Examples, Kind, tier_of
-from stream.learn.fit import Fitted, rows_max
+from stream.learn.fit import Fitted
 from stream.learn.judge import MODEL, beside_model
 from stream.learn.metrics import AMOUNT, BINARY, CLASSES, RANKING, Metric
 from stream.learn.rules import Table
-from stream.learn.served import score
 
 RESAMPLES = 200
 POSITIVES_MIN = 20      # fewer tell nothing
 
 
-def evaluate(fitted: Fitted, graph: Path, test: Examples, seed: int) -> dict[str, object]:
-    """All numbers of the model card, ready for JSON; the model's are those of its exported graph."""
-    answers = score(graph, test.inputs, rows_max(fitted.model))
+def evaluate(fitted: Fitted, answers: Mapping[str, np.ndarray], test: Examples, seed: int) -> dict[str, object]:
+    """All numbers of the model card, ready for JSON. `answers`: those of the model's exported graph to `test`."""
     purchase, tiers = answers['purchase'].astype(float), answers['tier_probabilities'].astype(float)
     spend = answers['expected_spend'][:, 0].astype(float)
     bought, labels = test.labels.bought, test.labels

@@ -12,10 +12,7 @@
 One thread and deterministic kernels throughout: on one machine the same options give the same weights.
 """
 import math
-import os
-import random
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -29,6 +26,7 @@ from stream.core.features import padded
 from stream.core.window import DAY_MS, WindowLimits
 from stream.errors import UsageError
 from stream.learn.backbones import BackboneOptions, EncoderOptions, EventsBackbone, make_backbone
+from stream.learn.backbones import check as check_backbone
 from stream.learn.bounds import Count, NotNegative, Part, PartOrAll, Positive, Share
 from stream.learn.calibrate import SETTLED_ROWS_MIN, calibrate
 from stream.learn.clean import clean
@@ -47,7 +45,7 @@ from stream.learn.dataset import (
 from stream.learn.distil import DistilOptions, expected_losses, mean_logits, teacher_options
 from stream.learn.journal import Journal
 from stream.learn.model import ShopperModel, losses
-from stream.learn.passes import Course, Rated, device, improve, mixed_precision, shuffled
+from stream.learn.passes import Course, Rated, device, improve, mixed_precision, reproducible, shuffled
 from stream.learn.pretrain import PretrainOptions, pretrain, reads_text, start_from
 from stream.learn.prune import attentions, cut, importance, kept_heads
 from stream.learn.ranker import RankerOptions, Recommender, fit_recommender
@@ -151,8 +149,9 @@ def fit(history: History, users: Iterable[int], known_until_ms: int, options: Fi
         return _fit(history, list(users), known_until_ms, options, limits, console, journal, after_pass, ranked)
 
 
-def check_start(options: FitOptions) -> None:
-    """Errors: UsageError or ModelError where the backbone cannot start as the options say; quick."""
+def check(options: FitOptions) -> None:
+    """Errors: UsageError or ModelError where there is no such backbone, or it cannot start so; quick."""
+    check_backbone(options.backbone, options.encoder)
     if options.start_from is None and options.pretrain is None:
         return
     if options.backbone.name != 'events':
@@ -276,7 +275,7 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
     with torch.no_grad():
         by_window, by_counters = window_logits(model, data, np.arange(len(data))), model.counters(counters)
     calibrate(model, by_window, by_counters, data, labels, held_out)
-    mixed = (model.mix * by_window + (1 - model.mix) * by_counters)[validation_rows]
+    mixed = model.mixed(by_window, by_counters)[validation_rows]
     validation = float(_total(losses(mixed, *(label[validation_rows] for label in labels)), options))
 
     # 7 ranking
@@ -353,19 +352,3 @@ def _rated(model: ShopperModel, options: FitOptions) -> list[Rated]:
         rated.append((options.backbone.learning_rate or learning_rate(tuning),
                       0.0 if tuning == 'ia3' else options.weight_decay, theirs))
     return rated
-
-
-@contextmanager
-def reproducible(seed: int) -> Iterator[None]:
-    """Seeds set, one thread, deterministic kernels; threads and kernels are as before afterwards."""
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')     # else a GPU's matrix product may differ
-    random.seed(seed)
-    torch.manual_seed(seed)
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)

@@ -134,8 +134,12 @@ def beside_model(by_name: Mapping[str, tuple[np.ndarray, Mapping[str, Metric]]],
     by_name   scores of each, and what they are judged by
     samples   of `stream.learn.metrics.resamples`
     """
-    drawn = {name: {metric: np.array([rule(scores[rows], truth[rows]) for rows in samples])
-                    for metric, rule in rules.items()} for name, (scores, rules) in by_name.items()}
+    return intervals({name: {metric: np.array([rule(scores[rows], truth[rows]) for rows in samples])
+                             for metric, rule in rules.items()} for name, (scores, rules) in by_name.items()})
+
+
+def intervals(drawn: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict]:
+    """`metrics` and `model_less` of each contender, MODEL among them, from its metrics on the same resamples."""
     model = drawn[MODEL]
     return {name: {'metrics': {metric: interval(values) for metric, values in numbers.items()},
                    'model_less': {} if name == MODEL else {metric: interval(model[metric] - values)

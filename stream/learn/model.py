@@ -111,7 +111,11 @@ class ShopperModel(nn.Module):
 
     def logits(self, categories: Tensor, numbers: Tensor, counters: Tensor) -> Tensor:
         """Both branches, mixed, [b, k]."""
-        return self.mix * self.window_logits(categories, numbers) + (1 - self.mix) * self.counters(counters)
+        return self.mixed(self.window_logits(categories, numbers), self.counters(counters))
+
+    def mixed(self, by_window: Tensor, by_counters: Tensor) -> Tensor:
+        """What the branches say, [b, k] each, in the shares of `mix`."""
+        return self.mix * by_window + (1 - self.mix) * by_counters
 
     def probabilities(self, binary: Tensor) -> Tensor:
         """Calibrated: of a purchase within each horizon, and of a refund, [b, BINARY]."""

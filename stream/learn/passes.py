@@ -9,10 +9,11 @@ On a GPU where there is one: there matrices are multiplied in bfloat16 if it can
 like everything on a CPU.
 """
 import math
+import os
 import random
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +76,22 @@ def shuffled(inputs: Features, rows: np.ndarray, count: int, size: int,
         return [batches[place] for place in rng.permutation(len(batches))]
 
     return draw
+
+
+@contextmanager
+def reproducible(seed: int) -> Iterator[None]:
+    """Seeds set, one thread, deterministic kernels; threads and kernels are as before afterwards."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')     # else a GPU's matrix product may differ
+    random.seed(seed)
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def device() -> torch.device:
@@ -144,11 +161,10 @@ def improve(course: Course, journal: Journal, console: Console) -> tuple[list[di
 
             # 4 save
 
-            if journal.state:
-                journal.save(course.name, {
-                    'key': key, 'weights': module.state_dict(), 'optimizer': optimizer.state_dict(),
-                    'schedule': schedule.state_dict(), 'chance': _chance(rng), 'epochs': epochs, 'best': best,
-                    'best_epoch': best_epoch, 'best_weights': best_weights})
+            journal.save(course.name, {
+                'key': key, 'weights': module.state_dict(), 'optimizer': optimizer.state_dict(),
+                'schedule': schedule.state_dict(), 'chance': _chance(rng), 'epochs': epochs, 'best': best,
+                'best_epoch': best_epoch, 'best_weights': best_weights})
             plot(len(epochs), figures)
             console.print(f'  {course.title} {len(epochs)}/{course.passes}  train {figures["train"]:.4f}  validation '
                           f'{figures["validation"]:.4f}  {time.monotonic() - began:.0f} s')

@@ -13,7 +13,7 @@ Embeddings of the items (of the user's past, from neighbours by singular values)
 recordings that we have; see LOG.md.
 """
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated
@@ -21,12 +21,15 @@ from typing import Annotated
 import numpy as np
 import torch
 from msgspec import Meta
+from rich.console import Console
 from torch import Tensor, nn
 
 from stream.core.features import buckets
 from stream.core.window import DAY_MS
 from stream.learn.bounds import Count, Positive
 from stream.learn.dataset import NEXT_DAYS, Examples, History, bought_next
+from stream.learn.journal import Journal
+from stream.learn.passes import Course, improve
 from stream.learn.past_items import BUCKETS, OWN_NUMBERS, Past, past, popular
 
 ROWS_MIN = 100          # fewer settled moments that are followed by a purchase teach nothing
@@ -84,9 +87,9 @@ class Ranker(nn.Module):
 class Recommender(nn.Module):
     """Rankers of what the recording names: 'item', 'category', or both."""
 
-    def __init__(self, columns: Sequence[str], options: RankerOptions) -> None:
+    def __init__(self, rankers: Mapping[str, Ranker]) -> None:
         super().__init__()
-        self.rankers = nn.ModuleDict({column: Ranker(BUCKETS[column], options) for column in columns})
+        self.rankers = nn.ModuleDict(rankers)
 
     @staticmethod
     def of(weights: dict[str, Tensor]) -> 'Recommender':
@@ -94,7 +97,8 @@ class Recommender(nn.Module):
         columns = [column for column in BUCKETS if f'rankers.{column}.{_WIDTH}' in weights]
         if not columns:
             raise ValueError('there is no ranking in its file')
-        found = Recommender(columns, RankerOptions(units=len(weights[f'rankers.{columns[0]}.{_WIDTH}'])))
+        options = RankerOptions(units=len(weights[f'rankers.{columns[0]}.{_WIDTH}']))
+        found = Recommender({column: Ranker(BUCKETS[column], options) for column in columns})
         try:
             found.load_state_dict(weights)
         except RuntimeError as error:
@@ -134,12 +138,7 @@ def fit_recommender(history: History, told: History, users: Iterable[int], data:
             rows = _rows(history, told, chosen, data, held_out, column, known_until_ms, options, seed)
             if rows is not None:
                 found[column] = _fitted(rows, column, options, seed)
-    if not found:
-        return None
-    recommender = Recommender(tuple(found), options)
-    for column, ranker in found.items():
-        recommender.rankers[column] = ranker
-    return recommender.eval()
+    return Recommender(found).eval() if found else None
 
 
 @dataclass(frozen=True)
@@ -192,27 +191,23 @@ def _rows(history: History, told: History, users: list[int], data: Examples, hel
 
 
 def _fitted(rows: _Rows, column: str, options: RankerOptions, seed: int) -> Ranker:
-    rng = np.random.default_rng(seed)
     ranker = Ranker(BUCKETS[column], options)
     ranker.popularity.copy_(rows.popularity[-1])
     train, validation = np.flatnonzero(~rows.held_out), np.flatnonzero(rows.held_out)
-    optimizer = torch.optim.AdamW(ranker.parameters(), lr=options.learning_rate, weight_decay=0.0)
     steps = options.epochs * math.ceil(len(train) / options.batch_rows)
-    warmup = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
-        (step + 1) / warmup, (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup))) / 2))
-    best, best_weights = math.inf, ranker.state_dict()
-    for _ in range(options.epochs):
-        drawn = list(rows.batches(rng.permutation(train), options.batch_rows))
-        for place in rng.permutation(len(drawn)):
-            optimizer.zero_grad()
-            rows.loss(ranker, drawn[place]).backward()
-            torch.nn.utils.clip_grad_norm_(ranker.parameters(), 1.0, error_if_nonfinite=True)
-            optimizer.step()
-            schedule.step()
+
+    def drawn(rng: np.random.Generator) -> list[np.ndarray]:
+        batches = list(rows.batches(rng.permutation(train), options.batch_rows))
+        return [batches[place] for place in rng.permutation(len(batches))]
+
+    def judged() -> dict[str, float]:
         with torch.no_grad():
-            loss = sum(float(rows.loss(ranker, some)) * len(some) for some in rows.batches(validation, 256))
-        if loss < best:
-            best, best_weights = loss, {name: tensor.clone() for name, tensor in ranker.state_dict().items()}
-    ranker.load_state_dict(best_weights)
+            return {'validation': sum(float(rows.loss(ranker, some)) * len(some)
+                                      for some in rows.batches(validation, 256))}
+
+    improve(Course(
+        name='ranking', title='ranking', module=ranker, weights=[(options.learning_rate, 0.0, [*ranker.parameters()])],
+        draw=drawn, loss=lambda some: rows.loss(ranker, some), judge=judged, passes=options.epochs, steps=steps,
+        warmup_share=steps // 10 / steps, clip_norm=1.0, patience=options.epochs, seed=seed,
+    ), Journal(), Console(quiet=True))
     return ranker

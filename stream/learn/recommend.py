@@ -23,8 +23,8 @@ from stream.core.events import EventType
 from stream.core.window import DAY_MS
 from stream.learn.dataset import NEXT_DAYS, Examples, History, Kind, bought_next
 from stream.learn.item_names import Names, Ranked
-from stream.learn.judge import BOUGHT, MODEL, OWN, POPULAR, RECENT, SASREC, TOP
-from stream.learn.metrics import interval, resamples
+from stream.learn.judge import BOUGHT, MODEL, OWN, POPULAR, RECENT, SASREC, TOP, intervals
+from stream.learn.metrics import resamples
 from stream.learn.past_items import Named
 from stream.learn.sasrec import SasRecOptions, fit_sasrec
 
@@ -111,10 +111,6 @@ def _contenders(known: History, learners: Sequence[int], past: list[Named], as_o
 def judge_ranking(by_name: dict[str, Measured], count: int, seed: int) -> dict:
     """Figures with bootstrap intervals over users, as `stream.learn.judge` gives them; one row a user."""
     samples = resamples(np.arange(len(by_name[MODEL]['ndcg'])), count, seed)
-    drawn = {name: {metric: np.array([values[rows].mean() for rows in samples]) for metric, values in numbers.items()}
-             for name, numbers in by_name.items()}
-    return {'rows': len(samples[0]), 'contenders': {
-        name: {'metrics': {metric: interval(values) for metric, values in numbers.items()},
-               'model_less': {} if name == MODEL else {metric: interval(drawn[MODEL][metric] - values)
-                                                       for metric, values in numbers.items()}}
-        for name, numbers in drawn.items()}}
+    return {'rows': len(samples[0]), 'contenders': intervals({
+        name: {metric: np.array([values[rows].mean() for rows in samples]) for metric, values in numbers.items()}
+        for name, numbers in by_name.items()})}

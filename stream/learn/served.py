@@ -8,11 +8,16 @@ from stream.core.features import Features, batches
 from stream.scoring.artefact import ROWS_MAX
 
 
-def score(graph: Path, inputs: Features, rows_max: int = ROWS_MAX) -> dict[str, np.ndarray]:
-    """All outputs of a model.onnx by name, rows in the order of `inputs`, at most `rows_max` of them at once."""
+def session_of(graph: Path) -> onnxruntime.InferenceSession:
+    """A graph ready to run on one thread: the same answers on every machine's count of cores."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(graph, options, providers=['CPUExecutionProvider'])
+    return onnxruntime.InferenceSession(graph, options, providers=['CPUExecutionProvider'])
+
+
+def score(graph: Path, inputs: Features, rows_max: int = ROWS_MAX) -> dict[str, np.ndarray]:
+    """All outputs of a model.onnx by name, rows in the order of `inputs`, at most `rows_max` of them at once."""
+    session = session_of(graph)
     names = [output.name for output in session.get_outputs()]
     answers, rows = [], []
     for batch in batches(inputs, rows_max):

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import onnxruntime
 
 from stream.errors import ModelError
 from stream.learn.dataset import Examples, History
 from stream.learn.item_names import Ranked
 from stream.learn.past_items import BUCKETS, past
+from stream.learn.served import session_of
 from stream.scoring.artefact import WEIGHTS, sha256
 from stream.scoring.repository import Served
 
@@ -52,9 +52,7 @@ def verified(version_dir: Path) -> Path:
 
 def rankings(graph: Path, history: History, examples: Examples) -> Iterator[dict[str, Ranked]]:
     """By column, row by row of the examples."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(graph, options, providers=['CPUExecutionProvider'])
+    session = session_of(graph)
     given = {entry.name for entry in session.get_inputs()}
     columns = [column for column in BUCKETS if tensor_names(column)[0] in given]
     names = [name for column in columns for name in score_names(column)]

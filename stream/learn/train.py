@@ -24,12 +24,11 @@ from stream.core.events import EventRules
 from stream.core.window import DAY_MS, WindowLimits
 from stream.errors import UsageError
 from stream.learn import dataset, metrics
-from stream.learn.backbones import check
 from stream.learn.checkpoint import Checkpoint, save, some_training_windows, some_windows
 from stream.learn.dataset import HORIZON_DAYS, ExampleOptions, Examples, History
 from stream.learn.evaluate import evaluate
 from stream.learn.export import write_graph
-from stream.learn.fit import FitOptions, Fitted, check_start, fit, rows_max
+from stream.learn.fit import FitOptions, Fitted, check, fit, rows_max
 from stream.learn.journal import Journal
 from stream.learn.posterior import posteriors
 from stream.learn.search import search
@@ -103,8 +102,7 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
 
     fitting = replace(options.fit, seed=options.seed)
     names = tier_names(fitting.tiers)
-    check(fitting.backbone, fitting.encoder)        # before a recording is read for minutes
-    check_start(fitting)
+    check(fitting)      # before a recording is read for minutes
     journal = Journal(out / UNFINISHED, options.resume, options.curves)
     if not options.resume:
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
@@ -121,13 +119,8 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
     # 2 test
 
     cut_ms = known_until_ms - int(options.test_time * (known_until_ms - history.start_ms)) // DAY_MS * DAY_MS
-    test_users = [user for user, user_id in enumerate(history.user_ids)
-                  if dataset.part_of(user_id, (options.test_users,), options.seed + 1) == 0]
-    train_users = sorted(set(range(len(history.user_ids))) - set(test_users))
-    seen = history.before(cut_ms)
-    place = {user_id: user for user, user_id in enumerate(seen.user_ids)}
+    seen, learners, test_users = split(history, cut_ms, options.test_users, options.seed)
     console.print('Without the users and days of the test')
-    learners = [place[history.user_ids[user]] for user in train_users if history.user_ids[user] in place]
     trials: list[dict] = []
     if options.trials:
         found_best = search(seen, learners, cut_ms, fitting, options.limits, options.trials, console,
@@ -140,7 +133,8 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
     with tempfile.TemporaryDirectory() as scratch:
         graph = Path(scratch) / 'model.onnx'
         write_graph(fitted.model, some_windows(test), graph)
-        figures = evaluate(fitted, graph, test, options.seed)
+        answers = score(graph, test.inputs, rows_max(fitted.model))
+        figures = evaluate(fitted, answers, test, options.seed)
         for task, contenders in figures['tasks'].items():
             for name, numbers in contenders.items():
                 console.print(f'  {task:28} {name:20} ' + '  '.join(
@@ -152,12 +146,11 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
         ceiling = {}
         if options.simulator is not None:
             console.print("The simulator's own chances")
-            purchase = score(graph, test.inputs, rows_max(fitted.model))['purchase']
-            ceiling = _ceiling(options.simulator, history, test, purchase, options.seed)
+            ceiling = _ceiling(options.simulator, history, test, answers['purchase'], options.seed)
 
     # 4 refit
 
-    split = {'train_users': len(np.unique(fitted.data.user)), 'train_moments': len(fitted.data),
+    counts = {'train_users': len(np.unique(fitted.data.user)), 'train_moments': len(fitted.data),
              'test_users': len(np.unique(test.user)), 'test_moments': len(test)}
     if options.refit:
         console.print('With all users and days')
@@ -168,12 +161,24 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
 
     found = {'test': figures, 'ceiling': ceiling, 'trials': trials, 'pretraining': fitted.pretraining,
              'epochs': fitted.epochs, 'best_epoch': fitted.best_epoch, 'seconds': round(time.monotonic() - began)}
-    config = _config(replace(options, fit=fitting), history, fitted, names, known_until_ms, cut_ms, split)
+    config = _config(replace(options, fit=fitting), history, fitted, names, known_until_ms, cut_ms, counts)
     save(Checkpoint(fitted.model, config, found, some_windows(test),
                     some_training_windows(fitted.data, options.seed), fitted.recommender), out)
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)     # a search leaves none
     console.print(f'checkpoint in {out}, {found["seconds"]} s')
     return found
+
+
+def split(history: History, cut_ms: int, test_share: float, seed: int) -> tuple[History, list[int], list[int]]:
+    """What was known before the test's days, who learns from it (places in that), and a share of the users, whom only
+    the test uses (places in `history`)."""
+    seen = history.before(cut_ms)
+
+    def tests(user_id: str) -> bool:
+        return dataset.part_of(user_id, (test_share,), seed + 1) == 0
+
+    return (seen, [user for user, user_id in enumerate(seen.user_ids) if not tests(user_id)],
+            [user for user, user_id in enumerate(history.user_ids) if tests(user_id)])
 
 
 def _ceiling(simulator: SimulatorOptions, history: History, test: Examples, purchase: np.ndarray, seed: int) -> dict:
@@ -204,7 +209,7 @@ def _ceiling(simulator: SimulatorOptions, history: History, test: Examples, purc
 
 
 def _config(options: TrainOptions, history: History, fitted: Fitted, names: list[str], known_until_ms: int, cut_ms: int,
-            split: dict[str, int]) -> dict:
+            counts: dict[str, int]) -> dict:
     fitting = asdict(options.fit)
     backbone = options.fit.backbone
     fitting['backbone'] |= {'source': _called(backbone.source), 'catalogue': _called(backbone.catalogue)}
@@ -217,7 +222,7 @@ def _config(options: TrainOptions, history: History, fitted: Fitted, names: list
         'tiers': {'names': names, 'edges': fitted.tier_edges.tolist()}, 'priced': history.priced,
         'data': {'users': len(history.user_ids), 'events': len(history), 'refused': history.refused,
                  'start_ms': history.start_ms, 'cut_ms': cut_ms, 'known_until_ms': known_until_ms,
-                 'moments': len(fitted.data), **split},
+                 'moments': len(fitted.data), **counts},
         'layout': msgspec.to_builtins(LAYOUT),
     }
 

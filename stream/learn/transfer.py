@@ -24,7 +24,8 @@ from stream.core.window import DAY_MS
 from stream.errors import UsageError
 from stream.learn.compare import CompareOptions, fold_of, runner
 from stream.learn.dataset import Examples, History, at_time, part_of
-from stream.learn.fit import FitOptions, check_start, fit, window_logits
+from stream.learn.fit import FitOptions, fit, window_logits
+from stream.learn.fit import check as check_fit
 from stream.learn.judge import COUNTERS, MODEL, SCRATCH, TRANSFERRED, WINDOW
 from stream.learn.metrics import auc, interval
 from stream.learn.questions import Cutoff, Task, day_of, known_until, truth_of
@@ -82,7 +83,7 @@ def transfer(history: History, at_ms: int, source: Path, options: CompareOptions
 
 def check(source: Path, options: CompareOptions) -> None:
     """Whether the comparison's models can start from it. Errors: as of `transfer`."""
-    check_start(replace(options.fit, start_from=str(source)))
+    check_fit(replace(options.fit, start_from=str(source)))
 
 
 # ---- 1 shares -------------------------------------------------------------------------------------------------------
@@ -152,7 +153,7 @@ def _scores(known: History, users: list[int], at_ms: int, options: FitOptions, t
     with torch.no_grad():
         window = window_logits(model, test, np.arange(len(test)))
         counters = model.counters(torch.from_numpy(test.inputs.counters))
-        mixed = model.mix * window + (1 - model.mix) * counters
+        mixed = model.mixed(window, counters)
         told = model.told_from
         return {MODEL: model.probabilities(mixed[:, :model.calibration_scale.numel()])[:, :len(told)].numpy(),
                 WINDOW: window[:, told].numpy(), COUNTERS: counters[:, told].numpy()}

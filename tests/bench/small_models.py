@@ -48,6 +48,7 @@ from stream.learn.export import write_graph
 from stream.learn.fit import FitOptions, fit
 from stream.learn.quantize import quantize
 from stream.learn.served import score
+from stream.learn.train import split
 from stream.replay.simulator import SimulatorOptions, simulate
 from stream.scoring.artefact import MANIFEST, ROWS_MAX, WEIGHTS, sha256
 from stream.scoring.step import PADDING_SLOTS_MAX
@@ -68,14 +69,9 @@ def trained(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Path],
     shop = SimulatorOptions(shoppers=options.shoppers, days=options.days, seed=options.seed)
     history = dataset.read(simulate(shop).lines(), EventRules())
     cut_ms = history.end_ms + 1 - options.days // 4 * DAY_MS
-    test_users = [user for user, user_id in enumerate(history.user_ids)
-                  if dataset.part_of(user_id, (0.25,), options.seed + 1) == 0]
+    seen, users, test_users = split(history, cut_ms, 0.25, options.seed)
     test = dataset.sample(history, test_users, cut_ms, history.end_ms + 1, ExampleOptions(6, 4.0), WindowLimits(),
                           options.seed)
-    seen = history.before(cut_ms)
-    place = {user_id: user for user, user_id in enumerate(seen.user_ids)}
-    asked = set(test_users)
-    users = [place[user_id] for user, user_id in enumerate(history.user_ids) if user not in asked and user_id in place]
     plain = FitOptions(seed=options.seed, epochs=options.epochs, rows_per_epoch=options.rows)
     graphs = {}
     for name, fitting in {
