@@ -2,23 +2,22 @@
 
     training        a step of stream.learn.fit: forward, backward, clipped, AdamW; ms and windows/s
     torch           the model as it is, for comparison
-    torch.compile   the same, compiled
+    torch.compile   the same, compiled once for every batch size
     onnxruntime     the exported graph: CUDA on a GPU, else the CPU
     tensorrt        the exported graph through ONNX Runtime's TensorRT provider
 
 Precision: fp32, without TF32, since served scores are compared at 1e-5; mixed, which is bfloat16 by torch's autocast
 (float16 where a card has no bfloat16), and float16 in the graph for ONNX Runtime and TensorRT.
 """
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from models import labels, windows
+from models import labels
 from torch import Tensor
 
-from stream.learn.export import outputs, write_graph
+from stream.learn.export import outputs
 from stream.learn.model import INPUT_NAMES, ShopperModel, losses
 
 WAYS = ('training', 'torch', 'torch.compile', 'onnxruntime', 'tensorrt')
@@ -35,8 +34,9 @@ def half_of(device: str) -> torch.dtype:
     return torch.float16 if device == 'cuda' and not torch.cuda.is_bf16_supported() else torch.bfloat16
 
 
-def open_way(way: str, model: ShopperModel, device: str, precision: str) -> Run:
+def open_way(way: str, model: ShopperModel, graph: Callable[[], Path], device: str, precision: str) -> Run:
     """What takes windows in the machine's memory and gives answers there, copies to and from a GPU included.
+    `graph` gives the model as ONNX.
 
     Errors   NotHereError.
     """
@@ -44,7 +44,7 @@ def open_way(way: str, model: ShopperModel, device: str, precision: str) -> Run:
         return _training(model, device, precision)
     if way.startswith('torch'):
         return _torch(model, device, precision, way == 'torch.compile')
-    return _onnxruntime(model, device, precision, way == 'tensorrt')
+    return _onnxruntime(list(outputs(model)), graph, device, precision, way == 'tensorrt')
 
 
 def _training(model: ShopperModel, device: str, precision: str) -> Run:
@@ -72,18 +72,21 @@ def _training(model: ShopperModel, device: str, precision: str) -> Run:
 
 def _torch(model: ShopperModel, device: str, precision: str, compiled: bool) -> Run:
     model = model.to(device).eval()
-    function = torch.compile(model, dynamic=False) if compiled else model
+    function = torch.compile(model) if compiled else model
 
     def run(batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
+        placed = [batch[name].to(device) for name in INPUT_NAMES]
+        for part in placed if compiled else ():
+            torch._dynamo.maybe_mark_dynamic(part, 0)
         with torch.inference_mode(), torch.autocast(device, half_of(device), enabled=precision == 'mixed'):
-            answers = function(*(batch[name].to(device) for name in INPUT_NAMES))
+            answers = function(*placed)
         return {name: (answer.float() if answer.is_floating_point() else answer).cpu().numpy()
                 for name, answer in zip(outputs(model), answers, strict=True)}
 
     return run
 
 
-def _onnxruntime(model: ShopperModel, device: str, precision: str, tensorrt: bool) -> Run:
+def _onnxruntime(names: list[str], graph: Callable[[], Path], device: str, precision: str, tensorrt: bool) -> Run:
     import onnxruntime
 
     provider = {(True, 'cuda'): 'TensorrtExecutionProvider', (False, 'cuda'): 'CUDAExecutionProvider',
@@ -98,19 +101,23 @@ def _onnxruntime(model: ShopperModel, device: str, precision: str, tensorrt: boo
               'CUDAExecutionProvider': {'use_tf32': 0}}.get(provider, {})
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
-    with tempfile.TemporaryDirectory() as folder:
-        graph = Path(folder) / 'model.onnx'
-        write_graph(model.to('cpu').eval(), {64: windows(2)}, graph)
-        if precision == 'mixed' and not tensorrt:
-            import onnx
-            from onnxruntime.transformers.float16 import convert_float_to_float16
-            onnx.save(convert_float_to_float16(onnx.load(graph), keep_io_types=True), graph)
-        session = onnxruntime.InferenceSession(graph, settings, providers=[(provider, chosen)])
+    content = graph().read_bytes()
+    if precision == 'mixed' and not tensorrt:
+        content = _in_float16(content)
+    session = onnxruntime.InferenceSession(content, settings, providers=[(provider, chosen)])
     if session.get_providers()[0] != provider:
         raise NotHereError(f'{provider} could not be started')
 
     def run(batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
-        answers = session.run(list(outputs(model)), {name: batch[name].numpy() for name in INPUT_NAMES})
-        return dict(zip(outputs(model), answers, strict=True))
+        answers = session.run(names, {name: batch[name].numpy() for name in INPUT_NAMES})
+        return dict(zip(names, answers, strict=True))
 
     return run
+
+
+def _in_float16(content: bytes) -> bytes:
+    """The graph with float16 inside; its inputs and outputs stay as they are."""
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    return convert_float_to_float16(onnx.load_from_string(content), keep_io_types=True).SerializeToString()
