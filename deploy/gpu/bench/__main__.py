@@ -9,6 +9,7 @@ torch's own counter, times the rate, in the card's dense peak by its name (PEAKS
 table with its reason.
 """
 import argparse
+import copy
 import functools
 import itertools
 import json
@@ -52,12 +53,13 @@ class Subject:
     """One backbone's model, and what is the same for every way in which it is run, found when first asked for."""
 
     def __init__(self, backbone: str, quick: bool, folder: Path) -> None:
-        self.backbone, self.quick, self._folder = backbone, quick, folder
+        self.backbone, self._folder = backbone, folder
+        self._made = make_model(backbone, quick)
         self._tflops: dict[bool, float] = {}
 
     def model(self) -> ShopperModel:
-        """A new one, with the same weights as every other."""
-        return make_model(self.backbone, self.quick)
+        """A copy of its own for each way."""
+        return copy.deepcopy(self._made)
 
     def graph(self) -> Path:
         """The model as ONNX."""
@@ -153,6 +155,7 @@ def main() -> int:
     made.add_argument('--quick', action='store_true', help='tiny models, small batches, one call each')
     made.add_argument('--backbones', nargs='+', choices=BACKBONES, default=BACKBONES)
     made.add_argument('--ways', nargs='+', choices=WAYS, default=WAYS)
+    made.add_argument('--precisions', nargs='+', choices=PRECISIONS, default=PRECISIONS)
     made.add_argument('--seconds', type=float, help=f'of each figure, default {SECONDS}')
     made.add_argument('--batches', nargs='+', type=int, help=f'default: {BATCHES}')
     made.add_argument('--out', type=Path, default=ROOT / 'build' / 'gpu-bench')
@@ -170,7 +173,7 @@ def main() -> int:
     for backbone in options.backbones:
         with tempfile.TemporaryDirectory() as folder:
             subject = Subject(backbone, options.quick, Path(folder))
-            for way, precision in itertools.product(options.ways, PRECISIONS):
+            for way, precision in itertools.product(options.ways, options.precisions):
                 for row in measured(subject, way, precision, options, card):
                     print(row, file=sys.stderr, flush=True)
                     rows.append(row)

@@ -110,7 +110,7 @@ def _onnxruntime(names: list[str], graph: Callable[[], Path], device: str, preci
 
     def run(batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
         answers = session.run(names, {name: batch[name].numpy() for name in INPUT_NAMES})
-        return dict(zip(names, answers, strict=True))
+        return {name: np.asarray(answer) for name, answer in zip(names, answers, strict=True)}
 
     return run
 
