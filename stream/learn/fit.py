@@ -223,7 +223,7 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
 
     # 4 window
 
-    taught = mean_logits([window_logits(teacher, data, np.arange(len(data))) for teacher in teachers]
+    taught = mean_logits([window_logits(teacher.to(where), data, np.arange(len(data))) for teacher in teachers]
                          ) if teachers else None
 
     with torch.no_grad():
@@ -233,7 +233,8 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
 
     def loss(rows: np.ndarray) -> Tensor:
         mine = tuple(label[rows].to(where) for label in labels)
-        logits = _window_logits(model, data, rows)
+        with mixed_precision(where):
+            logits = _window_logits(model, data, rows).float()
         own = _total(losses(logits, *mine), options)
         if taught is None:
             return own
@@ -258,22 +259,22 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
         passes=options.epochs, steps=options.epochs * math.ceil(epoch_rows / options.batch_rows),
         warmup_share=options.warmup_share, clip_norm=options.clip_norm, patience=options.patience, seed=options.seed,
     ), journal, console)
-    model.cpu()
 
     # 5 heads
 
     if options.heads_kept < 1:
         draw = shuffled(data.inputs, train_rows, epoch_rows, options.batch_rows)
         kept = kept_heads(importance(model.backbone, (
-            _total(losses(_window_logits(model, data, rows), *(label[rows] for label in labels)), options)
+            _total(losses(_window_logits(model, data, rows), *(label[rows].to(where) for label in labels)), options)
             for rows in draw(np.random.default_rng(options.seed)))), options.heads_kept)
         cut(model.backbone, kept)
         console.print(f'  heads of each layer that stay: {kept}; validation {validated()["validation"]:.4f}')
 
     # 6 calibration
 
+    by_window = window_logits(model, data, np.arange(len(data)))
     with torch.no_grad():
-        by_window, by_counters = window_logits(model, data, np.arange(len(data))), model.counters(counters)
+        by_counters = model.cpu().counters(counters)
     calibrate(model, by_window, by_counters, data, labels, held_out)
     mixed = model.mixed(by_window, by_counters)[validation_rows]
     validation = float(_total(losses(mixed, *(label[validation_rows] for label in labels)), options))
@@ -298,7 +299,7 @@ def _spend(data: Examples) -> np.ndarray:
 def window_logits(model: ShopperModel, data: Examples, rows: np.ndarray) -> Tensor:
     """What the window's branch says of these rows of the examples, [rows, k], without gradients."""
     order = np.argsort(np.diff(data.inputs.starts)[rows], kind='stable')
-    size = rows_max(model)
+    size = rows_max(model) if model.mix.device.type == 'cpu' else ROWS_MAX
     with torch.no_grad():
         parts = [_window_logits(model, data, rows[order[at:at + size]]).cpu() for at in range(0, len(rows), size)]
     return torch.cat(parts)[torch.from_numpy(np.argsort(order))]
@@ -310,13 +311,10 @@ def rows_max(model: ShopperModel) -> int:
 
 
 def _window_logits(model: ShopperModel, data: Examples, rows: np.ndarray) -> Tensor:
-    """Where the model is, in single precision."""
+    """Where the model is."""
     batch = padded(data.inputs, rows, max(1, int(np.diff(data.inputs.starts)[rows].max())))
     where = model.mix.device
-    with mixed_precision(where):
-        logits = model.window_logits(torch.from_numpy(batch.categories).to(where),
-                                     torch.from_numpy(batch.numbers).to(where))
-    return logits.float()
+    return model.window_logits(torch.from_numpy(batch.categories).to(where), torch.from_numpy(batch.numbers).to(where))
 
 
 def _total(parts: dict[str, Tensor], options: FitOptions) -> Tensor:

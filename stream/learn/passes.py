@@ -5,8 +5,8 @@
     3 judge    by the validation loss; the weights of the best pass are kept
     4 save     all that the next pass depends on, so that a training cut off after any pass ends with the same bytes
 
-On a GPU where there is one: there matrices are multiplied in bfloat16 if it can do that, losses are in single precision
-like everything on a CPU.
+On a GPU where there is one: there matrices are multiplied in bfloat16 if it can do that while weights are learned;
+losses, and all that is judged or calibrated, are in single precision like everything on a CPU.
 """
 import math
 import os

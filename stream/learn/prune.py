@@ -34,7 +34,8 @@ def importance(model: nn.Module, losses: Iterable[Tensor]) -> list[Tensor]:
     losses   of some training batches, each computed when it is asked for
     """
     layers = list(attentions(model).values())
-    gates = [torch.ones(layer.self.num_attention_heads, requires_grad=True) for layer in layers]
+    gates = [torch.ones(layer.self.num_attention_heads, device=layer.self.value.weight.device, requires_grad=True)
+             for layer in layers]
     hooks = [layer.output.dense.register_forward_pre_hook(_gated(gate)) for layer, gate in zip(layers, gates,
                                                                                                strict=True)]
     try:
