@@ -20,6 +20,7 @@ from stream.learn.metrics import (
     at_threshold,
     auc,
     calibration,
+    ece_if_true,
     interval,
     resamples,
 )
@@ -71,6 +72,7 @@ def judge_chances(by_name: Mapping[str, Scored], truth: np.ndarray, segments: Ma
     return {
         'rows': len(truth), 'positives': int(truth.sum()), 'base_rate': base_rate,
         'contenders': contenders,
+        'ece_if_true': ece_if_true(by_name[MODEL].scores, count, seed) if by_name[MODEL].is_chance else None,
         'best_reference': best,
         'verdict': _verdict(contenders[best]['model_less']['auc']) if best else None,
         'curves': {name: curves(by_name[name].scores, truth) for name in shown},

@@ -67,6 +67,14 @@ def ece(scores: np.ndarray, truth: np.ndarray) -> float:
     return sum(row['rows'] * abs(row['score'] - row['rate']) for row in calibration(scores, truth)) / len(truth)
 
 
+def ece_if_true(scores: np.ndarray, count: int, seed: int) -> list[float]:
+    """The ECE that chances [n] would still be seen to have if they were exactly right: the mean and the middle 95 % of
+    `count` draws of what happens. Few rows have a large one; no model can be told to be better than that."""
+    rng = np.random.default_rng(seed)
+    drawn = np.array([ece(scores, (rng.random(len(scores)) < scores).astype(float)) for _ in range(count)])
+    return [float(drawn.mean()), *map(float, np.quantile(drawn, (0.025, 0.975)))]
+
+
 def spearman(scores: np.ndarray, truth: np.ndarray) -> float:
     """Rank correlation; NaN where one side is constant."""
     a, b = ranks(scores), ranks(truth)

@@ -16,6 +16,7 @@ from stream.learn.metrics import (
     brier,
     calibration,
     ece,
+    ece_if_true,
     interval,
     log_loss,
     mean_absolute_error,
@@ -89,6 +90,19 @@ def test_calibration_by_hand():
     honest, truth = drawn(3)
     assert ece(honest, truth) < 0.03
     assert ece(np.minimum(honest + 0.2, 1), truth) > 0.17
+
+
+def test_right_chances_are_seen_to_err_by_as_much_as_the_law_says():
+    """Of 10 bins of 90 rows with a chance of .2: the mean distance of a share from .2 is that of the normal law."""
+    wanted = math.sqrt(2 / math.pi * 0.2 * 0.8 / 90)
+    mean, low, high = ece_if_true(np.full(900, 0.2), 400, seed=1)
+    assert mean == pytest.approx(wanted, rel=0.05)
+    assert low < mean < high
+    assert ece_if_true(np.full(90_000, 0.2), 40, seed=1)[0] == pytest.approx(wanted / 10, rel=0.1)
+    honest, truth = drawn(3)
+    _, _, high = ece_if_true(honest, 200, seed=2)
+    assert ece(honest, truth) < high
+    assert ece(np.minimum(honest + 0.1, 1), truth) > high
 
 
 def test_amounts_by_hand():
