@@ -348,7 +348,10 @@ def _report(out: Path, figures: dict[str, Any], reporting: Any) -> None:
                           ('index.html', reporting.render_report(figures).encode())):
         with written(out / name) as file:
             file.write(content)
-    Console(width=None if sys.stdout.isatty() else 150, highlight=False).print(_standing(figures))
+    console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+    console.print(_standing(figures))
+    if any(cutoff['spend'] for cutoff in figures['cutoffs']):
+        console.print(_spending(figures))
     say(f'report: {out / "index.html"}')
 
 
@@ -369,5 +372,26 @@ def _standing(figures: dict[str, Any]) -> Table:
                 less = reporting.difference(scored['model_less']['auc']) if scored['model_less'] else ()
                 table.add_row(at, about, name, _with_range(*reporting.interval(scored['metrics']['auc'])),
                               _with_range(*less), task['verdict'] if name == task['best_reference'] else '')
+            table.add_section()
+    return table
+
+
+def _spending(figures: dict[str, Any]) -> Table:
+    """Who foretells spend how well."""
+    from stream.learn import compare_report as reporting
+    table = Table(title='Spend [95 % over users]: rank correlation, and mean error', title_justify='left')
+    for column in ('as of', 'spend…', 'who', 'Spearman', 'mean error', f'over that of {reporting.LEAST_ERROR}'):
+        figure = column not in ('as of', 'spend…', 'who')
+        table.add_column(column, justify='right' if figure else 'left', no_wrap=figure)
+    for cutoff in figures['cutoffs']:
+        for spend in cutoff['spend']:
+            asked = reporting.day(cutoff['at_ms']), reporting.within(spend['days'])
+            for name, scored in spend['contenders'].items():
+                error = scored['metrics'].get('mean_absolute_error')
+                ratio = spend['error_ratio'].get(name)
+                table.add_row(*asked, name, _with_range(*reporting.interval(scored['metrics']['spearman'])),
+                              _with_range(*(reporting.interval(error, 2) if error else ())),
+                              _with_range(*(reporting.interval(ratio) if ratio else ())))
+                asked = '', ''
             table.add_section()
     return table

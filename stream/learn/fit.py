@@ -34,7 +34,6 @@ from stream.learn.clean import in_words as cleaning_in_words
 from stream.learn.dataset import (
     HORIZON_DAYS,
     SPEND_DAYS,
-    SPEND_SOON_DAYS,
     ExampleOptions,
     Examples,
     History,
@@ -55,6 +54,7 @@ from stream.scoring.artefact import ROWS_MAX
 TEXT_ROWS_MAX = 16      # a text has several times as many tokens as a window has slots, and its reader is large
 YEAR = ('year_sin', 'year_cos')
 YEARS_MIN = 2
+_SOON = HORIZON_DAYS.index(30)
 _NO_JOURNAL = Journal()
 
 
@@ -293,7 +293,7 @@ def _spend(data: Examples) -> np.ndarray:
     spend = data.labels.spend
     if np.isfinite(spend).sum() >= SETTLED_ROWS_MIN:
         return spend
-    return data.labels.spend_soon * np.float32(SPEND_DAYS / SPEND_SOON_DAYS)
+    return data.labels.spent[:, _SOON] * np.float32(SPEND_DAYS / HORIZON_DAYS[_SOON])
 
 
 def window_logits(model: ShopperModel, data: Examples, rows: np.ndarray) -> Tensor:

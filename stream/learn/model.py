@@ -26,11 +26,10 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, softplus
 
 from stream.core.features import COUNTER_NAMES, COUNTERS
-from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT, SPEND_DAYS
+from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT, SPEND
 
 INPUT_NAMES = ('categories', 'numbers', 'counters', 'row_id')
 HORIZONS = len(HORIZON_DAYS)
-SPEND = HORIZON_DAYS.index(SPEND_DAYS)
 BINARY = HORIZONS + 1               # the horizons, and a refund
 _SPEND = 3
 _COUNTER_LIMIT = 6.0                # normalised counters are cut here: a user like nobody in training stays in range

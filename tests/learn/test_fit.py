@@ -131,8 +131,8 @@ def test_a_recording_too_short_for_90_days_teaches_spend_from_30(history, tiny_f
     until_ms = history.start_ms + 60 * DAY_MS
     early = history.before(until_ms)
     fitted = fit(early, range(len(early.user_ids)), until_ms, tiny_fit(epochs=1), LIMITS, quiet())
-    assert np.isnan(fitted.data.labels.spend).all() and (fitted.data.labels.spend_soon > 0).any()
-    soon = fitted.data.labels.spend_soon
+    soon = fitted.data.labels.spent[:, HORIZON_DAYS.index(30)]
+    assert np.isnan(fitted.data.labels.spend).all() and (soon > 0).any()
     assert fitted.tier_edges[-1] == pytest.approx(3 * np.quantile(soon[soon > 0], 0.75), rel=0.4)
 
 
