@@ -82,7 +82,8 @@ spend that this tenth accounts for) more is better; of log loss, Brier score, EC
 error less is.
 
 Baselines: the recency rule is minus the days since the last order; logistic regression sees the same counters; spend of
-90 days is that of the 90 days before; most common tier is that of training. Active: bought within the 90 days before.
+90 days is that of the 90 days before; most common tier is that of training, and so is the median of its spend, the same
+for everybody. Active: bought within the 90 days before.
 
 {_comparison(test)}
 Where it does not beat a baseline: {_defeats(test)}
