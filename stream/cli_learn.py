@@ -133,10 +133,10 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(metavar='CHECKPOINT', help='Folder that `stream train` wrote.')],
     into: Annotated[Path, typer.Option(metavar='DIR', help='Model repository.')] = Path('triton_models'),
     name: Annotated[str, typer.Option(help="The model's name in the repository.")] = 'shopper',
-    version: Annotated[int, typer.Option(min=1, help='Number of the version.')] = 1,
+    version: Annotated[int, typer.Option(min=1, help='Number of the version; a name holds one.')] = 1,
     int8: Annotated[bool, typer.Option(
         '--int8', help='Large weights and what is multiplied with them in 8 bits: smaller, for CPUs. Give it a '
-                       '--version of its own.')] = False,
+                       '--name of its own.')] = False,
 ) -> None:
     """Write a checkpoint as ONNX with Triton's configuration, checked against torch, into a model repository."""
     precision = 'int8' if int8 else 'fp32'
