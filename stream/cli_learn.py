@@ -52,8 +52,8 @@ Pretrain = Annotated[str | None, typer.Option(
     '--pretrain', metavar='NAMES', help='First learn from windows without labels: some of masked, next, contrastive.')]
 Fit = Annotated[list[str] | None, typer.Option(
     '--fit', metavar='NAME=VALUE', help='Sizes and the course of training, e.g. --fit hidden=96 --fit layers=3 --fit '
-                                        'epochs=12 --fit backbone.learning_rate=1e-4; repeatable; a wrong name lists '
-                                        'them all.')]
+                                        'epochs=12 --fit backbone.learning_rate=1e-4 --fit pretrain.epochs=5; '
+                                        'repeatable; a wrong name lists them all.')]
 ReportFolder = Annotated[Path, typer.Option(
     '--out', metavar='DIR', help='Folder for index.html and figures.json.')]
 ModelFolder = Annotated[Path | None, typer.Option(

@@ -290,12 +290,13 @@ def run(lines, tmp_path, monkeypatch, figures):
 
 def test_the_command_writes_the_page_and_the_figures(run, tmp_path, lines, cut_ms, figures):
     done, asked = run('--folds', '4', '--seed', '11', '--clean', 'outliers', '--at', '2024-05-06', '--at', '2024-04-01',
-                      '--fit', 'hidden=32', '--pretrain', 'next', '--out', 'there')
+                      '--fit', 'hidden=32', '--pretrain', 'next', '--fit', 'pretrain.epochs=4', '--out', 'there')
     assert done.exit_code == 0, done.output
     (events, cutoffs, options), = asked
     assert (events, cutoffs) == (len(lines), [ms('2024-04-01'), ms('2024-05-06')])
     assert (options.folds, options.seed, options.fit.clean) == (4, 11, ('outliers',))
-    assert options.fit.encoder.hidden == 32 and list(options.fit.pretrain.objectives) == ['next']
+    assert options.fit.encoder.hidden == 32 and options.fit.epochs == FitOptions().epochs
+    assert (list(options.fit.pretrain.objectives), options.fit.pretrain.epochs) == (['next'], 4)
     assert '<html' in (tmp_path / 'there' / 'index.html').read_text()
     kept = orjson.loads((tmp_path / 'there' / 'figures.json').read_bytes())
     assert kept['about']['sources'] == ['events.jsonl']
