@@ -124,7 +124,7 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
     trials: list[dict] = []
     if options.trials:
         found_best = search(seen, learners, cut_ms, fitting, options.limits, options.trials, console,
-                            ranked=not options.refit)
+                            journal.part('test'), ranked=not options.refit)
         fitted, fitting, trials = found_best.fitted, found_best.options, found_best.trials
     else:
         fitted = fit(seen, learners, cut_ms, fitting, options.limits, console, journal.part('test'),
