@@ -55,6 +55,12 @@ class Logits:
         return Logits(binary, tier, bought, mu, softplus(raw_sigma).clamp(*_SIGMA_RANGE))
 
 
+def mu_and_sigma(log_spend: Tensor) -> Tensor:
+    """The last two logits, [2], that tell the mean and the deviation of these, [n], of whomever they are asked."""
+    sigma = log_spend.std(unbiased=False).clamp(2 * _SIGMA_RANGE[0], _SIGMA_RANGE[1] / 2)
+    return torch.stack([log_spend.mean(), sigma.expm1().log()])
+
+
 class Counters(nn.Module):
     """The branch of the counters: normalised, then linear."""
 
