@@ -47,7 +47,7 @@ check: .venv/test
 	@$(BIN)/pyright
 
 train: .venv/test
-	$(BIN)/stream train --simulate 9000 --days 730 --seed 11 --fit rows_per_epoch=24000 --out build/shopper
+	$(BIN)/stream train --simulate 9000 --days 730 --seed 11 --out build/shopper
 	$(BIN)/stream export build/shopper --into triton_models
 
 clean:

@@ -52,8 +52,8 @@ Pretrain = Annotated[str | None, typer.Option(
     '--pretrain', metavar='NAMES', help='First learn from windows without labels: some of masked, next, contrastive.')]
 Fit = Annotated[list[str] | None, typer.Option(
     '--fit', metavar='NAME=VALUE', help='Sizes and the course of training, e.g. --fit hidden=96 --fit layers=3 --fit '
-                                        'epochs=12 --fit backbone.learning_rate=1e-4; repeatable; a wrong name lists '
-                                        'them all.')]
+                                        'epochs=12 --fit backbone.learning_rate=1e-4 --fit pretrain.epochs=5; '
+                                        'repeatable; a wrong name lists them all.')]
 ReportFolder = Annotated[Path, typer.Option(
     '--out', metavar='DIR', help='Folder for index.html and figures.json.')]
 ModelFolder = Annotated[Path | None, typer.Option(
@@ -133,10 +133,10 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(metavar='CHECKPOINT', help='Folder that `stream train` wrote.')],
     into: Annotated[Path, typer.Option(metavar='DIR', help='Model repository.')] = Path('triton_models'),
     name: Annotated[str, typer.Option(help="The model's name in the repository.")] = 'shopper',
-    version: Annotated[int, typer.Option(min=1, help='Number of the version.')] = 1,
+    version: Annotated[int, typer.Option(min=1, help='Number of the version; a name holds one.')] = 1,
     int8: Annotated[bool, typer.Option(
         '--int8', help='Large weights and what is multiplied with them in 8 bits: smaller, for CPUs. Give it a '
-                       '--version of its own.')] = False,
+                       '--name of its own.')] = False,
 ) -> None:
     """Write a checkpoint as ONNX with Triton's configuration, checked against torch, into a model repository."""
     precision = 'int8' if int8 else 'fp32'
@@ -348,7 +348,10 @@ def _report(out: Path, figures: dict[str, Any], reporting: Any) -> None:
                           ('index.html', reporting.render_report(figures).encode())):
         with written(out / name) as file:
             file.write(content)
-    Console(width=None if sys.stdout.isatty() else 150, highlight=False).print(_standing(figures))
+    console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+    console.print(_standing(figures))
+    if any(cutoff['spend'] for cutoff in figures['cutoffs']):
+        console.print(_spending(figures))
     say(f'report: {out / "index.html"}')
 
 
@@ -369,5 +372,26 @@ def _standing(figures: dict[str, Any]) -> Table:
                 less = reporting.difference(scored['model_less']['auc']) if scored['model_less'] else ()
                 table.add_row(at, about, name, _with_range(*reporting.interval(scored['metrics']['auc'])),
                               _with_range(*less), task['verdict'] if name == task['best_reference'] else '')
+            table.add_section()
+    return table
+
+
+def _spending(figures: dict[str, Any]) -> Table:
+    """Who foretells spend how well."""
+    from stream.learn import compare_report as reporting
+    table = Table(title='Spend [95 % over users]: rank correlation, and mean error', title_justify='left')
+    for column in ('as of', 'spend…', 'who', 'Spearman', 'mean error', f'over that of {reporting.LEAST_ERROR}'):
+        figure = column not in ('as of', 'spend…', 'who')
+        table.add_column(column, justify='right' if figure else 'left', no_wrap=figure)
+    for cutoff in figures['cutoffs']:
+        for spend in cutoff['spend']:
+            asked = reporting.day(cutoff['at_ms']), reporting.within(spend['days'])
+            for name, scored in spend['contenders'].items():
+                error = scored['metrics'].get('mean_absolute_error')
+                ratio = spend['error_ratio'].get(name)
+                table.add_row(*asked, name, _with_range(*reporting.interval(scored['metrics']['spearman'])),
+                              _with_range(*(reporting.interval(error, 2) if error else ())),
+                              _with_range(*(reporting.interval(ratio) if ratio else ())))
+                asked = '', ''
             table.add_section()
     return table

@@ -16,9 +16,9 @@ import numpy as np
 
 from stream.core.window import WindowLimits
 from stream.errors import ModelError
-from stream.learn.dataset import ACTIVE_DAYS, HORIZON_DAYS, History, tier_of
+from stream.learn.dataset import ACTIVE_DAYS, HORIZON_DAYS, SPEND_DAYS, History, tier_of
 from stream.learn.judge import MODEL, PAST_TIER, RULES, Scored, judge_chances, judge_spend, judge_tiers, spend_forecasts
-from stream.learn.questions import Cutoff, Task, day_of, segments, truth_of
+from stream.learn.questions import Cutoff, Task, day_of, segments, spend_horizons, truth_of
 from stream.learn.rules import Table, past_tier, purchase_rules, spend_rules
 from stream.learn.served import score
 from stream.scoring.artefact import Artefact, Manifest, load_artefact
@@ -89,7 +89,7 @@ def _judged(cutoff: Cutoff, artefact: Artefact, priced: bool, options: BacktestO
         by_name = {MODEL: Scored(served['purchase'][:, place[HORIZON_DAYS[task.horizon]]].astype(float), True)}
         for name, rule in purchase_rules().items():
             if priced or name not in spend_rules():
-                by_name[name] = Scored(rule.predict(table), False)
+                by_name[name] = Scored(rule.fit(table, task.horizon).predict(table), False)
         by_name = {name: Scored(scored.scores[rows], scored.is_chance) for name, scored in by_name.items()}
         if task.churn:
             by_name = {name: scored.turned_round() for name, scored in by_name.items()}
@@ -98,18 +98,24 @@ def _judged(cutoff: Cutoff, artefact: Artefact, priced: bool, options: BacktestO
 
     told = [task for task in cutoff.tasks if HORIZON_DAYS[task.horizon] in place]
     skipped = cutoff.skipped + [(task, 'the model does not tell it') for task in cutoff.tasks if task not in told]
-    spend = asked.labels.spend.astype(float)
-    settled = money and not np.isnan(spend).any()
+    horizons = [horizon for horizon in spend_horizons(asked)
+                if money and {HORIZON_DAYS[horizon], SPEND_DAYS} <= place.keys()]
+
+    def spent(horizon: int) -> dict:
+        days = HORIZON_DAYS[horizon]
+        return {'days': days} | judge_spend(spend_forecasts(served, days, manifest.horizon_days) | {
+            name: rule.fit(table, horizon).predict(table) for name, rule in spend_rules().items()},
+            asked.labels.spent[:, horizon].astype(float), *drawn)
+
     edges = np.array(manifest.tier_edges[1:])
     return {
         'at_ms': cutoff.at_ms, 'users': len(asked), 'active': int(asked.active.sum()),
         'learned': learned(manifest, cutoff.at_ms),
         'tasks': [task.words() | answered(task) for task in told],
-        'spend': judge_spend(spend_forecasts(served) | {
-            name: rule.predict(table) for name, rule in spend_rules().items()}, spend, *drawn) if settled else None,
+        'spend': [spent(horizon) for horizon in horizons],
         'tier': judge_tiers({MODEL: Scored(served['tier_probabilities'].astype(float), True),
-                             PAST_TIER: Scored(past_tier(table, edges), False)}, tier_of(spend, edges),
-                            *drawn) if settled else None,
+                             PAST_TIER: Scored(past_tier(table, edges), False)}, tier_of(asked.labels.spend, edges),
+                            *drawn) if money and not np.isnan(asked.labels.spend).any() else None,
         'skipped': [task.words() | {'reason': reason} for task, reason in skipped], 'left_out': [], 'ranking': [],
         'training': [],
     }

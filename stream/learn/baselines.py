@@ -2,7 +2,7 @@
 BG/NBD, regressions, boosted trees, a small network.
 
     purchase_contenders    fit(train, horizon) -> itself; predict(test) -> scores [n], more is likelier to buy
-    spend_contenders       fit(train) -> itself; predict(test) -> expected spend of the next 90 days [n]
+    spend_contenders       fit(train, horizon) -> itself; predict(test) -> expected spend within it [n]
 
 `horizon` is an index into HORIZON_DAYS. Where `is_chance` is set, scores are chances and have a log loss; else they
 only rank. Rows with an unknown label are not learnt from. Whatever is chosen or stopped early is so by its loss on a
@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 
 from stream.errors import UsageError
 from stream.learn.bgnbd import BgNbd, GammaGamma
-from stream.learn.dataset import HORIZON_DAYS, SPEND_DAYS, tier_of
+from stream.learn.dataset import HORIZON_DAYS, tier_of
 from stream.learn.rules import Table, past_tier, purchase_rules, spend_rules
 
 VALIDATION_SHARE = 0.2
@@ -41,9 +41,9 @@ class PurchaseContender(Protocol):
 
 
 class SpendContender(Protocol):
-    """Expected spend in the next 90 days. Errors of `fit`: UsageError where there is nothing to learn from."""
+    """Expected spend within a horizon. Errors of `fit`: UsageError where there is nothing to learn from."""
 
-    def fit(self, train: Table) -> Self: ...
+    def fit(self, train: Table, horizon: int) -> Self: ...
     def predict(self, test: Table) -> np.ndarray: ...
 
 
@@ -111,16 +111,17 @@ class BuyTillYouDieSpend:
     Whoever never ordered gets the mean of what training rows without an order were followed by, 0 where there is none.
     """
 
-    def fit(self, train: Table) -> Self:
+    def fit(self, train: Table, horizon: int) -> Self:
+        self.days = HORIZON_DAYS[horizon]
         self.model = _bg_nbd(train)
         customers = train.newest()
         self.values = GammaGamma.fit(customers.orders, customers.mean_order_value)
-        after = train.spend_90d_after[(train.orders == 0) & ~np.isnan(train.spend_90d_after)]
+        after = train.spent[(train.orders == 0) & ~np.isnan(train.spent[:, horizon]), horizon]
         self.without_order = float(after.mean()) if len(after) else 0.0
         return self
 
     def predict(self, test: Table) -> np.ndarray:
-        orders = self.model.orders_within(test.frequency, test.recency_days, test.age_days, SPEND_DAYS)
+        orders = self.model.orders_within(test.frequency, test.recency_days, test.age_days, self.days)
         return np.where(test.orders > 0, orders * self.values.value(test.orders, test.mean_order_value),
                         self.without_order)
 
@@ -180,11 +181,11 @@ class TierRegression(Regression):
         super().__init__(seed)
         self.edges = edges
 
-    def fit(self, train: Table, _horizon: int | None = None) -> Self:
-        known = _spent(train)
+    def fit(self, train: Table, horizon: int) -> Self:
+        known = _spent(train, horizon)
         if len(known) > self.ROWS_MAX:
             known = known.take(np.random.default_rng(self.seed).choice(len(known), self.ROWS_MAX, replace=False))
-        tier = tier_of(known.spend_90d_after, self.edges)
+        tier = tier_of(known.spent[:, horizon], self.edges)
         if len(np.unique(tier)) < 2:
             raise UsageError('All training rows are of one tier.', do='use a longer recording or more users.')
         self._learn(self._inputs(known), tier, known.user)
@@ -249,9 +250,9 @@ class Trees(_Boosting):
 class SpendTrees(_Boosting):
     """LightGBM on the counters, by absolute error: it forecasts the median, which is 0 where most buy nothing."""
 
-    def fit(self, train: Table) -> Self:
-        known = _spent(train)
-        self._boost(known.counters, known.spend_90d_after, known.user, 'l1')
+    def fit(self, train: Table, horizon: int) -> Self:
+        known = _spent(train, horizon)
+        self._boost(known.counters, known.spent[:, horizon], known.user, 'l1')
         return self
 
 
@@ -311,9 +312,9 @@ class Network(_Perceptron):
 class SpendNetwork(_Perceptron):
     """The network on log(1 + spend)."""
 
-    def fit(self, train: Table) -> Self:
-        known = _spent(train)
-        self._learn(known.counters, np.log1p(known.spend_90d_after), known.user)
+    def fit(self, train: Table, horizon: int) -> Self:
+        known = _spent(train, horizon)
+        self._learn(known.counters, np.log1p(known.spent[:, horizon]), known.user)
         return self
 
     def predict(self, test: Table) -> np.ndarray:
@@ -331,10 +332,10 @@ def _labelled(train: Table, horizon: int) -> Table:
     return known
 
 
-def _spent(train: Table) -> Table:
-    known = train.take(~np.isnan(train.spend_90d_after))
+def _spent(train: Table, horizon: int) -> Table:
+    known = train.take(~np.isnan(train.spent[:, horizon]))
     if len(np.unique(known.user)) < 2:
-        raise UsageError(f'Of fewer than two training users the spend of the next {SPEND_DAYS} days is known.',
+        raise UsageError(f'Of fewer than two training users the spend of {HORIZON_DAYS[horizon]} days is known.',
                          do='use a longer recording or more users.')
     return known
 

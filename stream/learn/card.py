@@ -13,6 +13,7 @@ from stream.learn.model import ShopperModel
 from stream.learn.prune import attentions
 from stream.scoring.artefact import Precision
 
+NAME = 'shopper'        # of a model that is given none
 _REFUND = (f'| `refund` | the risk head: probability of a refund or a cancelled order within {REFUND_DAYS} days; a '
            'hint for service, never for a credit decision |\n')
 
@@ -52,8 +53,7 @@ Inputs: `categories` int32 [rows, slots, 3], `numbers` float32 [rows, slots, {SL
 differs from torch by at most {difference:.0e} on windows of the test split.{_precision(precision)}{_taught(config)}
 - `warmup`: a window of each length from the test split, which Triton runs before it says that the model is ready.
 {_ranking(kept, name)}- Licence: Apache-2.0{_licence(config)}.
-- Made by: `{config['command']}`, then `stream export DIR{' --int8' if precision == 'int8' else ''} \
---into triton_models` (seed {config['seed']}, \
+- Made by: `{config['command']}`, then `{_exported(name, version, precision)}` (seed {config['seed']}, \
 {metrics['seconds']:,} s on one CPU core).
 
 ## Data
@@ -82,7 +82,8 @@ spend that this tenth accounts for) more is better; of log loss, Brier score, EC
 error less is.
 
 Baselines: the recency rule is minus the days since the last order; logistic regression sees the same counters; spend of
-90 days is that of the 90 days before; most common tier is that of training. Active: bought within the 90 days before.
+90 days is that of the 90 days before; most common tier is that of training, and so is the median of its spend, the same
+for everybody. Active: bought within the 90 days before.
 
 {_comparison(test)}
 Where it does not beat a baseline: {_defeats(test)}
@@ -108,6 +109,13 @@ Ten bins of equally many moments: mean score, and what really happened.
 - Expected spend never exceeds the largest one seen in training.
 - Not for decisions with legal or similarly serious effects on people.
 '''
+
+
+def _exported(name: str, version: int, precision: Precision) -> str:
+    """The command that exports it so."""
+    flags = [f' --name {name}' if name != NAME else '', f' --version {version}' if version != 1 else '',
+             ' --int8' if precision == 'int8' else '']
+    return f'stream export DIR{"".join(flags)} --into triton_models'
 
 
 def _backbone(kept: Checkpoint) -> str:

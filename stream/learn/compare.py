@@ -13,7 +13,7 @@ not depend on how many processes there are.
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -32,13 +32,26 @@ from stream.errors import UsageError
 from stream.learn.baselines import (
     BuyTillYouDie,
     Network,
+    SpendNetwork,
+    SpendTrees,
     TierRegression,
     purchase_contenders,
     spend_contenders,
 )
 from stream.learn.calibrate import SETTLED_ROWS_MIN
 from stream.learn.checkpoint import some_windows
-from stream.learn.dataset import ACTIVE_DAYS, NEXT_DAYS, Examples, History, Kind, at_time, part_of, tier_of
+from stream.learn.dataset import (
+    ACTIVE_DAYS,
+    HORIZON_DAYS,
+    NEXT_DAYS,
+    SPEND,
+    Examples,
+    History,
+    Kind,
+    at_time,
+    part_of,
+    tier_of,
+)
 from stream.learn.export import write_graph
 from stream.learn.export_ranking import write_ranking
 from stream.learn.fit import FitOptions, Fitted, fit, rows_max, window_logits
@@ -55,7 +68,7 @@ from stream.learn.judge import (
     spend_forecasts,
 )
 from stream.learn.past_items import BUCKETS
-from stream.learn.questions import Cutoff, Task, day_of, known_until, segments, truth_of
+from stream.learn.questions import Cutoff, Task, day_of, known_until, segments, spend_horizons, truth_of
 from stream.learn.recommend import ASKED_MIN, RankedFold, judge_ranking, rank
 from stream.learn.rules import Table, past_tier, spend_rules
 from stream.learn.sasrec import SasRecOptions
@@ -91,7 +104,8 @@ class FoldScores:
 
     user      int64 [n], places in the history's `user_ids`
     chances   by task and contender
-    spend     by contender, float64 [n]; empty where there is no money, or too little settled spend to learn from
+    spend     by horizon and contender, float64 [n]; empty where there is no money, or too little settled spend to learn
+              from
     tiers     by contender, [n, tiers]; as `spend`
     tier      int64 [n], what it came to be; -1: not settled
     ranked    by column and contender how well each ranked what was bought next, of whoever bought something
@@ -101,7 +115,7 @@ class FoldScores:
 
     user: np.ndarray
     chances: dict[str, dict[str, Scored]]
-    spend: dict[str, np.ndarray]
+    spend: dict[int, dict[str, np.ndarray]]
     tiers: dict[str, Scored]
     tier: np.ndarray
     ranked: dict[str, RankedFold]
@@ -142,7 +156,9 @@ def compare(history: History, cutoffs_ms: Sequence[int], options: CompareOptions
         'cutoffs': [{
             'at_ms': cutoff.at_ms, 'users': len(cutoff.asked), 'active': int(cutoff.asked.active.sum()),
             'tasks': [task.words() | answers[cutoff.at_ms, task.name] for task in cutoff.tasks],
-            'spend': answers.get((cutoff.at_ms, 'spend')), 'tier': answers.get((cutoff.at_ms, 'tier')),
+            'spend': [{'days': days} | answers[cutoff.at_ms, f'spend_{days}d'] for days in HORIZON_DAYS
+                      if (cutoff.at_ms, f'spend_{days}d') in answers],
+            'tier': answers.get((cutoff.at_ms, 'tier')),
             'ranking': [{'column': column, 'days': NEXT_DAYS} | answers[cutoff.at_ms, f'next_{column}']
                         for column in BUCKETS if (cutoff.at_ms, f'next_{column}') in answers],
             'skipped': [task.words() | {'reason': reason} for task, reason in cutoff.skipped],
@@ -189,7 +205,8 @@ def score_fold(history: History, at_ms: int, part: int, tasks: list[Task], optio
         before = tier_of(fitted.data.labels.spend[fitted.data.kind == Kind.CUTOFF], fitted.tier_edges)
         settled = before >= 0
         if known.priced and settled.sum() >= SETTLED_ROWS_MIN:
-            spend = spend_forecasts(served) | contenders.spend()
+            spend = {horizon: spend_forecasts(served, HORIZON_DAYS[horizon], HORIZON_DAYS) | contenders.spend(horizon)
+                     for horizon in spend_horizons(test)}
             shares = np.bincount(before[settled], minlength=fitted.model.tiers) / settled.sum()
             tiers = {MODEL: Scored(served['tier_probabilities'].astype(float), True),
                      COMMONEST: Scored(np.tile(shares, (len(test), 1)), True)} | contenders.tiers(fitted.tier_edges)
@@ -275,21 +292,25 @@ class _Contenders:
             answers[name] = scored.turned_round() if task.churn else scored
         return answers
 
-    def spend(self) -> dict[str, np.ndarray]:
-        """By name, of the next 90 days."""
+    def spend(self, horizon: int) -> dict[str, np.ndarray]:
+        """By name, within a horizon. Of one that too few labels settle trees and networks learn the longest one that is
+        settled, and foretell as if it went on like that."""
         answers = {}
         for name, contender in spend_contenders(self._seed).items():
+            learner = isinstance(contender, SpendTrees | SpendNetwork)
+            taught = self._taught(horizon) if learner else horizon
             try:
-                answers[name] = contender.fit(self._train).predict(self._test)
+                answers[name] = contender.fit(self._train, taught).predict(self._test) * (
+                    HORIZON_DAYS[horizon] / HORIZON_DAYS[taught])
             except UsageError as error:
-                self.left_out.append(('spend', name, error.problem))
+                self.left_out.append((f'spend_{HORIZON_DAYS[horizon]}d', name, error.problem))
         return answers
 
     def tiers(self, edges: np.ndarray) -> dict[str, Scored]:
         """By name, of the tier of the next 90 days' spend."""
         answers = {PAST_TIER: Scored(past_tier(self._test, edges), False)}
         try:
-            contender = TierRegression(self._seed, edges).fit(self._train)
+            contender = TierRegression(self._seed, edges).fit(self._train, SPEND)
             answers['logistic regression'] = Scored(contender.predict(self._test), True)
         except UsageError as error:
             self.left_out.append(('tier', 'logistic regression', error.problem))
@@ -339,13 +360,13 @@ def _questions(cutoff: Cutoff, found: list[FoldScores], options: CompareOptions)
                   for name in _in_all(parts)}
         if len(joined[MODEL]['ndcg']) >= ASKED_MIN:
             yield f'next_{column}', judge_ranking, (joined, *drawn)
-    spend = asked.labels.spend.astype(float)
-    if np.isnan(spend).any():
+    for horizon in _in_all([scores.spend for scores in found]):
+        parts = [scores.spend[horizon] for scores in found]
+        amounts = {name: np.concatenate([part[name] for part in parts])[order] for name in _in_all(parts)}
+        yield f'spend_{HORIZON_DAYS[horizon]}d', judge_spend, (
+            amounts, asked.labels.spent[:, horizon].astype(float), *drawn)
+    if np.isnan(asked.labels.spend).any():
         return
-    amounts = {name: np.concatenate([scores.spend[name] for scores in found])[order]
-               for name in _in_all([scores.spend for scores in found])}
-    if MODEL in amounts:
-        yield 'spend', judge_spend, (amounts, spend, *drawn)
     tiers = _together([scores.tiers for scores in found], order)
     if MODEL in tiers:
         yield 'tier', judge_tiers, (tiers, np.concatenate([scores.tier for scores in found])[order], *drawn)
@@ -357,8 +378,8 @@ def _together(parts: list[dict[str, Scored]], rows: np.ndarray) -> dict[str, Sco
                          all(part[name].is_chance for part in parts)) for name in _in_all(parts)}
 
 
-def _in_all(parts: list[dict[str, Any]]) -> list[str]:
-    """The names that are in each part, in their order."""
+def _in_all(parts: Sequence[Mapping[Any, Any]]) -> list[Any]:
+    """The keys that are in each part, in their order."""
     return [name for name in parts[0] if all(name in part for part in parts)]
 
 

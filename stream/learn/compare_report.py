@@ -15,6 +15,8 @@ from stream.learn.judge import (
     BOUGHT,
     COMMONEST,
     COUNTERS,
+    LEAST_ERROR,
+    LIKELIEST,
     MODEL,
     OWN,
     PAST_TIER,
@@ -50,6 +52,7 @@ METRICS = {
 CONTENDERS = {
     MODEL: 'the window of events and the counters together, through the exported graph',
     TYPICAL: 'what half of those like this who buy spend no more than; 0 where a purchase is unlikely',
+    LIKELIEST: 'whoever is likeliest to buy at all comes first',
     WINDOW: 'what the network that reads the events would rank like without the counters',
     COUNTERS: 'what the linear part on the counters would rank like without the events',
     'recency rule': 'whoever ordered last comes first',
@@ -92,7 +95,8 @@ def rendered(template: str, figures: Mapping[str, Any], rivals: Sequence[str], r
         'about': figures['about'], 'recording': figures['recording'], 'protocol': figures['protocol'],
         'verdicts': _verdicts(figures['cutoffs']), 'metrics': METRICS, 'contenders': CONTENDERS,
         'present': _present(figures['cutoffs']), 'references': rivals, 'rival_title': rival_title, 'model': MODEL,
-        'legend': list(_COLOURS.items()), 'question': question, 'interval': interval, 'difference': difference,
+        'legend': list(_COLOURS.items()), 'question': question, 'within': within,
+        'least_error': LEAST_ERROR, 'interval': interval, 'difference': difference,
         'transfer': 'transfer' in figures and _transfer(draw, figures['transfer']),
         'starts': _START_COLOURS, 'window': WINDOW, 'counters': COUNTERS,
         'cleaning': in_words,
@@ -112,9 +116,13 @@ def on_terminal(task: Mapping[str, Any]) -> list[str]:
 
 def question(task: Mapping[str, Any]) -> str:
     """What is asked of each user."""
-    weeks = f' ({task["days"] // 7} weeks)' if task['days'] > 90 else ''
-    within = f'within {task["days"]} {"day" if task["days"] == 1 else "days"}{weeks}'
-    return f'buys nothing {within}' if task['churn'] else f'buys {within}'
+    return f'buys {"nothing " if task["churn"] else ""}{within(task["days"])}'
+
+
+def within(days: int) -> str:
+    """A horizon; a long one in weeks too."""
+    weeks = f' ({days // 7} weeks)' if days > 90 else ''
+    return f'within {days} {"day" if days == 1 else "days"}{weeks}'
 
 
 def interval(values: Sequence[float], places: int = 3) -> tuple[str, str]:
@@ -153,7 +161,7 @@ def _verdicts(cutoffs: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 def _present(cutoffs: Sequence[Mapping[str, Any]]) -> set[str]:
     """The contenders that answered anything."""
     return {name for cutoff in cutoffs
-            for judged in (*cutoff['tasks'], cutoff['spend'], cutoff['tier'], *cutoff['ranking']) if judged
+            for judged in (*cutoff['tasks'], *cutoff['spend'], cutoff['tier'], *cutoff['ranking']) if judged
             for name in judged['contenders']}
 
 
@@ -165,9 +173,10 @@ def _cutoff(draw: Draw, cutoff: Mapping[str, Any], currency: str) -> dict[str, A
         'tasks': [{**task, 'plots': _task_plots(draw, task),
                    'measures': [metric for metric in METRICS if metric in task['contenders'][MODEL]['metrics']]}
                   for task in cutoff['tasks']],
-        'spend_plot': cutoff['spend'] and draw.twice(
-            partial(_spend_bins, bins=cutoff['spend']['bins'], currency=currency), _HEIGHT,
-            'Mean spend by tenths of the forecast: forecast and real.'),
+        'spend': [{**spend, 'plot': draw.twice(
+            partial(_spend_bins, bins=spend['bins'], currency=currency), _HEIGHT,
+            f'Mean spend {within(spend["days"])}, by tenths of the forecast: forecast and real.')}
+            for spend in cutoff['spend']],
         'training_plots': _training_plots(draw, cutoff['training'], cutoff['tasks']) if cutoff['training'] else [],
     }
 

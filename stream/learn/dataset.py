@@ -9,9 +9,8 @@ cut-off, or later than another moment.
 
     bought    float32 [N, len(HORIZON_DAYS)]  1: a purchase within so many days after the moment
     refunded  float32 [N]                     1: a refund within REFUND_DAYS
-    spend     float32 [N]                     purchases less refunds of the SPEND_DAYS after it, never below 0; where
+    spent     float32 [N, len(HORIZON_DAYS)]  purchases less refunds within so many days after it, never below 0; where
                                               the recording has no prices, the number of purchases
-    spend_soon  float32 [N]                   the same of the SPEND_SOON_DAYS after it
 
 What is bought next (`bought_next`) is asked for apart, by whoever ranks items and categories.
 
@@ -37,7 +36,8 @@ HORIZON_DAYS = (1, 7, 30, 90, 273)
 INTENT, CHURN = HORIZON_DAYS.index(7), HORIZON_DAYS.index(30)     # the horizons that the worker publishes
 ACTIVE_DAYS = 90        # who bought within so many days is active
 REFUND_DAYS = 30
-SPEND_DAYS, SPEND_SOON_DAYS = 90, 30
+SPEND_DAYS = 90         # the spend that the worker publishes is of so many days
+SPEND = HORIZON_DAYS.index(SPEND_DAYS)
 NEXT_DAYS = 30          # what is bought within so many days is next
 SESSION_GAP_MS = 30 * 60_000        # a longer pause ends a session
 
@@ -99,8 +99,12 @@ class Labels:
 
     bought: np.ndarray
     refunded: np.ndarray
-    spend: np.ndarray
-    spend_soon: np.ndarray
+    spent: np.ndarray
+
+    @property
+    def spend(self) -> np.ndarray:
+        """float32 [N]: of the SPEND_DAYS."""
+        return self.spent[:, SPEND]
 
 
 @dataclass(frozen=True)
@@ -258,7 +262,7 @@ def _packed(user: User) -> Parts:
 
 def outcomes(events: list[Event], asked: Sequence[tuple[Kind, int]], known_until_ms: int,
              priced: bool = True) -> np.ndarray:
-    """float64 [moments, horizons + 3]: bought within each horizon, refunded, spend, soon; NaN where not settled.
+    """float64 [moments, 2 * horizons + 1]: bought within each horizon, refunded, spent within each; NaN: not settled.
 
     asked   kind and time in ms of each moment; an event at the very time of a cut-off comes after it
     """
@@ -267,7 +271,8 @@ def outcomes(events: list[Event], asked: Sequence[tuple[Kind, int]], known_until
     ts_ms = np.array([event.ts_ms for event in money], np.int64)
     bought = np.array([event.type == EventType.PURCHASE for event in money], bool)
     signed = np.array([event.amount if priced else 1.0 for event in money]) * np.where(bought, 1, -1)
-    days = np.array([*HORIZON_DAYS, REFUND_DAYS, SPEND_DAYS, SPEND_SOON_DAYS]) * DAY_MS
+    days = np.array([*HORIZON_DAYS, REFUND_DAYS, *HORIZON_DAYS]) * DAY_MS
+    refund = len(HORIZON_DAYS)          # its column
     rows = np.empty((len(asked), len(days)))
     for row, (kind, as_of_ms) in zip(rows, asked, strict=True):
         # What is at the time of a cut-off is not before it: as if the moment were 1 ms earlier.
@@ -275,9 +280,9 @@ def outcomes(events: list[Event], asked: Sequence[tuple[Kind, int]], known_until
         after = ahead_ms > 0
         next_ms = np.min(ahead_ms[after & bought], initial=np.iinfo(np.int64).max)
         refund_ms = np.min(ahead_ms[after & ~bought], initial=np.iinfo(np.int64).max)
-        row[:-3] = next_ms <= days[:-3]
-        row[-3] = refund_ms <= days[-3]
-        row[-2:] = [max(0.0, signed[after & (ahead_ms <= within)].sum()) for within in days[-2:]]
+        row[:refund] = next_ms <= days[:refund]
+        row[refund] = refund_ms <= days[refund]
+        row[refund + 1:] = [max(0.0, signed[after & (ahead_ms <= within)].sum()) for within in days[refund + 1:]]
         row[days > known_until_ms - as_of_ms] = np.nan
     return rows
 
@@ -318,6 +323,6 @@ def _examples(told: History, found: list[tuple[int, Kind, int, Parts]], known_un
     rows = np.concatenate([
         outcomes(told.events[users[start]], list(zip(kinds[start:end], as_of_ms[start:end], strict=True)),
                  known_until_ms, told.priced) for start, end in pairwise(starts)])
-    labels = Labels(*(np.ascontiguousarray(part, np.float32)
-                      for part in (rows[:, :-3], rows[:, -3], rows[:, -2], rows[:, -1])))
+    bought, refunded, spent = np.split(rows, [len(HORIZON_DAYS), len(HORIZON_DAYS) + 1], axis=1)
+    labels = Labels(*(np.ascontiguousarray(part, np.float32) for part in (bought, refunded[:, 0], spent)))
     return Examples(snapshots, features(snapshots), labels, np.array(kinds, np.int8), np.array(users, np.int64))

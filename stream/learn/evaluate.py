@@ -6,6 +6,8 @@ baseline's over the same resamples.
     recency rule         minus the days since the last order; whoever never ordered comes last
     logistic regression  on the normalised counters, trained on the same examples
     spend of 90 days     the spend of the 90 days before the moment, for spend
+    median of training   of its spend, the same for everybody: what a small mean error is worth
+    nothing              that nobody spends anything
     most common tier     of the training rows
 
 Churn is asked of active users: those who bought within the 90 days before. `stream compare` asks more contenders.
@@ -19,7 +21,7 @@ from stream.learn.baselines import purchase_contenders
 from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT, Examples, Kind, tier_of
 from stream.learn.fit import Fitted
 from stream.learn.judge import MODEL, beside_model
-from stream.learn.metrics import AMOUNT, BINARY, CLASSES, RANKING, Metric
+from stream.learn.metrics import AMOUNT, BINARY, CLASSES, RANKING, Metric, mean_absolute_error
 from stream.learn.rules import Table
 
 RESAMPLES = 200
@@ -29,7 +31,7 @@ POSITIVES_MIN = 20      # fewer tell nothing
 def evaluate(fitted: Fitted, answers: Mapping[str, np.ndarray], test: Examples, seed: int) -> dict[str, object]:
     """All numbers of the model card, ready for JSON. `answers`: those of the model's exported graph to `test`."""
     purchase, tiers = answers['purchase'].astype(float), answers['tier_probabilities'].astype(float)
-    spend = answers['expected_spend'][:, 0].astype(float)
+    spend, typical = (answers[name][:, 0].astype(float) for name in ('expected_spend', 'typical_spend'))
     bought, labels = test.labels.bought, test.labels
     train, asked = Table.of_examples(fitted.data), Table.of_examples(test)
 
@@ -65,6 +67,11 @@ def evaluate(fitted: Fitted, answers: Mapping[str, np.ndarray], test: Examples, 
             MODEL: (tiers, CLASSES), 'most common tier': (np.tile(shares, (len(test), 1)), CLASSES)}, known)
         tasks['spend in 90 d'] = compare(labels.spend, {
             MODEL: (spend, AMOUNT), 'spend of 90 days': (asked.spend_90d, AMOUNT)}, known)
+        middle = np.nanmedian(fitted.data.labels.spend)
+        tasks['typical spend in 90 d'] = compare(labels.spend, {
+            name: (amounts, {'mean_absolute_error': mean_absolute_error}) for name, amounts in (
+                (MODEL, typical), ('spend of 90 days', asked.spend_90d),
+                ('median of training', np.full(len(test), middle)), ('nothing', np.zeros(len(test))))}, known)
     return {
         'rows': len(test), 'users': len(np.unique(test.user)), 'base_rates': rates, 'tasks': tasks,
         'calibration': {f'purchase within {HORIZON_DAYS[horizon]} d': _calibration(purchase, bought, horizon)

@@ -10,10 +10,12 @@
 Beside it, in <name>_next, lies the ranking of what is bought next (stream.learn.export_ranking).
 
 The exported graph is run on the checkpoint's real windows and compared with torch before anything is written. An int8
-graph (stream.learn.quantize) is a version of its own, which may differ by more. Of both, a row's scores must not depend
-on the rows beside it. The worker asks for the first five outputs; `purchase` (a purchase within each of the manifest's
-`horizon_days`), `typical_spend` and `refund`, where it has that head, are for `stream predict` and for whoever else
-asks Triton.
+graph (stream.learn.quantize) may differ by more. Of both, a row's scores must not depend on the rows beside it. The
+worker asks for the first five outputs; `purchase` (a purchase within each of the manifest's `horizon_days`),
+`typical_spend` and `refund`, where it has that head, are for `stream predict` and for whoever else asks Triton.
+
+A name holds one version: its configuration, which says the SHA-256 of the graph that clients may trust, its labels,
+warm-up and card could be those of one alone. Another version goes to another name, or takes its place.
 """
 import json
 import shutil
@@ -30,7 +32,7 @@ from torch.nn.functional import pad
 from stream.core.features import COUNTERS, LENGTHS, SLOT_NUMBERS
 from stream.core.window import WindowLimits
 from stream.errors import ModelError, UsageError
-from stream.learn.card import card
+from stream.learn.card import NAME, card
 from stream.learn.checkpoint import Checkpoint, load
 from stream.learn.dataset import HORIZON_DAYS, REFUND_DAYS, SPEND_DAYS
 from stream.learn.export_ranking import export_ranking
@@ -68,20 +70,19 @@ def outputs(model: ShopperModel) -> dict[str, Tensor]:
     return told | {'refund': one} if model.refund else told
 
 
-def export(checkpoint: Path, repository: Path, name: str = 'shopper', version: int = 1,
+def export(checkpoint: Path, repository: Path, name: str = NAME, version: int = 1,
            precision: Precision = 'fp32') -> Path:
     """Export a checkpoint into a model repository and return the version's folder.
 
     Errors   ModelError where the checkpoint cannot be read, or the graph does not give torch's scores, or another row's
-             in other company; UsageError where the name or the version does not suit Triton.
+             in other company; UsageError where the name or the version does not suit Triton, or the name is that of
+             another version, or of another precision.
     Promise  the same checkpoint gives the same bytes with the same releases of torch and onnx.
     """
     if version < 1 or not name.replace('_', '').replace('-', '').isalnum():
         raise UsageError(f'{name!r} version {version} is no name for Triton.',
                          do='use letters, digits, - and _, and a version of 1 or more.')
-    there = repository / name / str(version) / MANIFEST
-    if there.is_file() and json.loads(there.read_bytes()).get('precision', 'fp32') != precision:
-        raise UsageError(f'{there.parent} is another precision than {precision}.', do='give another version number.')
+    _refuse_another(repository / name, version, precision)
     kept = load(checkpoint)
     with tempfile.TemporaryDirectory() as scratch:
         graph = Path(scratch) / WEIGHTS
@@ -110,6 +111,20 @@ def export(checkpoint: Path, repository: Path, name: str = 'shopper', version: i
     else:       # of an earlier model
         shutil.rmtree(ranking_dir(version_dir), ignore_errors=True)
     return version_dir
+
+
+def _refuse_another(model_dir: Path, version: int, precision: Precision) -> None:
+    """Errors: UsageError where what is there already would lose its configuration and card, or would be another model
+    under the same version."""
+    for manifest in sorted(model_dir.glob(f'*/{MANIFEST}')):
+        if manifest.parent.name != str(version):
+            raise UsageError(
+                f'{model_dir} holds version {manifest.parent.name}: its configuration, labels, warm-up and card would '
+                f'be those of version {version}.',
+                do='give this one a name of its own (--name), or remove the other one.')
+        if json.loads(manifest.read_bytes()).get('precision', 'fp32') != precision:
+            raise UsageError(f'{manifest.parent} is another precision than {precision}.',
+                             do='give this one a name of its own (--name).')
 
 
 def parity(kept: Checkpoint, graph: Path, precision: Precision = 'fp32') -> float:

@@ -34,7 +34,6 @@ from stream.learn.clean import in_words as cleaning_in_words
 from stream.learn.dataset import (
     HORIZON_DAYS,
     SPEND_DAYS,
-    SPEND_SOON_DAYS,
     ExampleOptions,
     Examples,
     History,
@@ -44,7 +43,7 @@ from stream.learn.dataset import (
 )
 from stream.learn.distil import DistilOptions, expected_losses, mean_logits, teacher_options
 from stream.learn.journal import Journal
-from stream.learn.model import ShopperModel, losses
+from stream.learn.model import ShopperModel, losses, mu_and_sigma
 from stream.learn.passes import Course, Rated, device, improve, mixed_precision, reproducible, shuffled
 from stream.learn.pretrain import PretrainOptions, pretrain, reads_text, start_from
 from stream.learn.prune import attentions, cut, importance, kept_heads
@@ -55,6 +54,7 @@ from stream.scoring.artefact import ROWS_MAX
 TEXT_ROWS_MAX = 16      # a text has several times as many tokens as a window has slots, and its reader is large
 YEAR = ('year_sin', 'year_cos')
 YEARS_MIN = 2
+_SOON = HORIZON_DAYS.index(30)
 _NO_JOURNAL = Journal()
 
 
@@ -293,7 +293,7 @@ def _spend(data: Examples) -> np.ndarray:
     spend = data.labels.spend
     if np.isfinite(spend).sum() >= SETTLED_ROWS_MIN:
         return spend
-    return data.labels.spend_soon * np.float32(SPEND_DAYS / SPEND_SOON_DAYS)
+    return data.labels.spent[:, _SOON] * np.float32(SPEND_DAYS / HORIZON_DAYS[_SOON])
 
 
 def window_logits(model: ShopperModel, data: Examples, rows: np.ndarray) -> Tensor:
@@ -324,10 +324,18 @@ def _total(parts: dict[str, Tensor], options: FitOptions) -> Tensor:
 
 def _fit_counters(model: ShopperModel, counters: Tensor, labels: tuple[Tensor, Tensor, Tensor], chosen: np.ndarray,
                   options: FitOptions) -> None:
-    """To the optimum of all tasks at once: a linear branch has one."""
+    """To the optimum of all tasks at once: a linear branch has one.
+
+    It starts from the mean of log spend and its deviation: from far off the deviation would run into its bound, where
+    nothing moves it any more.
+    """
     rows = torch.from_numpy(chosen)
     branch = model.counters
     x, mine = branch.normal(counters[rows]), tuple(label[rows] for label in labels)
+    spent = mine[2][mine[2] > 0].log()
+    if len(spent):
+        with torch.no_grad():
+            branch.head.bias[-2:] = mu_and_sigma(spent)
     solver = torch.optim.LBFGS(branch.head.parameters(), max_iter=200, history_size=20, line_search_fn='strong_wolfe')
 
     def closure() -> Tensor:

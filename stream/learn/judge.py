@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from stream.learn.curves import curves
+from stream.learn.dataset import SPEND_DAYS
 from stream.learn.metrics import (
     AMOUNT,
     BINARY,
     CHOICE,
     CLASSES,
     RANKING,
+    SPENDERS,
     Metric,
     at_threshold,
     auc,
@@ -26,13 +28,15 @@ from stream.learn.metrics import (
 )
 
 MODEL = 'our model'
-TYPICAL = 'its typical spend'
+TYPICAL, LIKELIEST = 'its typical spend', 'its chance of a purchase'
 WINDOW, COUNTERS = 'its window branch alone', 'its counters branch alone'
 REFERENCES = ('logistic regression', 'LightGBM', 'BG/NBD')      # whom it has to beat
 COMMONEST, PAST_TIER = 'shares of the training users', 'tier of the last 90 days'
 SCRATCH, TRANSFERRED = 'from scratch', "from the other shop's"
 RULES = ('recency rule', 'past rate', 'past spend', 'spend of 90 days')     # who need no training
+LEAST_ERROR = 'LightGBM'     # trained for a small mean error of spend
 SPEND_BINS = 10
+_TINY = 1e-6
 TOP = 10
 POPULAR, RECENT, OWN, BOUGHT, SASREC = (
     'popularity', 'popularity of 30 days', 'own past', 'own purchases', 'SASRec')
@@ -95,21 +99,37 @@ def _called(scores: np.ndarray, truth: np.ndarray, samples: list[np.ndarray], th
     return {'threshold': threshold} | drawn[0] | shares
 
 
-def spend_forecasts(served: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What a graph's outputs foretell of spend, by name, float64 [n] each."""
-    found = {MODEL: served['expected_spend'][:, 0].astype(float)}
+def spend_forecasts(served: Mapping[str, np.ndarray], days: int, horizon_days: Sequence[int]) -> dict[str, np.ndarray]:
+    """What a graph's outputs foretell of spend within so many days, by name, float64 [n] each; LIKELIEST only ranks.
+
+    The outputs are of SPEND_DAYS. Of other days there is as much more spend as orders: whoever buys at a steady rate
+    buys nothing with a chance of exp(-orders), see `stream.learn.calibrate`.
+
+    horizon_days  those of the output `purchase`, `days` and SPEND_DAYS among them
+    """
+    column = {told: served['purchase'][:, place].astype(float) for place, told in enumerate(horizon_days)}
+    orders, orders_told = (-np.log1p(-np.clip(column[within], _TINY, 1 - _TINY)) for within in (days, SPEND_DAYS))
+    found = {MODEL: served['expected_spend'][:, 0] * (orders / orders_told)}
     if 'typical_spend' in served:       # older graphs do not tell it
-        found[TYPICAL] = served['typical_spend'][:, 0].astype(float)
-    return found
+        found[TYPICAL] = served['typical_spend'][:, 0] * (orders / orders_told)
+    return found | {LIKELIEST: column[days]}
 
 
 def judge_spend(by_name: Mapping[str, np.ndarray], truth: np.ndarray, count: int, seed: int) -> dict:
-    """Figures of a forecast of spend: forecasts by name, MODEL among them, and what was spent, float64 [n] each."""
+    """Figures of a forecast of spend: forecasts by name, MODEL among them, and what was spent, float64 [n] each.
+
+    `error_ratio`: mean error of the model's forecasts over that of LEAST_ERROR, where that is among them.
+    """
     samples = resamples(np.arange(len(truth)), count, seed)
+    drawn = {name: {metric: np.array([rule(scores[rows], truth[rows]) for rows in samples])
+                    for metric, rule in (SPENDERS if name == LIKELIEST else AMOUNT).items()}
+             for name, scores in by_name.items()}
     by_forecast = [rows for rows in np.array_split(np.argsort(by_name[MODEL], kind='stable'), SPEND_BINS) if len(rows)]
     return {
         'rows': len(truth), 'mean': float(truth.mean()), 'spending': float((truth > 0).mean()),
-        'contenders': beside_model({name: (scores, AMOUNT) for name, scores in by_name.items()}, truth, samples),
+        'contenders': intervals(drawn),
+        'error_ratio': {name: interval(drawn[name]['mean_absolute_error'] / drawn[LEAST_ERROR]['mean_absolute_error'])
+                        for name in (MODEL, TYPICAL) if name in drawn and LEAST_ERROR in drawn},
         'bins': [{'rows': len(rows), 'forecast': float(by_name[MODEL][rows].mean()), 'spent': float(truth[rows].mean())}
                  for rows in by_forecast],
     }

@@ -138,8 +138,9 @@ RANKING: dict[str, Metric] = {'auc': auc, 'pr_auc': pr_auc, 'top_decile_lift': t
 BINARY: dict[str, Metric] = RANKING | {'log_loss': log_loss, 'brier': brier, 'ece': ece}
 CHOICE: dict[str, Metric] = {'accuracy': accuracy, 'within_one_tier': within_one}
 CLASSES: dict[str, Metric] = {'log_loss': log_loss} | CHOICE
-AMOUNT: dict[str, Metric] = {'spearman': spearman, 'top_decile_share': top_decile_share,
-                             'mean_absolute_error': mean_absolute_error, 'total_predicted_over_real': total_ratio}
+SPENDERS: dict[str, Metric] = {'spearman': spearman, 'top_decile_share': top_decile_share}      # of whoever only ranks
+AMOUNT: dict[str, Metric] = SPENDERS | {'mean_absolute_error': mean_absolute_error,
+                                        'total_predicted_over_real': total_ratio}
 
 
 def resamples(users: np.ndarray, count: int, seed: int) -> list[np.ndarray]:

@@ -26,11 +26,10 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, softplus
 
 from stream.core.features import COUNTER_NAMES, COUNTERS
-from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT, SPEND_DAYS
+from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT, SPEND
 
 INPUT_NAMES = ('categories', 'numbers', 'counters', 'row_id')
 HORIZONS = len(HORIZON_DAYS)
-SPEND = HORIZON_DAYS.index(SPEND_DAYS)
 BINARY = HORIZONS + 1               # the horizons, and a refund
 _SPEND = 3
 _COUNTER_LIMIT = 6.0                # normalised counters are cut here: a user like nobody in training stays in range
@@ -54,6 +53,12 @@ class Logits:
         binary, tier, spend = logits.split((BINARY, tiers, _SPEND), -1)
         bought, mu, raw_sigma = spend.unbind(-1)
         return Logits(binary, tier, bought, mu, softplus(raw_sigma).clamp(*_SIGMA_RANGE))
+
+
+def mu_and_sigma(log_spend: Tensor) -> Tensor:
+    """The last two logits, [2], that tell the mean and the deviation of these, [n], of whomever they are asked."""
+    sigma = log_spend.std(unbiased=False).clamp(2 * _SIGMA_RANGE[0], _SIGMA_RANGE[1] / 2)
+    return torch.stack([log_spend.mean(), sigma.expm1().log()])
 
 
 class Counters(nn.Module):

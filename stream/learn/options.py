@@ -1,8 +1,9 @@
 """Options of a training by name, for whoever has only words: the command line.
 
-    epochs=3 hidden=32 backbone.learning_rate=1e-4
+    epochs=3 hidden=32 backbone.learning_rate=1e-4 pretrain.epochs=5
 
 A name is that of a field of `FitOptions`, or of one of the groups in it, alone where no other field is called so.
+Pretraining is one of the groups where it is asked for.
 """
 from collections import Counter
 from collections.abc import Mapping
@@ -14,16 +15,17 @@ import msgspec
 
 from stream.errors import UsageError
 from stream.learn.fit import FitOptions
+from stream.learn.pretrain import PretrainOptions
 
 # They have flags of their own.
-_ELSEWHERE = {('seed',), ('clean',), ('tiers',), ('refund',), ('start_from',), ('pretrain',),
+_ELSEWHERE = {('seed',), ('clean',), ('tiers',), ('refund',), ('start_from',), ('pretrain', 'objectives'),
               ('backbone', 'name'), ('backbone', 'source'), ('backbone', 'tuning'), ('backbone', 'catalogue')}
-_BY_GROUP = ('task_weights', 'ranker')     # of these the name alone says too little
+_BY_GROUP = ('task_weights', 'ranker', 'pretrain')      # of these the name alone says too little
 
 
 def option_names() -> dict[str, tuple[str, ...]]:
     """Where each option is in `FitOptions`, by name."""
-    whole = asdict(FitOptions())
+    whole = asdict(FitOptions(pretrain=PretrainOptions({})))
     places = [(name,) for name, value in whole.items() if not isinstance(value, dict)]
     places += [(group, name) for group, values in whole.items() if isinstance(values, dict) for name in values]
     often = Counter(place[-1] for place in places)
@@ -34,7 +36,8 @@ def option_names() -> dict[str, tuple[str, ...]]:
 def changed(options: FitOptions, values: Mapping[str, Any]) -> FitOptions:
     """The options with some values by name.
 
-    Errors   UsageError where there is no such option, or its value is of another kind or out of range.
+    Errors   UsageError where there is no such option, or not without pretraining, or its value is of another kind or
+             out of range.
     """
     places = option_names()
     whole = asdict(options)
@@ -44,6 +47,9 @@ def changed(options: FitOptions, values: Mapping[str, Any]) -> FitOptions:
             raise UsageError(f'Training has no option {name}' + (f', did you mean {near[0]}?' if near else '.'),
                              do=f'use one of {", ".join(places)}.')
         *group, last = places[name]
+        if group == ['pretrain'] and options.pretrain is None:
+            raise UsageError(f'{name} is an option of pretraining, which is not asked for.',
+                             do='name with --pretrain what is to be learned before.')
         (whole[group[0]] if group else whole)[last] = value
     try:
         return msgspec.convert(whole, FitOptions)

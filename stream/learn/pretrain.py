@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy, normalize
 from stream.core.features import CATEGORY_BUCKETS, ITEM_BUCKETS, SLOT_NUMBER_NAMES, TYPE_VOCABULARY, padded
 from stream.errors import ModelError, UsageError
 from stream.learn.backbones import EventsBackbone
+from stream.learn.bounds import Count, NotNegative, Part, PartOrAll, Positive, Share
 from stream.learn.checkpoint import load
 from stream.learn.dataset import Examples
 from stream.learn.journal import Journal
@@ -54,20 +55,20 @@ class PretrainOptions:
     others           as those of `stream.learn.fit.FitOptions`
     """
 
-    objectives: dict[str, float]
-    masked_share: float = 0.2
-    crop_share_min: float = 0.5
-    temperature: float = 0.1
-    slots_max: int = 1024
-    validation_rows: int = 2_000
-    epochs: int = 10
-    rows_per_epoch: int = 6_000
-    batch_rows: int = 128
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
-    warmup_share: float = 0.1
-    clip_norm: float = 1.0
-    patience: int = 3
+    objectives: dict[str, NotNegative]
+    masked_share: Part = 0.2
+    crop_share_min: PartOrAll = 0.5
+    temperature: Positive = 0.1
+    slots_max: Count = 1024
+    validation_rows: Count = 2_000
+    epochs: Count = 10
+    rows_per_epoch: Count = 6_000
+    batch_rows: Count = 128
+    learning_rate: NotNegative = 1e-3
+    weight_decay: NotNegative = 0.05
+    warmup_share: Share = 0.1
+    clip_norm: Positive = 1.0
+    patience: Count = 3
 
     @staticmethod
     def of(names: str) -> 'PretrainOptions':

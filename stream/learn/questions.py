@@ -3,6 +3,7 @@
     default_cutoffs   days that leave enough before and after them
     Cutoff            everybody who was seen before a day, and which questions about them are settled
     Task, truth_of    a question with yes or no, and its answers
+    spend_horizons    of how many days the spend is asked for
     segments          kinds of users, for whom scores may be better or worse
 """
 from dataclasses import dataclass
@@ -12,13 +13,14 @@ import numpy as np
 
 from stream.core.window import DAY_MS, WindowLimits
 from stream.errors import UsageError
-from stream.learn.dataset import ACTIVE_DAYS, HORIZON_DAYS, Examples, History, at_time
+from stream.learn.dataset import ACTIVE_DAYS, HORIZON_DAYS, SPEND, Examples, History, at_time
 
 POSITIVES_MIN = 10
 CUTOFFS_MAX = 2
 CUTOFF_DAYS = (273, 90, 30)         # before the last day: T so that such a horizon is settled
 PAST_SHARE_MIN = 0.45               # of the recording, that must lie before T
 CHURN_HORIZON = HORIZON_DAYS.index(90)
+SPEND_HORIZONS = (SPEND, len(HORIZON_DAYS) - 1)
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ def truth_of(asked: Examples, task: Task) -> np.ndarray:
     """float64 [n], 1: it came to be; NaN: not asked of this user."""
     bought = asked.labels.bought[:, task.horizon].astype(float)
     return np.where(asked.active, 1 - bought, np.nan) if task.churn else bought
+
+
+def spend_horizons(asked: Examples) -> list[int]:
+    """Those of which the spend is asked for: indices into HORIZON_DAYS, settled for everybody."""
+    return [horizon for horizon in SPEND_HORIZONS if not np.isnan(asked.labels.spent[:, horizon]).any()]
 
 
 def segments(asked: Examples) -> dict[str, np.ndarray]:

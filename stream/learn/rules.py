@@ -15,7 +15,7 @@ import numpy as np
 
 from stream.core.features import Features, Snapshots
 from stream.core.window import DAY_MS, DAYS_KEPT
-from stream.learn.dataset import Examples, tier_of
+from stream.learn.dataset import HORIZON_DAYS, Examples, tier_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Table:
                       float64 [N], of the user's life; never below 0
     spend_90d         float64 [N], of the last 90 days; never below 0
     bought            float32 [N, HORIZON_DAYS], 1: an order within so many days after the moment; NaN: not known
-    spend_90d_after   float32 [N], NaN: not known
+    spent             float32 [N, HORIZON_DAYS], within so many days after the moment; NaN: not known
     """
 
     counters: np.ndarray
@@ -46,11 +46,11 @@ class Table:
     mean_order_value: np.ndarray
     spend_90d: np.ndarray
     bought: np.ndarray
-    spend_90d_after: np.ndarray
+    spent: np.ndarray
 
     @staticmethod
-    def of(snapshots: Snapshots, inputs: Features, bought: np.ndarray, spend: np.ndarray, user: np.ndarray) -> 'Table':
-        """From snapshots, their features, and the labels `bought` [N, HORIZON_DAYS] and `spend` [N].
+    def of(snapshots: Snapshots, inputs: Features, bought: np.ndarray, spent: np.ndarray, user: np.ndarray) -> 'Table':
+        """From snapshots, their features, and the labels `bought` and `spent` [N, HORIZON_DAYS].
 
         The first order's time is the last one's less all gaps: exact where orders arrived in their order.
         """
@@ -64,12 +64,12 @@ class Table:
         return Table(
             inputs.counters, user.astype(np.int64), snapshots.as_of_ms, np.maximum(orders - 1, 0.0),
             header['gap_days'].astype(np.float64), header['gap_days'] + silence, orders, net,
-            net / np.maximum(orders, 1.0), np.maximum(last, 0.0), bought.astype(np.float32), spend.astype(np.float32))
+            net / np.maximum(orders, 1.0), np.maximum(last, 0.0), bought.astype(np.float32), spent.astype(np.float32))
 
     @staticmethod
     def of_examples(examples: Examples) -> 'Table':
         """A row each, labels included."""
-        return Table.of(examples.snapshots, examples.inputs, examples.labels.bought, examples.labels.spend,
+        return Table.of(examples.snapshots, examples.inputs, examples.labels.bought, examples.labels.spent,
                         examples.user)
 
     def __len__(self) -> int:
@@ -128,15 +128,16 @@ class PastRate:
 
 
 class PastSpend:
-    """A past amount as it stands: `spend` or `spend_90d` of the table. As a forecast of 90 days the latter is meant."""
+    """A past amount: `spend` of the table as it stands, which only ranks, or `spend_90d` as if it went on like that."""
 
     is_chance = False
 
     def __init__(self, column: str) -> None:
         self.column = column
 
-    def fit(self, _train: Table, _horizon: int | None = None) -> Self:
+    def fit(self, _train: Table, horizon: int) -> Self:
+        self.times = HORIZON_DAYS[horizon] / DAYS_KEPT if self.column == 'spend_90d' else 1.0
         return self
 
     def predict(self, test: Table) -> np.ndarray:
-        return getattr(test, self.column)
+        return self.times * getattr(test, self.column)

@@ -25,7 +25,9 @@ from stream.core.window import WindowLimits
 from stream.errors import UsageError
 from stream.learn.dataset import History
 from stream.learn.fit import FitOptions, Fitted, fit
+from stream.learn.journal import Journal
 
+_NO_JOURNAL = Journal()
 _FULL_TRIALS = 3        # before one is given up
 _FULL_PASSES = 2        # of each: fewer rows a pass begin more slowly
 
@@ -44,9 +46,10 @@ class Searched:
 
 
 def search(history: History, users: Sequence[int], known_until_ms: int, options: FitOptions, limits: WindowLimits,
-           trials: int, console: Console, ranked: bool = True) -> Searched:
+           trials: int, console: Console, journal: Journal = _NO_JOURNAL, ranked: bool = True) -> Searched:
     """Try so many trainings, the first one as `options` say.
 
+    journal  where curves are kept, of each trial in a folder of its own; of states there are none
     ranked   as for `fit`
     Errors   UsageError where Optuna is not installed, or the events hold nothing to learn from.
     Promise  on one machine the same options give the same trials and the same weights.
@@ -68,6 +71,7 @@ def search(history: History, users: Sequence[int], known_until_ms: int, options:
         log.append(entry)
         try:
             fitted = fit(history, users, known_until_ms, given, limits, console,
+                         replace(journal.part(f'trial_{number + 1}'), state=None),
                          after_pass=_report_to(trial, entry, optuna.TrialPruned), ranked=ranked)
         except optuna.TrialPruned:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)

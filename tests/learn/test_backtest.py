@@ -19,7 +19,7 @@ from stream.learn import backtest as backtesting
 from stream.learn.backtest import SEEN, UNKNOWN, UNSEEN, BacktestOptions, backtest, learned
 from stream.learn.backtest_report import doubts, render_report
 from stream.learn.dataset import read
-from stream.learn.judge import MODEL, PAST_TIER, TYPICAL
+from stream.learn.judge import LIKELIEST, MODEL, PAST_TIER, TYPICAL
 from stream.learn.metrics import auc
 from stream.learn.questions import Cutoff, default_cutoffs, truth_of
 from stream.learn.served import score
@@ -63,9 +63,11 @@ def test_every_metric_has_an_interval_and_every_rule_is_there(figures):
     assert set(month['contenders']) == {MODEL, 'recency rule', 'past rate', 'past spend', 'spend of 90 days'}
     assert month['best_reference'] in month['contenders'] and month['best_reference'] != MODEL
     cutoff = figures['cutoffs'][0]
-    assert set(cutoff['spend']['contenders']) == {MODEL, TYPICAL, 'past spend', 'spend of 90 days'}
+    spend, = cutoff['spend']
+    assert (spend['days'], spend['error_ratio']) == (90, {})
+    assert set(spend['contenders']) == {MODEL, TYPICAL, LIKELIEST, 'past spend', 'spend of 90 days'}
     assert set(cutoff['tier']['contenders']) == {MODEL, PAST_TIER}
-    judged = [month['contenders'][MODEL]['metrics'], cutoff['spend']['contenders'][MODEL]['metrics'],
+    judged = [month['contenders'][MODEL]['metrics'], spend['contenders'][MODEL]['metrics'],
               {name: month['thresholds'][MODEL]['stated'][name] for name in ('accuracy', 'precision', 'recall', 'f1')}]
     assert {'auc', 'pr_auc', 'log_loss', 'ece', 'top_decile_lift'} <= set(judged[0])
     assert {'mean_absolute_error', 'spearman'} <= set(judged[1])
@@ -89,7 +91,7 @@ def test_without_prices_nothing_is_said_of_money(lines, cut_ms):
     bare = read([orjson.dumps({name: value for name, value in orjson.loads(line).items() if name != 'price'})
                  for line in lines], EventRules())
     cutoff, = backtest(bare, [cut_ms], SHIPPED, OPTIONS, lambda line: None)['cutoffs']
-    assert cutoff['spend'] is None and cutoff['tier'] is None
+    assert cutoff['spend'] == [] and cutoff['tier'] is None
     assert {*cutoff['tasks'][0]['contenders']} == {MODEL, 'recency rule', 'past rate'}
 
 

@@ -22,13 +22,14 @@ from stream.learn.baselines import (
     spend_contenders,
 )
 from stream.learn.bgnbd import BgNbd, GammaGamma
-from stream.learn.dataset import HORIZON_DAYS, moments, tier_of
+from stream.learn.dataset import HORIZON_DAYS, SPEND, moments, tier_of
 from stream.learn.metrics import accuracy, auc, log_loss, spearman
 from stream.learn.rules import PastRate, RecencyRule, Table, past_tier
 
 START_MS = 1_700_006_400_000
 WEEK = HORIZON_DAYS.index(7)
 MONTH = HORIZON_DAYS.index(30)
+LONGEST = len(HORIZON_DAYS) - 1
 LEARNERS = ('logistic regression', 'PCA + logistic', 'LDA + logistic', 'LightGBM', 'MLP regression')
 
 
@@ -45,12 +46,19 @@ def table_of(values: list[bytes]) -> Table:
     user, as_of_ms, *parts = zip(*rows, strict=True)
     snapshots = Snapshots.join(*parts, as_of_ms)
     unknown = np.full((len(rows), len(HORIZON_DAYS)), np.nan)
-    return Table.of(snapshots, features(snapshots), unknown, unknown[:, 0], np.array(user))
+    return Table.of(snapshots, features(snapshots), unknown, unknown, np.array(user))
 
 
 def line(number: int, day: float, kind: str, **given) -> bytes:
     return json.dumps({'event_id': f'e{number}', 'user_id': 'ann', 'ts': START_MS + round(day * DAY_MS), 'type': kind,
                        **given}).encode()
+
+
+def of_90_days(spend: np.ndarray) -> np.ndarray:
+    """Labels of spend of which only those of 90 days are known, float32 [n, HORIZON_DAYS]."""
+    spent = np.full((len(spend), len(HORIZON_DAYS)), np.nan, np.float32)
+    spent[:, SPEND] = spend
+    return spent
 
 
 def made(users: int, seed: int, rows_per_user: int = 2) -> Table:
@@ -68,7 +76,7 @@ def made(users: int, seed: int, rows_per_user: int = 2) -> Table:
     return Table(counters, np.repeat(np.arange(users), rows_per_user),
                  START_MS + np.tile(np.arange(rows_per_user), users) * DAY_MS, np.maximum(orders - 1, 0), recency,
                  np.where(orders > 0, recency + rng.uniform(0, 100, n), 0.0), orders, money,
-                 money / np.maximum(orders, 1), money / 2, bought, spend)
+                 money / np.maximum(orders, 1), money / 2, bought, of_90_days(spend))
 
 
 @pytest.fixture(scope='module')
@@ -254,53 +262,66 @@ def test_bg_nbd_learns_from_one_row_of_each_user():
 
 def test_expected_spend_is_orders_times_value():
     train, _ = customers(3000, seed=1)
-    fitted = BuyTillYouDieSpend().fit(train)
+    fitted = BuyTillYouDieSpend().fit(train, SPEND)
     ordered = train.orders > 0
     values = GammaGamma.fit(train.orders[ordered], train.mean_order_value[ordered])
     orders = fitted.model.orders_within(train.frequency, train.recency_days, train.age_days, 90)
     scores = fitted.predict(train)
     assert scores[ordered] == pytest.approx(
         (orders * values.value(train.orders, train.mean_order_value))[ordered], rel=1e-3)
-    assert np.unique(scores[~ordered]) == pytest.approx(train.spend_90d_after[~ordered].mean())
+    assert np.unique(scores[~ordered]) == pytest.approx(train.spent[:, SPEND][~ordered].mean())
 
 
 @pytest.mark.parametrize('learner', [lambda: SpendTrees(3, 1), lambda: SpendNetwork(3)])
 def test_spend_learners_find_what_is_there(train, test, learner):
-    truth, signal = test.spend_90d_after, 1.5 * test.counters[:, 0] - test.counters[:, 1] + test.counters[:, 2]
+    truth, signal = test.spent[:, SPEND], 1.5 * test.counters[:, 0] - test.counters[:, 1] + test.counters[:, 2]
     unknown = replace(train.take(np.arange(300)), counters=train.counters[:300] + 50,
-                      spend_90d_after=np.full(300, np.nan, np.float32))
+                      spent=of_90_days(np.full(300, np.nan)))
     both = Table(*(np.concatenate([getattr(train, field.name), getattr(unknown, field.name)])
                    for field in fields(Table)))
-    scores, again = learner().fit(train).predict(test), learner().fit(both).predict(test)
+    scores, again = learner().fit(train, SPEND).predict(test), learner().fit(both, SPEND).predict(test)
     assert np.array_equal(scores, again)
     assert (scores >= 0).all()
     assert spearman(scores, truth) > 0.85 * spearman(signal, truth)
     with pytest.raises(UsageError, match='spend'):
-        learner().fit(unknown)
+        learner().fit(unknown, SPEND)
+    with pytest.raises(UsageError, match='273 days'):
+        learner().fit(train, LONGEST)
 
 
 def test_trees_forecast_the_median(train, test):
-    truth = test.spend_90d_after
-    error = abs(SpendTrees(3, 1).fit(train).predict(test) - truth).mean()
-    assert error < 0.85 * abs(np.median(train.spend_90d_after) - truth).mean()
+    truth = test.spent[:, SPEND]
+    error = abs(SpendTrees(3, 1).fit(train, SPEND).predict(test) - truth).mean()
+    assert error < 0.85 * abs(np.median(train.spent[:, SPEND]) - truth).mean()
 
 
 def test_the_network_keeps_its_curves_and_its_best_pass(train):
-    network = SpendNetwork(3).fit(train)
+    network = SpendNetwork(3).fit(train, SPEND)
     assert len(network.loss_curve) == len(network.validation_curve) > network.PATIENCE
     assert network.loss_curve[-1] < 0.7 * network.loss_curve[0]
     assert np.argmin(network.validation_curve) < len(network.validation_curve) - 1
     held_out = train.take(np.isin(train.user, np.random.default_rng(3).permutation(1500)[:300]))
-    error = np.mean((np.log1p(network.predict(held_out)) - np.log1p(held_out.spend_90d_after)) ** 2)
+    error = np.mean((np.log1p(network.predict(held_out)) - np.log1p(held_out.spent[:, SPEND])) ** 2)
     assert error == pytest.approx(min(network.validation_curve), rel=0.02)
 
 
 def test_every_spend_contender_answers(train, test):
     for name, contender in spend_contenders(seed=3).items():
-        scores = contender.fit(train).predict(test)
+        scores = contender.fit(train, SPEND).predict(test)
         assert scores.shape == (len(test),), name
         assert np.isfinite(scores).all(), name
         assert (scores >= 0).all(), name
+
+
+def test_spend_of_a_longer_time_is_what_goes_on_like_that(train, test):
+    """The law and the rule of the last 90 days know how long; all that was spent so far is no rate."""
+    shoppers, _ = customers(3000, seed=1)
+    ordered = shoppers.orders > 0
+    near, far = (BuyTillYouDieSpend().fit(shoppers, horizon).predict(shoppers)[ordered] for horizon in (SPEND, LONGEST))
+    assert (far > near).all() and far.sum() < 273 / 90 * near.sum()         # customers die
+    rates = spend_contenders(seed=3)
+    assert rates['spend of 90 days'].fit(train, LONGEST).predict(test) == pytest.approx(273 / 90 * test.spend_90d)
+    assert rates['past spend'].fit(train, LONGEST).predict(test) == pytest.approx(test.spend)
 
 
 # ---- tiers ----------------------------------------------------------------------------------------------------------
@@ -309,19 +330,19 @@ EDGES = np.array([15.0, 30.0])
 
 
 def test_tier_regression_finds_what_is_there(train, test):
-    truth = tier_of(test.spend_90d_after, EDGES)
-    chances = TierRegression(3, EDGES).fit(train).predict(test)
+    truth = tier_of(test.spent[:, SPEND], EDGES)
+    chances = TierRegression(3, EDGES).fit(train, SPEND).predict(test)
     assert chances.sum(1) == pytest.approx(np.ones(len(test)))
-    shares = np.tile(np.bincount(tier_of(train.spend_90d_after, EDGES), minlength=4) / len(train), (len(test), 1))
+    shares = np.tile(np.bincount(tier_of(train.spent[:, SPEND], EDGES), minlength=4) / len(train), (len(test), 1))
     assert log_loss(chances, truth) < 0.93 * log_loss(shares, truth)
 
 
 def test_a_tier_that_nobody_reached_has_no_chance(train, test):
-    poor = train.take(train.spend_90d_after < 30)
-    chances = TierRegression(3, EDGES).fit(poor).predict(test)
+    poor = train.take(train.spent[:, SPEND] < 30)
+    chances = TierRegression(3, EDGES).fit(poor, SPEND).predict(test)
     assert (chances[:, 3] == 0).all() and chances.sum(1) == pytest.approx(np.ones(len(test)))
     with pytest.raises(UsageError, match='one tier'):
-        TierRegression(3, EDGES).fit(train.take(train.spend_90d_after == 0))
+        TierRegression(3, EDGES).fit(train.take(train.spent[:, SPEND] == 0), SPEND)
 
 
 def test_the_past_tier_helps_where_the_counters_do_not(train, test):
@@ -331,9 +352,9 @@ def test_the_past_tier_helps_where_the_counters_do_not(train, test):
         """Whoever spent much spends much again; the counters are noise."""
         spend = rng.choice([0.0, 10.0, 20.0, 40.0], len(table))
         return replace(table, counters=rng.normal(size=table.counters.shape).astype(np.float32), spend_90d=spend,
-                       spend_90d_after=spend.astype(np.float32))
+                       spent=of_90_days(spend))
 
     learned, asked = faithful(train), faithful(test)
-    truth = tier_of(asked.spend_90d_after, EDGES)
-    assert accuracy(TierRegression(3, EDGES).fit(learned).predict(asked), truth) > 0.95
+    truth = tier_of(asked.spent[:, SPEND], EDGES)
+    assert accuracy(TierRegression(3, EDGES).fit(learned, SPEND).predict(asked), truth) > 0.95
     assert accuracy(past_tier(asked, EDGES), truth) == 1

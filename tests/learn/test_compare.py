@@ -11,17 +11,19 @@ from typer.testing import CliRunner
 
 from stream.cli import app
 from stream.core.events import EventRules
+from stream.core.window import DAY_MS
 from stream.errors import ModelError, UsageError
 from stream.learn import compare as comparing
 from stream.learn.backbones import EncoderOptions
 from stream.learn.compare import CompareOptions, FoldScores, compare, fold_of, score_fold
 from stream.learn.compare_report import CONTENDERS, difference, interval, question, render_report
-from stream.learn.dataset import HORIZON_DAYS, ExampleOptions, History, history_of, part_of, read
+from stream.learn.dataset import HORIZON_DAYS, SPEND, ExampleOptions, History, history_of, part_of, read
 from stream.learn.fit import FitOptions
 from stream.learn.judge import (
     BOUGHT,
     COMMONEST,
     COUNTERS,
+    LIKELIEST,
     MODEL,
     OWN,
     PAST_TIER,
@@ -41,6 +43,7 @@ FIT = FitOptions(encoder=EncoderOptions(hidden=16, layers=1, heads=2, intermedia
 OPTIONS = CompareOptions(seed=3, folds=2, resamples=30, fit=FIT,
                          sasrec=SasRecOptions(hidden=8, blocks=1, length=8, epochs=2))
 TASKS = [Task(HORIZON_DAYS.index(30)), Task(HORIZON_DAYS.index(90), churn=True)]
+LONGEST = HORIZON_DAYS.index(273)
 NASTY = '''<script>alert("1")</script>'&amp;'''
 
 
@@ -117,7 +120,8 @@ def test_neither_the_future_nor_the_judged_teach(history, cut_ms, first_part):
     for task, by_name in whole.chances.items():
         for name, scores in by_name.items():
             assert np.array_equal(scores.scores, blind.chances[task][name].scores), name
-    assert np.array_equal(whole.spend[MODEL], blind.spend[MODEL])
+    assert whole.spend.keys() == blind.spend.keys() == {SPEND}
+    assert np.array_equal(whole.spend[SPEND][MODEL], blind.spend[SPEND][MODEL])
     assert not np.array_equal(whole.tier, blind.tier)       # the answers, of course, are not
 
     others = {user_id: events if fold_of(user_id, OPTIONS) else events[:1]
@@ -137,6 +141,19 @@ def test_a_horizon_that_is_not_settled_is_told_from_the_longest_that_is(history,
     assert (far['BG/NBD'].scores[far['BG/NBD'].scores > 0] <= 1).all()
 
 
+def test_spend_of_39_weeks_is_told_by_what_learned_90_days(history, cut_ms):
+    """As of a day that has 273 days to come, and fewer before."""
+    longer = replace(history, end_ms=cut_ms + 273 * DAY_MS)
+    scores = score_fold(longer, cut_ms, 0, [Task(LONGEST)], OPTIONS)
+    assert list(scores.spend) == [SPEND, LONGEST]
+    near, far = scores.spend[SPEND], scores.spend[LONGEST]
+    assert near.keys() == far.keys() and {MODEL, TYPICAL, LIKELIEST, 'LightGBM', 'BG/NBD + Gamma-Gamma'} <= near.keys()
+    for name in ('LightGBM', 'MLP regression', 'spend of 90 days'):
+        assert far[name] == pytest.approx(273 / 90 * near[name]), name
+    assert (far[MODEL] > near[MODEL]).all() and (far[MODEL] <= 273 / 90 * 1.001 * near[MODEL]).all()
+    assert np.array_equal(far[LIKELIEST], scores.chances['purchase_273d'][MODEL].scores)
+
+
 # ---- figures --------------------------------------------------------------------------------------------------------
 
 def test_figures_are_there_of_everybody(figures):
@@ -147,7 +164,10 @@ def test_figures_are_there_of_everybody(figures):
         assert set(task['contenders']) <= set(CONTENDERS)
     month = next(task for task in cutoff['tasks'] if task['name'] == 'purchase_30d')
     assert month['contenders']['logistic regression']['metrics']['auc'][0] > 0.6     # shoppers differ, and it shows
-    assert set(cutoff['spend']['contenders']) > {MODEL, TYPICAL, 'BG/NBD + Gamma-Gamma', 'LightGBM'}
+    spend, = cutoff['spend']        # 273 days are not settled
+    assert spend['days'] == 90
+    assert {MODEL, TYPICAL, LIKELIEST, 'BG/NBD + Gamma-Gamma', 'LightGBM'} < set(spend['contenders']) <= set(CONTENDERS)
+    assert spend['error_ratio'].keys() == {MODEL, TYPICAL}
     assert set(cutoff['tier']['contenders']) == {MODEL, COMMONEST, PAST_TIER, 'logistic regression'}
     assert np.sum(cutoff['tier']['confusion']) == cutoff['tier']['rows'] == cutoff['users']
     assert [len(part['epochs']) for part in cutoff['training']] == [2, 2]
@@ -169,7 +189,7 @@ def test_another_process_gives_the_same(history, cut_ms, first_part):
     assert again.chances.keys() == first_part.chances.keys() and again.left_out == first_part.left_out
 
     def all_scores(part: FoldScores) -> dict[tuple[str, str], np.ndarray]:
-        answers = {'spend': part.spend} | {task: {name: scored.scores for name, scored in by_name.items()}
+        answers = {'spend': part.spend[SPEND]} | {task: {name: scored.scores for name, scored in by_name.items()}
                                            for task, by_name in (*part.chances.items(), ('tier', part.tiers))}
         return {(task, name): scores for task, by_name in answers.items() for name, scores in by_name.items()}
 
@@ -201,7 +221,7 @@ def test_the_page_says_what_the_figures_say(told, html, cut_ms):
     page = Outline(html)
     assert page.open == []
     for words in (f'As of {day_of(cut_ms)}', 'A user buys within 30 days', 'A user buys nothing within 90 days', 'EUR',
-                  'Tier of spend in 90 days', 'the recording ends before it is settled'):
+                  'Spend within 90 days', 'Tier of spend in 90 days', 'the recording ends before it is settled'):
         assert words in page.text
     for task in told['cutoffs'][0]['tasks']:
         value, bounds = interval(task['contenders'][MODEL]['metrics']['auc'])
@@ -270,18 +290,21 @@ def run(lines, tmp_path, monkeypatch, figures):
 
 def test_the_command_writes_the_page_and_the_figures(run, tmp_path, lines, cut_ms, figures):
     done, asked = run('--folds', '4', '--seed', '11', '--clean', 'outliers', '--at', '2024-05-06', '--at', '2024-04-01',
-                      '--fit', 'hidden=32', '--pretrain', 'next', '--out', 'there')
+                      '--fit', 'hidden=32', '--pretrain', 'next', '--fit', 'pretrain.epochs=4', '--out', 'there')
     assert done.exit_code == 0, done.output
     (events, cutoffs, options), = asked
     assert (events, cutoffs) == (len(lines), [ms('2024-04-01'), ms('2024-05-06')])
     assert (options.folds, options.seed, options.fit.clean) == (4, 11, ('outliers',))
-    assert options.fit.encoder.hidden == 32 and list(options.fit.pretrain.objectives) == ['next']
+    assert options.fit.encoder.hidden == 32 and options.fit.epochs == FitOptions().epochs
+    assert (list(options.fit.pretrain.objectives), options.fit.pretrain.epochs) == (['next'], 4)
     assert '<html' in (tmp_path / 'there' / 'index.html').read_text()
     kept = orjson.loads((tmp_path / 'there' / 'figures.json').read_bytes())
     assert kept['about']['sources'] == ['events.jsonl']
     assert kept['cutoffs'] == orjson.loads(orjson.dumps(figures['cutoffs']))
     assert 'buys within 30 days' in done.stdout
     assert interval(figures['cutoffs'][0]['tasks'][0]['contenders'][MODEL]['metrics']['auc'])[0] in done.stdout
+    spend, = figures['cutoffs'][0]['spend']
+    assert interval(spend['error_ratio'][TYPICAL])[0] in done.stdout and LIKELIEST in done.stdout
 
 
 def test_a_backbone_that_cannot_be_is_told_before_hours_of_work(run):

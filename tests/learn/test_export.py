@@ -136,10 +136,10 @@ def test_a_metric_that_cannot_be_computed_leaves_its_cell_empty(checkpoint, tmp_
 
 @pytest.fixture(scope='module')
 def int8_dir(checkpoint, tmp_path_factory):
-    return export(checkpoint, tmp_path_factory.mktemp('int8'), version=2, precision='int8')
+    return export(checkpoint, tmp_path_factory.mktemp('int8'), 'small', 2, 'int8')
 
 
-def test_int8_is_a_version_of_its_own(checkpoint, version_dir, int8_dir):
+def test_int8_is_a_model_of_its_own(checkpoint, version_dir, int8_dir):
     assert (int8_dir / 'model.onnx').stat().st_size < (version_dir / 'model.onnx').stat().st_size
     artefact = load_artefact(int8_dir)
     assert (artefact.info.version, artefact.manifest.precision) == ('2', 'int8')
@@ -148,7 +148,8 @@ def test_int8_is_a_version_of_its_own(checkpoint, version_dir, int8_dir):
              if np.prod(tensor.dims) >= 256 and 'counters' not in tensor.name and 'head' not in tensor.name}
     assert large == {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
     card = (int8_dir.parent / 'README.md').read_text()
-    assert '8 bits' in card and '--int8' in card and artefact.info.sha256 in card
+    assert '8 bits' in card and artefact.info.sha256 in card
+    assert '`stream export DIR --name small --version 2 --int8 --into triton_models`' in card
     assert '8 bits' not in (version_dir.parent / 'README.md').read_text()
 
 
@@ -169,7 +170,18 @@ def test_int8_scores_are_near_and_a_row_has_one_score_in_any_company(version_dir
 
 def test_a_version_is_not_overwritten_by_another_precision(checkpoint, int8_dir):
     with pytest.raises(UsageError, match='another precision'):
-        export(checkpoint, int8_dir.parent.parent, version=2)
+        export(checkpoint, int8_dir.parent.parent, 'small', 2)
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'int8'])
+def test_what_a_version_needs_is_not_replaced_by_another_version(checkpoint, version_dir, tmp_path, precision):
+    folder = shutil.copytree(version_dir.parent, tmp_path / 'shopper')
+    before = {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+    with pytest.raises(UsageError, match=r'holds version 1: its configuration.*--name'):
+        export(checkpoint, tmp_path, version=2, precision=precision)
+    assert {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()} == before
+    assert export(checkpoint, tmp_path, 'other', 2, precision) == tmp_path / 'other' / '2'
+    assert {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()} == before
 
 
 def test_of_a_model_without_a_ranking_an_earlier_one_goes(checkpoint, tmp_path):
@@ -182,7 +194,7 @@ def test_of_a_model_without_a_ranking_an_earlier_one_goes(checkpoint, tmp_path):
 
 
 def test_int8_gives_the_same_bytes_twice(checkpoint, int8_dir, tmp_path):
-    again = export(checkpoint, tmp_path, version=2, precision='int8')
+    again = export(checkpoint, tmp_path, 'small', 2, 'int8')
     assert (again / 'model.onnx').read_bytes() == (int8_dir / 'model.onnx').read_bytes()
 
 

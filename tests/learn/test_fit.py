@@ -9,13 +9,14 @@ torch = pytest.importorskip('torch', reason='torch is not installed: pip install
 
 from rich.console import Console
 
+from stream.core.features import COUNTERS
 from stream.core.window import DAY_MS, WindowLimits
 from stream.errors import UsageError
 from stream.learn import calibrate, dataset
 from stream.learn.backbones import EncoderOptions, EventsBackbone
 from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT, tier_of
-from stream.learn.fit import fit, window_logits
-from stream.learn.model import BINARY, HORIZONS, ShopperModel
+from stream.learn.fit import _fit_counters, fit, window_logits
+from stream.learn.model import BINARY, HORIZONS, Logits, ShopperModel
 
 LIMITS = WindowLimits()
 TIERS = 5
@@ -55,6 +56,25 @@ def test_the_mean_of_the_newest_settled_labels_comes_out(fitted):
         newest = asked & (data.as_of_ms >= np.quantile(data.as_of_ms[asked], 1 - calibrate.NEWEST_SHARE))
         assert 0 < newest.sum() < asked.sum()
         assert chances[newest, horizon].mean() == pytest.approx(data.labels.bought[newest, horizon].mean(), abs=1e-4)
+
+
+@pytest.mark.parametrize('mu', [1, 6, 11])
+def test_spend_is_learned_in_any_currency(tiny_fit, mu):
+    """In pounds as in yen: the linear branch finds the mean of log spend and its deviation, whatever their size."""
+    rng = np.random.default_rng(0)
+    counters = rng.normal(size=(2000, COUNTERS)).astype(np.float32)
+    spend = np.where(rng.random(2000) < 0.5, np.exp(mu + 0.5 * counters[:, 0] + 0.5 * rng.normal(size=2000)), 0)
+    labels = (torch.zeros(2000, BINARY), torch.from_numpy((spend > 0).astype(np.int64)),
+              torch.from_numpy(spend.astype(np.float32)))
+    options = tiny_fit()
+    model = ShopperModel(EventsBackbone(options.encoder), TIERS)
+    model.counters.fit_normal(torch.from_numpy(counters))
+    _fit_counters(model, torch.from_numpy(counters), labels, np.ones(2000, bool), options)
+    with torch.no_grad():
+        out = Logits.of(model.counters(torch.from_numpy(counters)))
+    assert out.mu.mean() == pytest.approx(mu, abs=0.1) and out.sigma.median() == pytest.approx(0.5, abs=0.05)
+    assert out.sigma.max() < 1.5
+    assert np.corrcoef(out.mu, counters[:, 0])[0, 1] > 0.9
 
 
 def test_tiers_by_edges():
@@ -131,8 +151,8 @@ def test_a_recording_too_short_for_90_days_teaches_spend_from_30(history, tiny_f
     until_ms = history.start_ms + 60 * DAY_MS
     early = history.before(until_ms)
     fitted = fit(early, range(len(early.user_ids)), until_ms, tiny_fit(epochs=1), LIMITS, quiet())
-    assert np.isnan(fitted.data.labels.spend).all() and (fitted.data.labels.spend_soon > 0).any()
-    soon = fitted.data.labels.spend_soon
+    soon = fitted.data.labels.spent[:, HORIZON_DAYS.index(30)]
+    assert np.isnan(fitted.data.labels.spend).all() and (soon > 0).any()
     assert fitted.tier_edges[-1] == pytest.approx(3 * np.quantile(soon[soon > 0], 0.75), rel=0.4)
 
 

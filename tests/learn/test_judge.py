@@ -4,7 +4,17 @@ import pytest
 
 pytest.importorskip('scipy', reason='scipy is not installed: pip install stream-scoring[train]')
 
-from stream.learn.judge import MODEL, Scored, judge_chances, judge_spend, judge_tiers
+from stream.learn.judge import (
+    LEAST_ERROR,
+    LIKELIEST,
+    MODEL,
+    TYPICAL,
+    Scored,
+    judge_chances,
+    judge_spend,
+    judge_tiers,
+    spend_forecasts,
+)
 
 RNG = np.random.default_rng(1)
 CHANCE = RNG.beta(1, 2, 1500)
@@ -80,13 +90,29 @@ def test_thresholds_and_segments_by_a_recount():
     assert segment['auc'][MODEL] != figures['contenders'][MODEL]['metrics']['auc'][0]
 
 
+def test_spend_of_more_days_grows_with_the_expected_orders():
+    """By hand: half an order in 90 days and one in 273 leave exp(-0.5) and exp(-1) without any."""
+    served = {'expected_spend': np.array([[10.0], [10.0]]), 'typical_spend': np.array([[8.0], [0.0]]),
+              'purchase': 1 - np.exp(-np.array([[0.5, 1.0], [0.1, 0.3]]))}
+    near, far = (spend_forecasts(served, days, (90, 273)) for days in (90, 273))
+    assert near[MODEL].tolist() == [10, 10] and near[LIKELIEST] == pytest.approx(served['purchase'][:, 0])
+    assert far[MODEL] == pytest.approx([20, 30]) and far[TYPICAL] == pytest.approx([16, 0])
+    assert far[LIKELIEST] == pytest.approx(served['purchase'][:, 1])
+    certain = {'expected_spend': np.ones((1, 1)), 'purchase': np.ones((1, 2))}      # as float32 rounds
+    assert spend_forecasts(certain, 273, (90, 273))[MODEL] == pytest.approx([1])
+
+
 def test_spend_and_tiers_by_hand():
     spent = np.array([0.0, 0, 0, 10, 20, 30, 40, 50, 60, 90])
-    spend = judge_spend({MODEL: spent / 2, 'past spend': spent[::-1]}, spent, 50, seed=3)
+    spend = judge_spend({MODEL: spent / 2, 'past spend': spent[::-1], LIKELIEST: spent / 100, LEAST_ERROR: spent - 10},
+                        spent, 50, seed=3)
     assert spend['contenders'][MODEL]['metrics']['spearman'][0] == pytest.approx(1)
     assert spend['contenders'][MODEL]['metrics']['total_predicted_over_real'] == pytest.approx([0.5] * 3)
     assert spend['contenders']['past spend']['model_less']['spearman'][1] > 0
     assert (spend['mean'], spend['spending']) == (30, 0.7)
+    assert spend['contenders'][LIKELIEST]['metrics'].keys() == {'spearman', 'top_decile_share'}        # no amounts
+    value, low, high = spend['error_ratio'][MODEL]
+    assert value == pytest.approx(15 / 10) and low < value < high
     assert [row['spent'] for row in spend['bins']] == spent.tolist()
 
     chances = np.array([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]])

@@ -10,14 +10,16 @@ from stream.errors import UsageError
 from stream.learn.backbones import BackboneOptions, EncoderOptions, make_backbone
 from stream.learn.fit import FitOptions
 from stream.learn.options import changed, option_names
+from stream.learn.pretrain import PretrainOptions
 
 
 def test_every_option_has_a_name_of_its_own():
     names = option_names()
     assert {'epochs', 'hidden', 'layers', 'learning_rate', 'backbone.learning_rate', 'task_weights.refund',
-            'cutoffs_per_user'} <= names.keys()
+            'cutoffs_per_user', 'pretrain.epochs', 'pretrain.masked_share'} <= names.keys()
     assert len(set(names.values())) == len(names)
-    assert not {'seed', 'tiers', 'tuning', 'catalogue', 'source', 'refund'} & names.keys()     # have flags of their own
+    assert not {'seed', 'tiers', 'tuning', 'catalogue', 'source', 'refund', 'pretrain', 'pretrain.objectives'
+                } & names.keys()       # have flags of their own
 
 
 def test_values_reach_their_place_and_nothing_else_changes():
@@ -54,3 +56,15 @@ def test_what_makes_it_small_has_names():
     for name, wrong in (('heads_kept', 0), ('heads_kept', 1.5), ('teachers', -1)):
         with pytest.raises(UsageError, match=name):
             changed(FitOptions(), {name: wrong})
+
+
+def test_pretraining_has_options_where_it_is_asked_for():
+    options = replace(FitOptions(), pretrain=PretrainOptions.of('masked,next'))
+    got = changed(options, {'pretrain.epochs': 2, 'epochs': 5, 'pretrain.temperature': 1, 'learning_rate': 1e-3})
+    assert got == replace(options, epochs=5, learning_rate=1e-3, pretrain=replace(
+        PretrainOptions.of('masked,next'), epochs=2, temperature=1.0))
+    for name, wrong in (('epochs', 0), ('masked_share', 1), ('learning_rate', 'fast'), ('crop_share_min', 1.5)):
+        with pytest.raises(UsageError, match=rf'pretrain\.{name}'):
+            changed(options, {f'pretrain.{name}': wrong})
+    with pytest.raises(UsageError, match='pretraining, which is not asked for'):
+        changed(FitOptions(), {'pretrain.epochs': 2})

@@ -1,7 +1,9 @@
 """A search of a few tiny trainings: seeded, judged by the validation users, and what it keeps is what is served."""
 import json
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,7 @@ from stream.learn import search as searching
 from stream.learn.checkpoint import load
 from stream.learn.export import export
 from stream.learn.fit import fit
+from stream.learn.journal import Journal
 from stream.learn.search import search
 from stream.learn.train import train
 
@@ -27,13 +30,26 @@ def given(tiny_fit):
     return tiny_fit(epochs=2, rows_per_epoch=100)
 
 
+class Plotted(Journal):
+    """Remembers which curves were drawn, instead of drawing them."""
+
+    @contextmanager
+    def plotter(self, course):
+        assert self.state is None       # a search does not go on
+        yield lambda number, figures: PLOTTED.append((self.curves / course, number, figures['validation']))
+
+
+PLOTTED: list[tuple[Path, int, float]] = []
+
+
 @pytest.fixture(scope='module')
 def searched(history, given):
     """Of three trials, and what was said about them."""
     console = Console(record=True, quiet=True)
     console.quiet = False
     with console.capture() as said:
-        found = search(history, range(len(history.user_ids)), history.end_ms, given, LIMITS, 3, console)
+        found = search(history, range(len(history.user_ids)), history.end_ms, given, LIMITS, 3, console,
+                       Plotted(Path('states'), curves=Path('curves')))
     return found, said.get()
 
 
@@ -55,6 +71,25 @@ def test_the_best_by_validation_is_kept(searched, history):
         kept['settings']['hidden'], kept['settings']['learning_rate'])
     again = fit(history, range(len(history.user_ids)), history.end_ms, found.options, LIMITS, Console(quiet=True))
     assert again.validation == found.fitted.validation
+
+
+def test_each_trial_has_curves_of_its_own(searched):
+    assert [(folder, number) for folder, number, _ in PLOTTED] == [
+        (Path(f'curves/trial_{trial}/window'), number) for trial in (1, 2, 3) for number in (1, 2)]
+    assert len({validation for _, _, validation in PLOTTED}) == 6
+
+
+def test_a_training_hands_its_curves_to_the_search(tiny_options, given, tmp_path, monkeypatch):
+    asked = []
+
+    def stopped(*arguments, **named):
+        asked.append(next(one for one in arguments if isinstance(one, Journal)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('stream.learn.train.search', stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_options(fit=given, trials=2, curves=tmp_path / 'curves'), tmp_path / 'checkpoint')
+    assert [journal.curves for journal in asked] == [tmp_path / 'curves' / 'test']
 
 
 def test_the_same_seed_tries_the_same(searched, history, given):

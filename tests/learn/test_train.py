@@ -3,11 +3,14 @@
 import io
 import json
 import pickle
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -135,8 +138,6 @@ def test_a_checkpoint_of_another_layout_is_refused(checkpoint, tmp_path):
         load(copy)
 
 
-
-
 def test_simulated_options_name_the_command():
     options = simulated(3, 20, 9)
     assert options.command == 'stream train --simulate 3 --days 20 --seed 9 --out DIR'
@@ -151,13 +152,25 @@ def asked(monkeypatch, tmp_path):
     monkeypatch.setattr('stream.learn.export.export', lambda checkpoint, repository: repository)
     (tmp_path / 'events.jsonl').write_bytes(b'{}\n')
 
-    def ask(*arguments):
-        done = CliRunner().invoke(app, ['train', str(tmp_path / 'events.jsonl'), *arguments])
+    def ask(*arguments, file='events.jsonl'):
+        done = CliRunner().invoke(app, ['train', *([str(tmp_path / file)] if file else []), *arguments])
         if done.exception:
             raise done.exception
         return options.pop()
 
     return ask
+
+
+def test_the_shipped_model_is_what_make_train_makes(asked, monkeypatch):
+    """By its own card's command, which may say in words what is the default."""
+    monkeypatch.setattr('stream.learn.train.simulate', lambda shop: SimpleNamespace(lines=lambda: iter(())))
+    root = Path(__file__).parents[2]
+    shipped = json.loads((root / 'triton_models/shopper/1/manifest.json').read_bytes())['command']
+    made, = re.findall(r'\$\(BIN\)/(stream train .*)', (root / 'Makefile').read_text())
+    mine, theirs = (asked(*shlex.split(command)[2:], file=None) for command in (made, shipped))
+    assert (mine.source, mine.seed, mine.simulator, mine.limits) == (
+        theirs.source, theirs.seed, theirs.simulator, theirs.limits)
+    assert mine.fit == theirs.fit and mine.fit.rows_per_epoch == 24_000 and not mine.refit
 
 
 def test_the_command_starts_and_goes_on_as_it_is_told(asked):
