@@ -90,14 +90,14 @@ class FitOptions:
     refund: bool = True
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
     encoder: EncoderOptions = field(default_factory=EncoderOptions)
-    epochs: Count = 8
+    epochs: Count = 12
     rows_per_epoch: Count = 6_000
     batch_rows: Count = 128
-    learning_rate: NotNegative = 5e-4
+    learning_rate: NotNegative = 1e-3
     weight_decay: NotNegative = 0.05
     warmup_share: Share = 0.1
     clip_norm: Positive = 1.0
-    patience: Count = 3
+    patience: Count = 5
     counters_decay: NotNegative = 30.0
     ranker: RankerOptions = field(default_factory=RankerOptions)
     task_weights: dict[str, NotNegative] = field(
