@@ -34,6 +34,7 @@ from stream.scoring.repository import CONFIG_FILE, Served, Tensor, triton_config
 
 OPSET = 17
 TOLERANCE = 1e-5
+ROWS_MAX = 64           # at once: each row is answered with the chances of all buckets
 _ROWS, _LENGTH, _CANDIDATES = 5, 7, 3
 
 
@@ -68,7 +69,7 @@ def export_ranking(recommender: Recommender, version_dir: Path) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     (target / WEIGHTS).write_bytes(content)
     served = Served(target.parent.name, target.name, {WEIGHTS: sha256(target / WEIGHTS)}, inputs(recommender),
-                    outputs(recommender))
+                    outputs(recommender), ROWS_MAX)
     (target.parent / CONFIG_FILE).write_text(triton_config(served, warm=False))
     (target / MANIFEST).write_text(json.dumps(
         msgspec.to_builtins(served) | {'next_days': NEXT_DAYS, 'opset': OPSET}, indent=1) + '\n')

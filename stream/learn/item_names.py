@@ -35,7 +35,7 @@ class Names:
         for user in users:
             named = Named.of(history, user, column)
             for hashed, bought in set(zip(named.hashes.tolist(), (named.types == _PURCHASE).tolist(), strict=True)):
-                weight[hashed] = weight.get(hashed, 0) + (len(history.user_ids) if bought else 1)
+                weight[hashed] = weight.get(hashed, 0) + (1 + len(history.user_ids) if bought else 1)
         hashes = np.array(sorted(weight, key=lambda hashed: (weight[hashed], hashed)), np.int64)
         self._common = np.zeros(BUCKETS[column], np.int64)
         self._common[buckets(hashes, BUCKETS[column])] = hashes      # the last one assigned weighs most
