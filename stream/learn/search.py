@@ -44,10 +44,9 @@ class Searched:
 
 
 def search(history: History, users: Sequence[int], known_until_ms: int, options: FitOptions, limits: WindowLimits,
-           trials: int, console: Console, ranked: bool = True) -> Searched:
+           trials: int, console: Console) -> Searched:
     """Try so many trainings, the first one as `options` say.
 
-    ranked   as for `fit`
     Errors   UsageError where Optuna is not installed, or the events hold nothing to learn from.
     Promise  on one machine the same options give the same trials and the same weights.
     """
@@ -68,7 +67,7 @@ def search(history: History, users: Sequence[int], known_until_ms: int, options:
         log.append(entry)
         try:
             fitted = fit(history, users, known_until_ms, given, limits, console,
-                         after_pass=_report_to(trial, entry, optuna.TrialPruned), ranked=ranked)
+                         after_pass=_report_to(trial, entry, optuna.TrialPruned))
         except optuna.TrialPruned:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             console.print(f'  given up after pass {entry["passes"]}')
