@@ -142,10 +142,10 @@ def _next(kept: Checkpoint) -> str:
         return (f"{_NEXT}How good the ranking is was not measured: too few of the test's users buy within {NEXT_DAYS} "
                 'days that are settled.\n\n')
     asked = _day(kept.config['data']['cut_ms'])
-    parts = [f"""{_NEXT}{TOP} items, or categories, are named as of {asked} to those of the test's users who buy some within
-{NEXT_DAYS} days. NDCG (normalised discounted cumulative gain) counts what is bought, the more the earlier it is named;
-recall is the share that is named of all that is bought. Own past: what the user had to do with most, newer events
-counting more. Of both figures more is better.
+    parts = [f"""{_NEXT}{TOP} items, or categories, are named as of {asked} to those of the test's users who
+buy some within {NEXT_DAYS} days. NDCG (normalised discounted cumulative gain) counts what is bought, the more the
+earlier it is named; recall is the share that is named of all that is bought. Own past: what the user had to do with
+most, newer events counting more. Of both figures more is better.
 """]
     for column, judged in figures.items():
         users = f'{_COLUMNS[column]}, {judged["rows"]:,} users'

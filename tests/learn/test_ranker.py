@@ -11,7 +11,10 @@ import pytest
 torch = pytest.importorskip('torch', reason='torch is not installed: pip install stream-scoring[train]')
 
 import onnxruntime
+import tritonclient.grpc as grpc
+from parts import Triton
 from rich.console import Console
+from tritonclient.utils import np_to_triton_dtype
 
 from stream.core.window import DAY_MS, WindowLimits
 from stream.errors import ModelError
@@ -21,8 +24,9 @@ from stream.learn.export import export
 from stream.learn.fit import fit
 from stream.learn.past_items import BUCKETS, OWN_NUMBERS, UNDONE_NUMBERS, past
 from stream.learn.ranker import Ranker, RankerOptions, fit_recommender
-from stream.learn.served_ranking import CANDIDATES, MANIFEST, ranking_dir, rankings, score_names, tensor_names, verified
+from stream.learn.served_ranking import CANDIDATES, ranking_dir, rankings, score_names, tensor_names, verified
 from stream.scoring.artefact import load_artefact, sha256
+from stream.scoring.repository import RANKING_MANIFEST, render
 
 LIMITS = WindowLimits()
 OFF = RankerOptions(rows_max=0)
@@ -155,6 +159,42 @@ def test_candidates_can_be_given(version_dir):
     np.testing.assert_array_equal(candidates, np.take_along_axis(scores, feed[CANDIDATES].astype(np.int64), 1))
 
 
+def test_triton_ranks_as_the_process_does(version_dir, history, tmp_path):
+    """The real server, beside the scores' model; each row's own items, padded, and candidates of it."""
+    folder = ranking_dir(version_dir)
+    session = onnxruntime.InferenceSession(verified(version_dir), providers=['CPUExecutionProvider'])
+    examples = at_time(history, range(50), history.end_ms, LIMITS, history.end_ms)
+    feed = {CANDIDATES: np.random.default_rng(3).integers(0, BUCKETS['item'], (len(examples), 4)).astype(np.int32)}
+    for column in ('item', 'category'):
+        rows = np.arange(len(examples))
+        feed |= zip(tensor_names(column), past(history, examples, rows, column).padded(rows), strict=True)
+    with (Triton(tmp_path / 'triton', version_dir, others=[folder]) as part,
+          grpc.InferenceServerClient(part.address) as client):
+        for chosen in (slice(None), slice(7, 8)):
+            asked = []
+            for name, array in feed.items():
+                tensor = grpc.InferInput(name, list(array[chosen].shape), np_to_triton_dtype(array.dtype))
+                tensor.set_data_from_numpy(array[chosen])
+                asked.append(tensor)
+            answer = client.infer('shopper_next', asked, client_timeout=20)
+            names = [output.name for output in session.get_outputs()]
+            wanted = session.run(names, {name: array[chosen] for name, array in feed.items()})
+            for name, mine in zip(names, wanted, strict=True):
+                np.testing.assert_allclose(answer.as_numpy(name), mine, rtol=1e-5, atol=1e-7)
+        assert client.get_model_config('shopper_next').config.parameters['sha256'].string_value == sha256(
+            folder / 'model.onnx')
+
+
+def test_what_no_triton_could_serve_is_not_rendered(version_dir, tmp_path):
+    with pytest.raises(ModelError, match='no lengths'):
+        render(ranking_dir(version_dir), tmp_path / 'models', 'tensorrt')
+    copy = shutil.copytree(ranking_dir(version_dir), tmp_path / 'shopper_next' / '1')
+    (copy / 'model.onnx').write_bytes(b'another')
+    with pytest.raises(ModelError, match='SHA-256'):
+        render(copy, tmp_path / 'models', 'onnxruntime')
+    assert not (tmp_path / 'models').exists()
+
+
 def test_the_worker_finds_its_model_beside_the_ranking(version_dir):
     artefact = load_artefact(version_dir)
     session = onnxruntime.InferenceSession(artefact.weights, providers=['CPUExecutionProvider'])
@@ -170,7 +210,7 @@ def test_a_ranking_that_was_changed_or_is_missing_is_told(version_dir, tmp_path)
     graph.write_bytes(graph.read_bytes() + b' ')
     with pytest.raises(ModelError, match='SHA-256'):
         verified(copy)
-    manifest = ranking_dir(copy) / MANIFEST
+    manifest = ranking_dir(copy) / RANKING_MANIFEST
     told = json.loads(manifest.read_text())
     told['files']['model.onnx'] = sha256(graph)
     told['outputs']['item_scores']['row_shape'] = [4096]
