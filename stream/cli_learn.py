@@ -238,24 +238,29 @@ def predict(
     items: Annotated[int, typer.Option(
         min=0, metavar='K', help='Also name the K items and categories that are likeliest to be bought next, from '
                                  'those that the files name; the model must rank them.')] = 0,
+    candidates: Annotated[Path | None, typer.Option(
+        metavar='FILE', help='Of the items rank these alone: one item id a line. Needs --items.')] = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
     """Score every user seen before a time: one JSON line each, with purchase and churn within days, tier, spend."""
     from stream.learn import dataset
-    from stream.learn.item_names import Texts
+    from stream.learn.item_names import Texts, read_candidates
     from stream.learn.predict import predict as predicted
     from stream.scoring.make import shipped
     settings = effective_settings(config, **parsed(overrides))
     version_dir = version_of(model) if model else shipped(settings.model)
     if out.is_dir() or out.resolve() in {file.resolve() for file in files}:
         raise UsageError(f'{out} is a folder, or one of the files.', 'name another file with --out.')
+    if candidates and not items:
+        raise UsageError('Candidates were given, but not how many to name.', 'add --items K.')
+    ranked = read_candidates(candidates) if candidates else None
     at_ms = time_ms(at)
     texts, values = Texts(), recorded(files, format_name, settings)
     history = dataset.read(texts.remembered(values) if items else values, settings.event_rules()).before(at_ms)
     lines = 0
     with written(out) as file:
-        for line in predicted(history, at_ms, version_dir, settings.window_limits(), items, texts):
+        for line in predicted(history, at_ms, version_dir, settings.window_limits(), items, texts, ranked):
             file.write(line + b'\n')
             lines += 1
     say(f'{lines:,} users as of {datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d %H:%M} UTC: {out}')

@@ -40,6 +40,7 @@ from stream.scoring.repository import VARIANTS, render
 
 LOCAL = ROOT / 'build' / 'local'
 SHIPPED = ROOT / 'triton_models' / 'shopper' / '1'
+RANKING = SHIPPED.parents[1] / 'shopper_next' / '1'     # what is bought next: for whoever asks Triton, not the worker
 STREAM = Path(sys.executable).with_name('stream')
 ORDER = ('kafka', 'triton', 'worker', 'publisher')     # of starting; stopped the other way round
 SHOPPERS, DAYS, EVENTS_PER_SECOND = 600, 180, 300
@@ -96,7 +97,7 @@ def _start_again(ended: list[str]) -> None:
     state = _state()
     if 'triton' in ended:
         _say('Triton had ended: starting it again')
-        triton = Triton(LOCAL / 'triton', tied=False)
+        triton = Triton(LOCAL / 'triton', tied=False, others=[RANKING])
         triton.port = state['triton_port']      # where the worker looks for it
         triton.start()
     if 'worker' in ended:
@@ -114,7 +115,7 @@ def _start(only_parts: bool) -> None:
     install_kafka()
     install_triton()
     kafka = Kafka(LOCAL / 'kafka', tied=False).start()
-    triton = Triton(LOCAL / 'triton', tied=False)
+    triton = Triton(LOCAL / 'triton', tied=False, others=[RANKING])
     state = {'brokers': kafka.brokers, 'triton': triton.address, 'triton_port': triton.port, 'parts': ORDER[:2]}
     _write_state(state)
     triton.start()

@@ -8,7 +8,7 @@ from stream.learn.backbones import describe
 from stream.learn.checkpoint import Checkpoint
 from stream.learn.clean import in_words
 from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT, NEXT_DAYS, REFUND_DAYS, SPEND_DAYS
-from stream.learn.judge import MODEL
+from stream.learn.judge import MODEL, TOP
 from stream.learn.model import ShopperModel
 from stream.learn.prune import attentions
 from stream.scoring.artefact import Precision
@@ -16,6 +16,8 @@ from stream.scoring.artefact import Precision
 NAME = 'shopper'        # of a model that is given none
 _REFUND = (f'| `refund` | the risk head: probability of a refund or a cancelled order within {REFUND_DAYS} days; a '
            'hint for service, never for a credit decision |\n')
+_NEXT = '### What is bought next\n\n'
+_COLUMNS = {'item': 'items', 'category': 'categories'}
 
 
 def card(kept: Checkpoint, name: str, version: int, difference: float, graph: bytes,
@@ -98,7 +100,7 @@ Ten bins of equally many moments: mean score, and what really happened.
 ### Segments
 
 {_segments(test)}
-## Limits
+{_next(kept)}## Limits
 
 - {_origin(config['source'])}
 - Base rates drift with the seasons; they are those of the newest labels that were settled in training.
@@ -135,9 +137,31 @@ def _backbone(kept: Checkpoint) -> str:
 def _ranking(kept: Checkpoint, name: str) -> str:
     if kept.recommender is None:
         return ''
-    columns = ' and '.join({'item': 'items', 'category': 'categories'}[column] for column in kept.recommender.columns)
+    columns = ' and '.join(_COLUMNS[column] for column in kept.recommender.columns)
     return (f'- Beside it `{name}_next` ranks the {columns} that a shopper buys within {NEXT_DAYS} days, or given '
             'candidates.\n')
+
+
+def _next(kept: Checkpoint) -> str:
+    """How good the ranking beside it is."""
+    if kept.recommender is None:
+        return ''
+    if not (figures := kept.metrics['ranking']):
+        return (f"{_NEXT}How good the ranking is was not measured: too few of the test's users buy within {NEXT_DAYS} "
+                'days that are settled.\n\n')
+    asked = _day(kept.config['data']['cut_ms'])
+    parts = [f"""{_NEXT}{TOP} items, or categories, are named as of {asked} to those of the test's users who
+buy some within {NEXT_DAYS} days. NDCG (normalised discounted cumulative gain) counts what is bought, the more the
+earlier it is named; recall is the share that is named of all that is bought. Own past: what the user had to do with
+most, newer events counting more. Of both figures more is better.
+"""]
+    for column, judged in figures.items():
+        users = f'{_COLUMNS[column]}, {judged["rows"]:,} users'
+        parts += [f'| {users} | NDCG at {TOP} | recall at {TOP} | our NDCG less it |', '|---' * 4 + '|']
+        parts += [f'| {name} | {_number(numbers["metrics"]["ndcg"])} | {_number(numbers["metrics"]["recall"])} | '
+                  f'{_number(numbers["model_less"].get("ndcg"))} |' for name, numbers in judged['contenders'].items()]
+        parts.append('')
+    return '\n'.join(parts) + '\n'
 
 
 def _licence(config: dict) -> str:

@@ -12,17 +12,23 @@ baseline's over the same resamples.
 
 Churn is asked of active users: those who bought within the 90 days before. `stream compare` asks more contenders.
 """
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from stream.core.window import WindowLimits
 from stream.learn import metrics
 from stream.learn.baselines import purchase_contenders
-from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT, Examples, Kind, tier_of
+from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT, Examples, History, Kind, at_time, tier_of
+from stream.learn.export_ranking import write_ranking
 from stream.learn.fit import Fitted
 from stream.learn.judge import MODEL, beside_model
 from stream.learn.metrics import AMOUNT, BINARY, CLASSES, RANKING, Metric, mean_absolute_error
+from stream.learn.recommend import ASKED_MIN, judge_ranking, rank
 from stream.learn.rules import Table
+from stream.learn.served_ranking import rankings
 
 RESAMPLES = 200
 POSITIVES_MIN = 20      # fewer tell nothing
@@ -78,6 +84,27 @@ def evaluate(fitted: Fitted, answers: Mapping[str, np.ndarray], test: Examples, 
                         for horizon in (INTENT, CHURN)},
         'segments': {name: _segment(rows, purchase, bought) for name, rows in _segments(test).items()},
     }
+
+
+def evaluate_ranking(fitted: Fitted, seen: History, history: History, users: Sequence[int], at_ms: int,
+                     limits: WindowLimits, known_until_ms: int, seed: int) -> dict[str, dict]:
+    """By column how well its exported ranking names what is bought next, beside rules; nothing of what is not ranked,
+    or too few buy within the settled days.
+
+    seen    what `fitted` has learned from: the recording before `at_ms`
+    users   of the test, places in `history`; they are asked as of `at_ms`
+    """
+    before = [user for user in users if any(event.ts_ms < at_ms for event in history.events[user])]
+    if fitted.recommender is None or not before:
+        return {}
+    test = at_time(history, before, at_ms, limits, known_until_ms)
+    with tempfile.TemporaryDirectory() as folder:
+        graph = Path(folder) / 'model.onnx'
+        write_ranking(fitted.recommender, graph)
+        found = rank(seen, fitted.users, history, test, list(rankings(graph, history, test)), None, seed,
+                     known_until_ms)
+    return {column: judge_ranking(by_name, RESAMPLES, seed) for column, by_name in found.items()
+            if len(by_name[MODEL]['ndcg']) >= ASKED_MIN}
 
 
 def _calibration(purchase: np.ndarray, bought: np.ndarray, horizon: int) -> list[dict[str, float]]:

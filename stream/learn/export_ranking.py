@@ -28,12 +28,13 @@ from stream.errors import ModelError
 from stream.learn.dataset import NEXT_DAYS
 from stream.learn.past_items import BUCKETS, OWN_NUMBERS
 from stream.learn.ranker import Recommender
-from stream.learn.served_ranking import CANDIDATES, MANIFEST, ranking_dir, score_names, tensor_names
+from stream.learn.served_ranking import CANDIDATES, ranking_dir, score_names, tensor_names
 from stream.scoring.artefact import WEIGHTS, sha256
-from stream.scoring.repository import CONFIG_FILE, Served, Tensor, triton_config
+from stream.scoring.repository import CONFIG_FILE, RANKING_MANIFEST, Served, Tensor, triton_config
 
 OPSET = 17
 TOLERANCE = 1e-5
+ROWS_MAX = 64           # at once: each row is answered with the chances of all buckets
 _ROWS, _LENGTH, _CANDIDATES = 5, 7, 3
 
 
@@ -68,9 +69,9 @@ def export_ranking(recommender: Recommender, version_dir: Path) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     (target / WEIGHTS).write_bytes(content)
     served = Served(target.parent.name, target.name, {WEIGHTS: sha256(target / WEIGHTS)}, inputs(recommender),
-                    outputs(recommender))
+                    outputs(recommender), ROWS_MAX)
     (target.parent / CONFIG_FILE).write_text(triton_config(served, warm=False))
-    (target / MANIFEST).write_text(json.dumps(
+    (target / RANKING_MANIFEST).write_text(json.dumps(
         msgspec.to_builtins(served) | {'next_days': NEXT_DAYS, 'opset': OPSET}, indent=1) + '\n')
     return target
 

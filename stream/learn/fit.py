@@ -281,7 +281,7 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
 
     # 7 ranking
 
-    recommender = fit_recommender(history, cleaned.history, users, data, held_out, known_until_ms, options.ranker,
+    recommender = fit_recommender(history, cleaned.history, users, data, known_until_ms, options.ranker,
                                   options.seed) if ranked else None
     return Fitted(model, tier_edges, epochs, best_epoch, data, pretraining, users, cleaned.removed, validation,
                   recommender)

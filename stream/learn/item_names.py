@@ -4,18 +4,22 @@
 
 Needs no torch.
 """
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 import numpy as np
 
 from stream.core.events import EventType, hash16, hash32
 from stream.core.features import buckets
+from stream.errors import InputError, UsageError
 from stream.learn.dataset import History
 from stream.learn.past_items import BUCKETS, Named
 
 _PURCHASE = int(EventType.PURCHASE)
+_HASH = {'item': hash32, 'category': hash16}    # as events have them
+_UNKNOWN_TOLD = 5
 
 
 @dataclass(frozen=True)
@@ -28,27 +32,59 @@ class Ranked:
 
 
 class Names:
-    """What a bucket stands for in a recording, beside the user's own: what most people bought, else dealt with."""
+    """What a bucket stands for in a recording, beside the user's own: what most people bought, else dealt with.
 
-    def __init__(self, history: History, users: Iterable[int], column: str) -> None:
+    candidates   ids of which alone one is named, the user's own among them; None: whatever the recording names
+    Errors       UsageError for a candidate that no event of these users names.
+    """
+
+    def __init__(self, history: History, users: Iterable[int], column: str,
+                 candidates: Sequence[str] | None = None) -> None:
         weight: dict[int, int] = {}
         for user in users:
             named = Named.of(history, user, column)
             for hashed, bought in set(zip(named.hashes.tolist(), (named.types == _PURCHASE).tolist(), strict=True)):
-                weight[hashed] = weight.get(hashed, 0) + (len(history.user_ids) if bought else 1)
+                weight[hashed] = weight.get(hashed, 0) + (1 + len(history.user_ids) if bought else 1)
         hashes = np.array(sorted(weight, key=lambda hashed: (weight[hashed], hashed)), np.int64)
-        self._common = np.zeros(BUCKETS[column], np.int64)
-        self._common[buckets(hashes, BUCKETS[column])] = hashes      # the last one assigned weighs most
+        common = np.zeros(BUCKETS[column], np.int64)
+        common[buckets(hashes, BUCKETS[column])] = hashes       # the last one assigned weighs most
+        self._candidates = None if candidates is None else _hashes_of(candidates, column, weight)
+        self._named = common[common > 0] if self._candidates is None else self._candidates
 
     def best(self, ranked: Ranked, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Hashes and chances of the `count` best, best first: the user's own, and what is new in each bucket."""
         new = ranked.buckets.astype(np.float64)
         np.subtract.at(new, buckets(ranked.own, len(new)), ranked.own_chances)
-        named = (self._common > 0) & ~np.isin(self._common, ranked.own)
-        hashes = np.concatenate([ranked.own, self._common[named]])
-        chances = np.concatenate([ranked.own_chances, np.maximum(new[named], 0.0)])
+        others = self._named[~np.isin(self._named, ranked.own)]
+        mine = np.isin(ranked.own, self._candidates) if self._candidates is not None else slice(None)
+        hashes = np.concatenate([ranked.own[mine], others])
+        chances = np.concatenate([ranked.own_chances[mine], np.maximum(new[buckets(others, len(new))], 0.0)])
         first = np.argsort(-chances, kind='stable')[:count]
         return hashes[first], chances[first]
+
+
+def read_candidates(path: Path) -> list[str]:
+    """Item ids, one a line, each once.
+
+    Errors   InputError where the file cannot be read; UsageError where it names nothing.
+    """
+    try:
+        lines = path.read_text(encoding='utf-8').splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f'{path} cannot be read: {error}.', 'name a file of item ids, one a line.') from error
+    found = list(dict.fromkeys(line for text in lines if (line := text.strip())))
+    if not found:
+        raise UsageError(f'{path} names no item.', 'write one item id a line.')
+    return found
+
+
+def _hashes_of(ids: Sequence[str], column: str, known: Container[int]) -> np.ndarray:
+    hashed = {name: _HASH[column](name) for name in ids}
+    if unknown := [name for name, value in hashed.items() if value not in known]:
+        some = ', '.join(unknown[:_UNKNOWN_TOLD]) + (', ...' if len(unknown) > _UNKNOWN_TOLD else '')
+        raise UsageError(f'{len(unknown):,} of {len(ids):,} candidates are in no event before that time: {some}.',
+                         'name ids as the events have them, or give a recording that holds them.')
+    return np.array(list(hashed.values()), np.int64)
 
 
 class _Named(msgspec.Struct):
@@ -75,9 +111,9 @@ class Texts:
             names = named.item_id, named.category
             if names not in self._seen:
                 self._seen.add(names)
-                for column, text, hashed in zip(BUCKETS, names, (hash32, hash16), strict=True):
+                for column, text in zip(BUCKETS, names, strict=True):
                     if text:
-                        self._of[column].setdefault(hashed(text), text)
+                        self._of[column].setdefault(_HASH[column](text), text)
             yield value
 
     def of(self, column: str, hashes: np.ndarray) -> list[str]:

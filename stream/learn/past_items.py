@@ -4,28 +4,32 @@ The slots of a window name one item each, and the lines of a basket share a slot
 EVENTS_MAX events counts, whatever the window holds.
 
     own       int32   [rows, m]               buckets of the items that these events name; 0 is padding, at the end
-    numbers   float32 [rows, m, OWN_NUMBERS]  log(1 + how often), by kind of event and by how fast it is forgotten
+    numbers   float32 [rows, m, OWN_NUMBERS]  log(1 + how often), by kind of event (the last: any) and by how
+                                              fast it is forgotten
 
-The buckets are those of `stream.core.features`; two items of one bucket have a place each. Training and serving
-both come through here. Needs no torch.
+Of items there are more buckets than the scores' features have: here each has a name to be called by. Two items of one
+bucket have a place each all the same. Training and serving both come through here. Needs no torch.
 """
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from stream.core.events import EventType
-from stream.core.features import CATEGORY_BUCKETS, ITEM_BUCKETS, buckets
+from stream.core.features import CATEGORY_BUCKETS, buckets
 from stream.core.window import DAY_MS, TYPES
 from stream.learn.dataset import Examples, History, Kind
 
-BUCKETS = {'item': ITEM_BUCKETS, 'category': CATEGORY_BUCKETS}      # by the attribute of an event
+BUCKETS = {'item': 32_768, 'category': CATEGORY_BUCKETS}    # by the attribute of an event
 EVENTS_MAX = 2_000
-DECAY_DAYS = (1.0, 3.0, 10.0, 30.0, 90.0, 400.0)    # an event's weight falls to 1/e in so many days
-_BOUGHT, _WANTED, _UNDONE, _LOOKED = range(4)       # kinds of events
+DECAY_DAYS = (1.0, 3.0, 10.0, 30.0, 90.0, math.inf)         # an event's weight falls to 1/e in so many days
+_BOUGHT, _WANTED, _UNDONE, _LOOKED = range(4)               # kinds of events
 _KINDS = 4
+_ANY = _LOOKED          # of the numbers: all kinds together, in the place of the looks
 _HASH_BITS = 32
 OWN_NUMBERS = _KINDS * len(DECAY_DAYS)
+UNDONE_NUMBERS = slice(_UNDONE * len(DECAY_DAYS), (_UNDONE + 1) * len(DECAY_DAYS))
 _KIND_OF_TYPE = np.full(TYPES + 1, _LOOKED)
 _KIND_OF_TYPE[EventType.PURCHASE] = _BOUGHT
 _KIND_OF_TYPE[[EventType.ADD_TO_CART, EventType.FAVORITE, EventType.FOLLOW]] = _WANTED
@@ -88,7 +92,9 @@ def past(history: History, examples: Examples, rows: np.ndarray, column: str) ->
     numbers = np.zeros((len(pairs) + 1, _KINDS, len(DECAY_DAYS)), np.float32)
     for place, days in enumerate(DECAY_DAYS):
         often = np.bincount(cell, np.exp(-age_days / days), minlength=len(pairs) * _KINDS)
-        numbers[:-1, :, place] = np.log1p(often).reshape(-1, _KINDS)
+        counts = often.reshape(-1, _KINDS)
+        counts[:, _ANY] = counts.sum(1)
+        numbers[:-1, :, place] = np.log1p(counts)
     own = np.append(pairs & (1 << _HASH_BITS) - 1, 0)
     return Past(own, buckets(own, BUCKETS[column]).astype(np.int32), numbers.reshape(len(numbers), OWN_NUMBERS),
                 np.searchsorted(pairs, np.arange(len(rows) + 1) << _HASH_BITS))

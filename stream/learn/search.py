@@ -46,11 +46,10 @@ class Searched:
 
 
 def search(history: History, users: Sequence[int], known_until_ms: int, options: FitOptions, limits: WindowLimits,
-           trials: int, console: Console, journal: Journal = _NO_JOURNAL, ranked: bool = True) -> Searched:
+           trials: int, console: Console, journal: Journal = _NO_JOURNAL) -> Searched:
     """Try so many trainings, the first one as `options` say.
 
     journal  where curves are kept, of each trial in a folder of its own; of states there are none
-    ranked   as for `fit`
     Errors   UsageError where Optuna is not installed, or the events hold nothing to learn from.
     Promise  on one machine the same options give the same trials and the same weights.
     """
@@ -72,7 +71,7 @@ def search(history: History, users: Sequence[int], known_until_ms: int, options:
         try:
             fitted = fit(history, users, known_until_ms, given, limits, console,
                          replace(journal.part(f'trial_{number + 1}'), state=None),
-                         after_pass=_report_to(trial, entry, optuna.TrialPruned), ranked=ranked)
+                         after_pass=_report_to(trial, entry, optuna.TrialPruned))
         except optuna.TrialPruned:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             console.print(f'  given up after pass {entry["passes"]}')

@@ -2,20 +2,18 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from stream.errors import ModelError
 from stream.learn.dataset import Examples, History
 from stream.learn.item_names import Ranked
-from stream.learn.past_items import BUCKETS, past
+from stream.learn.past_items import BUCKETS, OWN_NUMBERS, past
 from stream.learn.served import session_of
-from stream.scoring.artefact import WEIGHTS, sha256
-from stream.scoring.repository import Served
+from stream.scoring.artefact import WEIGHTS
+from stream.scoring.repository import RANKING_MANIFEST, load_ranking
 
-MANIFEST = 'ranking.json'       # not the scores' name for it: it is no version of a model that the worker can serve
 CANDIDATES = 'candidates'
-_ROWS_MAX = 256
+_ROWS_MAX = 64
 
 
 def ranking_dir(version_dir: Path) -> Path:
@@ -34,19 +32,19 @@ def score_names(column: str) -> tuple[str, str]:
 
 
 def verified(version_dir: Path) -> Path:
-    """The graph of the ranking beside a version. Errors: ModelError where there is none, or it has been changed."""
+    """The graph of the ranking beside a version. Errors: ModelError where there is none, it has been changed, or it was
+    made by a version of stream that counted otherwise."""
     folder = ranking_dir(version_dir)
-    if not (folder / MANIFEST).is_file():
+    if not (folder / RANKING_MANIFEST).is_file():
         raise ModelError(f'The model in {version_dir} has no ranking of items beside it: {folder} is missing.',
                          do='train and export one from events that name items, with this version.')
-    try:
-        served = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Served)
-    except msgspec.DecodeError as error:
-        raise ModelError(f'{folder / MANIFEST} cannot be read: {error}.', do='export the model again.') from error
-    graph = folder / WEIGHTS
-    if not graph.is_file() or sha256(graph) != served.files.get(WEIGHTS):
-        raise ModelError(f'{graph} is not the file that its manifest lists: the SHA-256 differs.',
-                         do='export the model again.')
+    served, graph = load_ranking(folder), folder / WEIGHTS
+    for column, count in BUCKETS.items():
+        (own, numbers), (scores, _) = tensor_names(column), score_names(column)
+        if own in served.inputs and (served.inputs[numbers].row_shape != (-1, OWN_NUMBERS)
+                                     or served.outputs[scores].row_shape != (count,)):
+            raise ModelError(f'{graph} ranks by other numbers or buckets than this version has.',
+                             do='train and export the model again.')
     return graph
 
 

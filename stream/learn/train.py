@@ -26,7 +26,7 @@ from stream.errors import UsageError
 from stream.learn import dataset, metrics
 from stream.learn.checkpoint import Checkpoint, save, some_training_windows, some_windows
 from stream.learn.dataset import HORIZON_DAYS, ExampleOptions, Examples, History
-from stream.learn.evaluate import evaluate
+from stream.learn.evaluate import evaluate, evaluate_ranking
 from stream.learn.export import write_graph
 from stream.learn.fit import FitOptions, Fitted, check, fit, rows_max
 from stream.learn.journal import Journal
@@ -124,11 +124,10 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
     trials: list[dict] = []
     if options.trials:
         found_best = search(seen, learners, cut_ms, fitting, options.limits, options.trials, console,
-                            journal.part('test'), ranked=not options.refit)
+                            journal.part('test'))
         fitted, fitting, trials = found_best.fitted, found_best.options, found_best.trials
     else:
-        fitted = fit(seen, learners, cut_ms, fitting, options.limits, console, journal.part('test'),
-                     ranked=not options.refit)
+        fitted = fit(seen, learners, cut_ms, fitting, options.limits, console, journal.part('test'))
     test = dataset.sample(history, test_users, cut_ms, known_until_ms, _TEST_MOMENTS, options.limits, options.seed)
     with tempfile.TemporaryDirectory() as scratch:
         graph = Path(scratch) / 'model.onnx'
@@ -140,6 +139,9 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
                 console.print(f'  {task:28} {name:20} ' + '  '.join(
                     f'{metric} {value:.3f} ({low:.3f} .. {high:.3f})'
                     for metric, (value, low, high) in numbers['metrics'].items()))
+
+        ranking = evaluate_ranking(fitted, seen, history, test_users, cut_ms, options.limits, known_until_ms,
+                                   options.seed)
 
         # 3 ceiling
 
@@ -159,8 +161,9 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
 
     # 5 checkpoint
 
-    found = {'test': figures, 'ceiling': ceiling, 'trials': trials, 'pretraining': fitted.pretraining,
-             'epochs': fitted.epochs, 'best_epoch': fitted.best_epoch, 'seconds': round(time.monotonic() - began)}
+    found = {'test': figures, 'ranking': ranking, 'ceiling': ceiling, 'trials': trials,
+             'pretraining': fitted.pretraining, 'epochs': fitted.epochs, 'best_epoch': fitted.best_epoch,
+             'seconds': round(time.monotonic() - began)}
     config = _config(replace(options, fit=fitting), history, fitted, names, known_until_ms, cut_ms, counts)
     save(Checkpoint(fitted.model, config, found, some_windows(test),
                     some_training_windows(fitted.data, options.seed), fitted.recommender), out)

@@ -24,13 +24,14 @@ import msgspec
 
 from stream.core.features import LENGTHS
 from stream.errors import ModelError, UsageError
-from stream.scoring.artefact import MANIFEST, ROWS_MAX, SHA256_PARAMETER, WEIGHTS, load_artefact
+from stream.scoring.artefact import MANIFEST, ROWS_MAX, SHA256_PARAMETER, WEIGHTS, load_artefact, sha256
 
 Variant = Literal['onnxruntime', 'tensorrt', 'python']
 VARIANTS: tuple[str, ...] = get_args(Variant)
 CONFIG_FILE = 'config.pbtxt'
 LABELS_FILE = 'tiers.txt'
 WARMUP_FOLDER = 'warmup'            # Triton's own name for it
+RANKING_MANIFEST = 'ranking.json'   # of a graph that ranks items: not the scores' name, no worker can serve it
 ENGINE_CACHE = '/var/cache/stream-tensorrt'     # on the GPU's machine: TensorRT's engines outlive a restart there
 _TRITON_TYPES = {'int32': 'TYPE_INT32', 'int64': 'TYPE_INT64', 'float32': 'TYPE_FP32'}
 
@@ -87,6 +88,7 @@ def render(version_dir: Path, repository: Path, variant: str, python_model: Path
            queue_requests_max: int = 0) -> Path:
     """Write a verified version as the only one of its model into `repository`; returns the model's folder there.
 
+    version_dir    of the scores' model, or of the ranking beside it
     python_model   the Python backend's model.py; needed by the variant `python` alone
     Errors         ModelError where the version is not what its manifest says, the manifest names no tensors, or the
                    variant cannot serve it; UsageError for an unknown variant, or a repository that holds the version
@@ -94,28 +96,48 @@ def render(version_dir: Path, repository: Path, variant: str, python_model: Path
     """
     if variant not in VARIANTS or (variant == 'python') != bool(python_model):
         raise UsageError(f'{variant!r} is no variant of a model repository.', f'use one of {", ".join(VARIANTS)}.')
-    artefact = load_artefact(version_dir)
-    if variant == 'tensorrt' and artefact.manifest.precision != 'fp32':
-        raise ModelError(f'TensorRT does not take the {artefact.manifest.precision} version in {version_dir}.',
-                         'render the fp32 version: on a GPU it is the faster one too.')
-    try:
-        served = msgspec.json.decode((version_dir / MANIFEST).read_bytes(), type=Served)
-    except msgspec.DecodeError as error:
-        raise ModelError(f'{version_dir / MANIFEST} does not describe the tensors: {error}.',
-                         'export the model again.') from error
+    if (version_dir / RANKING_MANIFEST).is_file():
+        if variant == 'tensorrt':
+            raise ModelError(f'The ranking in {version_dir} has no lengths to compile for.',
+                             'serve it by the variant onnxruntime: it is a small graph.')
+        served, beside = load_ranking(version_dir), ()
+    else:
+        artefact = load_artefact(version_dir)
+        if variant == 'tensorrt' and artefact.manifest.precision != 'fp32':
+            raise ModelError(f'TensorRT does not take the {artefact.manifest.precision} version in {version_dir}.',
+                             'render the fp32 version: on a GPU it is the faster one too.')
+        served, beside = _described(version_dir / MANIFEST), (LABELS_FILE, WARMUP_FOLDER)
     model_dir = repository / served.name
     if model_dir.resolve() == version_dir.parent.resolve():
         raise UsageError(f'{repository} is where the exported model is.', 'name another folder for the variant.')
     target = model_dir / served.version
     shutil.rmtree(model_dir, ignore_errors=True)
     target.mkdir(parents=True)
-    shutil.copyfile(artefact.weights, target / WEIGHTS)
+    shutil.copyfile(version_dir / WEIGHTS, target / WEIGHTS)
     if python_model:
         shutil.copyfile(python_model, target / 'model.py')
-    shutil.copyfile(version_dir.parent / LABELS_FILE, model_dir / LABELS_FILE)
-    shutil.copytree(version_dir.parent / WARMUP_FOLDER, model_dir / WARMUP_FOLDER)
-    (model_dir / CONFIG_FILE).write_text(triton_config(served, variant, queue_requests_max))
+    for name in beside:
+        source = version_dir.parent / name
+        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, model_dir / name)
+    (model_dir / CONFIG_FILE).write_text(triton_config(served, variant, queue_requests_max, warm=bool(beside)))
     return model_dir
+
+
+def load_ranking(version_dir: Path) -> Served:
+    """What the manifest of a version that ranks items says. Errors: ModelError where its graph is another one."""
+    served = _described(version_dir / RANKING_MANIFEST)
+    graph = version_dir / WEIGHTS
+    if not graph.is_file() or sha256(graph) != served.files.get(WEIGHTS):
+        raise ModelError(f'{graph} is not the file that its manifest lists: the SHA-256 differs.',
+                         'export the model again.')
+    return served
+
+
+def _described(manifest: Path) -> Served:
+    try:
+        return msgspec.json.decode(manifest.read_bytes(), type=Served)
+    except msgspec.DecodeError as error:
+        raise ModelError(f'{manifest} does not describe the tensors: {error}.', 'export the model again.') from error
 
 
 def _tensor(name: str, tensor: Tensor) -> str:

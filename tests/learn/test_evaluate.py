@@ -1,4 +1,5 @@
 """What the card's figures are made of."""
+import io
 import json
 from types import SimpleNamespace
 
@@ -7,10 +8,15 @@ import pytest
 
 pytest.importorskip('torch', reason='torch is not installed: pip install stream-scoring[train]')
 
-from stream.core.window import WindowLimits
+from rich.console import Console
+
+from stream.core.window import DAY_MS, WindowLimits
 from stream.learn import evaluate as evaluating
 from stream.learn.dataset import HORIZON_DAYS, ExampleOptions, part_of, sample
-from stream.learn.judge import MODEL
+from stream.learn.evaluate import evaluate_ranking
+from stream.learn.fit import fit
+from stream.learn.judge import BOUGHT, MODEL, OWN, POPULAR, RECENT
+from stream.learn.train import split
 
 
 def test_baselines_and_intervals_stand_beside_the_model(checkpoint):
@@ -49,3 +55,22 @@ def test_typical_spend_is_judged_by_its_mean_error_beside_constants(history, mon
         'nothing': spent[known].mean()})
     assert typical['nothing']['model_less']['mean_absolute_error'][2] < 0
     assert figures['tasks']['spend in 90 d'][MODEL]['metrics']['mean_absolute_error'][0] > errors[MODEL]
+
+
+def test_the_ranking_is_judged_beside_simple_rules(history, tiny_fit):
+    limits, known_until_ms = WindowLimits(), history.end_ms + 1
+    cut_ms = known_until_ms - 60 * DAY_MS
+    seen, learners, users = split(history, cut_ms, 0.6, 3)
+    fitted = fit(seen, learners, cut_ms, tiny_fit(), limits, Console(file=io.StringIO()))
+    figures = evaluate_ranking(fitted, seen, history, users, cut_ms, limits, known_until_ms, 3)
+    assert figures.keys() == {'item', 'category'}
+    for judged in figures.values():
+        assert list(judged['contenders']) == [MODEL, POPULAR, RECENT, OWN, BOUGHT] and 10 <= judged['rows'] < len(users)
+        for numbers in judged['contenders'].values():
+            for value, low, high in numbers['metrics'].values():
+                assert 0 <= low <= value <= high <= 1
+    ndcg = {name: numbers['metrics']['ndcg'][0] for name, numbers in figures['category']['contenders'].items()}
+    assert ndcg[MODEL] > ndcg[POPULAR] and ndcg[MODEL] > 0.1
+    # Where the days are not settled yet nothing is said; nor of a user whom nobody has seen before.
+    assert not evaluate_ranking(fitted, seen, history, users, cut_ms, limits, cut_ms + 29 * DAY_MS, 3)
+    assert not evaluate_ranking(fitted, seen, history, [], cut_ms, limits, known_until_ms, 3)

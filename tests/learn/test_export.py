@@ -21,7 +21,7 @@ from stream.errors import ModelError, UsageError
 from stream.learn import dataset
 from stream.learn.checkpoint import load, save
 from stream.learn.export import check_neighbours, export, outputs, padded, parity
-from stream.learn.judge import MODEL
+from stream.learn.judge import MODEL, OWN
 from stream.learn.model import INPUT_NAMES
 from stream.learn.served import score
 from stream.learn.served_ranking import ranking_dir
@@ -104,6 +104,28 @@ def test_the_card_tells_the_run(checkpoint, version_dir):
         for name in contenders:
             assert f'| {name} |' in card
     assert f'{metrics["test"]["tasks"]["purchase within 7 d"][MODEL]["metrics"]["auc"][0]:.3f}' in card
+
+
+def test_the_card_tells_how_good_the_ranking_is(checkpoint, tmp_path):
+    copy = shutil.copytree(checkpoint, tmp_path / 'checkpoint')
+    metrics = json.loads((copy / 'metrics.json').read_bytes())
+    figures = {'ndcg': [0.3, 0.2, 0.4], 'recall': [0.25, 0.15, 0.35]}
+    metrics['ranking'] = {'item': {'rows': 40, 'contenders': {
+        MODEL: {'metrics': figures, 'model_less': {}},
+        OWN: {'metrics': figures, 'model_less': {'ndcg': [0.0, -0.1, 0.1], 'recall': [0.0, -0.1, 0.1]}}}}}
+    (copy / 'metrics.json').write_text(json.dumps(metrics))
+    card = (export(copy, tmp_path / 'repository').parent / 'README.md').read_text()
+    both = '0.300 (0.200 .. 0.400) | 0.250 (0.150 .. 0.350)'
+    assert '| items, 40 users | NDCG at 10 | recall at 10 | our NDCG less it |\n|---|---|---|---|\n' in card
+    assert f'| {MODEL} | {both} |  |\n' in card
+    assert f'| {OWN} | {both} | 0.000 (-0.100 .. 0.100) |\n' in card
+
+
+def test_a_ranking_that_was_not_judged_is_told(checkpoint, tmp_path):
+    copy = shutil.copytree(checkpoint, tmp_path / 'checkpoint')
+    metrics = json.loads((copy / 'metrics.json').read_bytes())
+    (copy / 'metrics.json').write_text(json.dumps(metrics | {'ranking': {}}))
+    assert 'the ranking is was not measured' in (export(copy, tmp_path / 'repository').parent / 'README.md').read_text()
 
 
 def test_the_same_bytes_twice(checkpoint, version_dir, tmp_path):

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 
 from stream.core.events import EventRules, hash16, hash32
-from stream.core.features import CATEGORY_BUCKETS, ITEM_BUCKETS, buckets
+from stream.core.features import CATEGORY_BUCKETS, buckets
 from stream.core.window import DAY_MS, WindowLimits
 from stream.learn.dataset import NEXT_DAYS, ExampleOptions, at_time, bought_next, history_of, read, sample
 from stream.learn.item_names import Names, Ranked, Texts
-from stream.learn.past_items import DECAY_DAYS, OWN_NUMBERS, Named, past, popular
+from stream.learn.past_items import BUCKETS, DECAY_DAYS, OWN_NUMBERS, Named, past, popular
 
 START_MS = 1_700_006_400_000
-BOUGHT, WANTED, UNDONE, LOOKED = range(4)
+BOUGHT, WANTED, UNDONE, ANY = range(4)
 FOREVER_MS = 1 << 60
 
 
@@ -46,15 +46,19 @@ def test_own_items_are_counted_by_kind_and_age(ann):
     examples = at_time(ann, [0], at(10), WindowLimits(), FOREVER_MS)
     found = past(ann, examples, np.array([0]), 'item')
     assert found.hashes[:-1].tolist() == sorted([hash32('lamp'), hash32('desk')])       # the sofa is not known yet
-    assert found.own.tolist() == [*buckets(found.hashes[:-1], ITEM_BUCKETS).tolist(), 0]
+    assert found.own.tolist() == [*buckets(found.hashes[:-1], BUCKETS['item']).tolist(), 0]
     own, numbers = found.padded(np.array([0]))
     lamp = np.expm1(numbers[0, found.hashes[:-1].tolist().index(hash32('lamp'))]).reshape(4, len(DECAY_DAYS))
-    ages = {LOOKED: 10, WANTED: 9, BOUGHT: 8, UNDONE: 7}
+    ages = {WANTED: 9, BOUGHT: 8, UNDONE: 7}
     for kind, age in ages.items():
         np.testing.assert_allclose(lamp[kind], [np.exp(-age / days) for days in DECAY_DAYS], rtol=1e-4, atol=1e-6)
+    # The look, 10 days ago, counts among all.
+    np.testing.assert_allclose(lamp[ANY], [sum(np.exp(-age / days) for age in (7, 8, 9, 10)) for days in DECAY_DAYS],
+                               rtol=1e-4, atol=1e-6)
     desk = np.expm1(numbers[0, found.hashes[:-1].tolist().index(hash32('desk'))]).reshape(4, len(DECAY_DAYS))
     np.testing.assert_allclose(desk[BOUGHT], [np.exp(-8 / days) for days in DECAY_DAYS], rtol=1e-4, atol=1e-6)
-    assert desk.sum() == pytest.approx(desk[BOUGHT].sum()) and own.shape == (1, 2)
+    np.testing.assert_array_equal(desk[ANY], desk[BOUGHT])
+    assert not desk[[WANTED, UNDONE]].any() and own.shape == (1, 2)
     categories = past(ann, examples, np.array([0]), 'category')
     assert categories.hashes.tolist() == [hash16('light'), 0]
     assert categories.own.tolist() == [int(buckets(np.array(hash16('light')), CATEGORY_BUCKETS)), 0]
@@ -123,7 +127,7 @@ def test_next_items_equal_a_recount_and_a_planted_purchase_leaks_nowhere(history
 def test_popularity_counts_people_before_each_time():
     history = read([line(0, 0, 'purchase', 'lamp'), line(1, 1, 'purchase', 'lamp'), line(2, 2, 'view', 'lamp'),
                     line(3, 5, 'purchase', 'lamp', 'bob'), line(4, 5, 'purchase', 'desk', 'bob')], EventRules())
-    lamp, desk = (int(buckets(np.array(hash32(name)), ITEM_BUCKETS)) for name in ('lamp', 'desk'))
+    lamp, desk = (int(buckets(np.array(hash32(name)), BUCKETS['item'])) for name in ('lamp', 'desk'))
     found = np.expm1(popular(history, [0, 1], 'item', np.array([at(1), at(5), at(6), at(10)]), 6.0))
     np.testing.assert_allclose(found[:, lamp], [1, 1, 2, 1], rtol=1e-5)
     np.testing.assert_allclose(found[:, desk], [0, 0, 1, 1], rtol=1e-5)
@@ -131,16 +135,16 @@ def test_popularity_counts_people_before_each_time():
 
 
 def test_a_bucket_is_named_by_what_most_bought_and_own_items_by_themselves():
-    bucket = int(buckets(np.array(hash32('lamp')), ITEM_BUCKETS))
+    bucket = int(buckets(np.array(hash32('lamp')), BUCKETS['item']))
     twin = next(f'lamp{number}' for number in range(100_000)
-                if int(buckets(np.array(hash32(f'lamp{number}')), ITEM_BUCKETS)) == bucket)
+                if int(buckets(np.array(hash32(f'lamp{number}')), BUCKETS['item'])) == bucket)
     values = [line(0, 0, 'view', twin), line(1, 0, 'view', twin, 'bob'), line(2, 0, 'view', twin, 'eve'),
               line(3, 0, 'purchase', 'lamp', 'eve'), line(4, 0, 'purchase', 'desk', 'eve')]
     texts = Texts()
     history = read(texts.remembered([*values, b'not json']), EventRules())
     names = Names(history, range(3), 'item')
-    chances = np.zeros(ITEM_BUCKETS, np.float32)
-    chances[bucket], chances[int(buckets(np.array(hash32('desk')), ITEM_BUCKETS))] = 0.6, 0.1
+    chances = np.zeros(BUCKETS['item'], np.float32)
+    chances[bucket], chances[int(buckets(np.array(hash32('desk')), BUCKETS['item']))] = 0.6, 0.1
     # One bought lamp outweighs three views of its twin.
     hashes, found = names.best(Ranked(chances, np.zeros(0, np.int64), np.zeros(0, np.float32)), 2)
     assert texts.of('item', hashes) == ['lamp', 'desk'] and found.tolist() == pytest.approx([0.6, 0.1])

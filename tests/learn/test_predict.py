@@ -103,6 +103,41 @@ def test_what_train_writes_is_what_predict_takes(recording, tmp_path):
             assert 0 <= chances[2] <= chances[1] <= chances[0] and sum(chances) <= 1
     without = predicted(recording, tmp_path / 'q.jsonl', '--model', str(out))
     assert without == [{key: value for key, value in line.items() if not key.startswith('next_')} for line in found]
+    # Among candidates: those alone, in the order and with the chances that they have among all.
+    everything = predicted(recording, tmp_path / 'all.jsonl', '--model', str(out), '--items', '100000')
+    ids = sorted({event['item_id'] for event in known if event.get('item_id')})[::7]
+    candidates = tmp_path / 'candidates.txt'
+    candidates.write_text('\n'.join([*ids, '', f' {ids[0]} ']) + '\n')
+    among = predicted(recording, tmp_path / 'c.jsonl', '--model', str(out), '--items', '100000', '--candidates',
+                      str(candidates))
+    assert len(among) == len(found)
+    for line, full in zip(among, everything, strict=True):
+        assert sorted(part['id'] for part in line['next_items']) == ids
+        chances = {part['id']: part['chance'] for part in full['next_items']}
+        for part in line['next_items']:
+            assert part['chance'] == pytest.approx(chances.get(part['id'], part['chance']), abs=2e-6)
+        assert sum(part['id'] in chances for part in line['next_items']) > 0.9 * len(ids)
+        assert line['next_categories'] == full['next_categories']
+    candidates.write_text('\n'.join([*ids, 'nowhere', 'neither']))
+    done = CliRunner().invoke(app, ['predict', str(recording), '--at', '2025-06-01', '--out', str(tmp_path / 'd.jsonl'),
+                                    '--model', str(out), '--items', '3', '--candidates', str(candidates)])
+    assert isinstance(done.exception, UsageError) and f'2 of {len(ids) + 2:,} candidates' in str(done.exception)
+    assert 'nowhere, neither' in str(done.exception) and not (tmp_path / 'd.jsonl').exists()
+
+
+@pytest.mark.parametrize(('content', 'arguments', 'error', 'says'), [
+    (b'lamp', (), UsageError, 'add --items'),
+    (b' \n\n', ('--items', '3'), UsageError, 'names no item'),
+    (b'\xff\xfe\xff', ('--items', '3'), InputError, 'cannot be read'),
+    (None, ('--items', '3'), InputError, 'cannot be read'),
+])
+def test_candidates_that_cannot_be_taken_are_told(content, arguments, error, says, recording, tmp_path):
+    candidates = tmp_path / 'candidates.txt'
+    if content is not None:
+        candidates.write_bytes(content)
+    done = CliRunner().invoke(app, ['predict', str(recording), '--at', '2025-06-01', '--out', str(tmp_path / 'p.jsonl'),
+                                    '--model', str(SHIPPED), '--candidates', str(candidates), *arguments])
+    assert isinstance(done.exception, error) and says in str(done.exception)
 
 
 def test_a_model_without_a_ranking_is_told(recording, tmp_path):

@@ -73,6 +73,8 @@ def test_who_knows_the_answer_is_ranked_best(history):
     for name in (POPULAR, RECENT, OWN, BOUGHT, SASREC):
         assert 0.05 < found[name]['ndcg'].mean() < 0.95, name
     assert found[OWN]['ndcg'].mean() > found[POPULAR]['ndcg'].mean()        # the simulator's shoppers have tastes
+    quick = rank(known, range(0, len(known.user_ids), 2), history, test, ranked, None, 3, history.end_ms)['category']
+    assert list(quick) == [MODEL, POPULAR, RECENT, OWN, BOUGHT]
     judged = judge_ranking(found, 50, 3)
     assert judged['rows'] == len(found[MODEL]['ndcg'])
     value, low, high = judged['contenders'][OWN]['model_less']['ndcg']
