@@ -21,7 +21,13 @@ class StandIn(stack.Part):
     _answers = lambda self: True
 
 stack.Kafka = type('Kafka', (StandIn,), {'name': 'kafka'})
-stack.Triton = type('Triton', (StandIn,), {'name': 'triton'})
+class StandInTriton(StandIn):
+    name = 'triton'
+
+    def __init__(self, folder, tied, others):
+        super().__init__(folder, tied)
+
+stack.Triton = StandInTriton
 '''
 
 
