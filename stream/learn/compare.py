@@ -195,7 +195,7 @@ def score_fold(history: History, at_ms: int, part: int, tasks: list[Task], optio
             ranked = {}
             if fitted.recommender is not None:
                 write_ranking(fitted.recommender, graph)
-                ranked = rank(known, learners, history, test, list(rankings(graph, history, test)), options.sasrec,
+                ranked = rank(known, learners, history, test, rankings(graph, history, test), options.sasrec,
                               options.seed, known_until(history))
 
         contenders = _Contenders(train, Table.of_examples(test), known.priced, options.seed)

@@ -101,7 +101,7 @@ def evaluate_ranking(fitted: Fitted, seen: History, history: History, users: Seq
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / 'model.onnx'
         write_ranking(fitted.recommender, graph)
-        found = rank(seen, fitted.users, history, test, list(rankings(graph, history, test)), None, seed,
+        found = rank(seen, fitted.users, history, test, rankings(graph, history, test), None, seed,
                      known_until_ms)
     return {column: judge_ranking(by_name, RESAMPLES, seed) for column, by_name in found.items()
             if len(by_name[MODEL]['ndcg']) >= ASKED_MIN}

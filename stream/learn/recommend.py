@@ -15,7 +15,7 @@ within NEXT_DAYS. Everything is learnt from training users, before the moment.
 
 Source: Järvelin, Kekäläinen (2002), "Cumulated gain-based evaluation of IR techniques".
 """
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -38,44 +38,52 @@ RankedFold = dict[str, Measured]    # by contender
 
 
 def measured(best: np.ndarray, bought: Sequence[np.ndarray]) -> Measured:
-    """Of n lists int [n, TOP], best first, -1: none. `bought`: what it should have been, each once, not empty."""
+    """Of n lists int [n, TOP], or fewer where there are no more to name, best first, -1: none. `bought`: what it should
+    have been, each once, not empty."""
     discounts = 1 / np.log2(np.arange(TOP) + 2)
     hits = np.stack([np.isin(row, wanted) for row, wanted in zip(best, bought, strict=True)])
     counts = np.array([len(wanted) for wanted in bought])
     ideal = np.cumsum(discounts)[np.minimum(counts, TOP) - 1]
-    return {'ndcg': (hits * discounts).sum(1) / ideal, 'recall': hits.sum(1) / counts}
+    return {'ndcg': (hits * discounts[:hits.shape[1]]).sum(1) / ideal, 'recall': hits.sum(1) / counts}
 
 
 def top(scores: np.ndarray) -> np.ndarray:
-    """int64 [n, TOP] of scores [n, v]: the places of the highest, best first; of equal ones the first."""
+    """int64 [n, TOP], or [n, v] if that is less, of scores [n, v]: the places of the highest, best first; of equal ones
+    the first."""
     return np.argsort(-scores, axis=1, kind='stable')[:, :TOP]
 
 
 def rank(known: History, learners: Sequence[int], history: History, test: Examples,
-         ranked: Sequence[Mapping[str, Ranked]], sasrec: SasRecOptions | None, seed: int,
+         ranked: Iterable[Mapping[str, Ranked]], sasrec: SasRecOptions | None, seed: int,
          known_until_ms: int) -> dict[str, RankedFold]:
     """How well everybody ranks what the test's users buy next, by column and contender.
 
     known      the recording up to the test's time, of which `learners` are the training users
     history    all of it, of which the test's users are
-    ranked     ours of each row of `test`, by column
+    ranked     ours of each row of `test`, by column; taken one by one, since each has the chances of all buckets
     sasrec     None: it is not asked, which saves the time
     """
+    asked: dict[str, dict[int, tuple[np.ndarray, np.ndarray]]] = {}     # by column and row: what is bought, our best
+    after, names = {}, {}
+    for row, mine in enumerate(ranked):
+        for column, chances in mine.items():
+            if column not in asked:
+                after[column] = bought_next(history, test, column, known_until_ms)
+                asked[column], names[column] = {}, Names(known, learners, column)
+            hashes = after[column][row]
+            if hashes is not None and len(hashes):
+                asked[column][row] = hashes, names[column].best(chances, TOP)[0]
     found = {}
-    for column in ranked[0]:
-        after = bought_next(history, test, column, known_until_ms)
-        rows = np.array([row for row, hashes in enumerate(after) if hashes is not None and len(hashes)], np.int64)
-        if not len(rows):
+    for column, by_row in asked.items():
+        if not by_row:
             continue
-        bought = [hashes for row in rows if (hashes := after[row]) is not None]
+        rows, bought = np.array(list(by_row), np.int64), [hashes for hashes, _ in by_row.values()]
         past = [Named.of(history, int(test.user[row]), column).until(int(test.as_of_ms[row]), Kind(test.kind[row]))
                 for row in rows]
-        names = Names(known, learners, column)
-        mine = np.full((len(rows), TOP), -1, np.int64)
-        for place, row in enumerate(rows):
-            best, _ = names.best(ranked[row][column], TOP)
-            mine[place, :len(best)] = best
-        found[column] = {MODEL: measured(mine, bought)} | {
+        ours = np.full((len(rows), TOP), -1, np.int64)
+        for place, (_, best) in enumerate(by_row.values()):
+            ours[place, :len(best)] = best
+        found[column] = {MODEL: measured(ours, bought)} | {
             name: measured(best, bought)
             for name, best in _contenders(known, learners, past, test.as_of_ms[rows], column, sasrec, seed)}
     return found
@@ -83,7 +91,7 @@ def rank(known: History, learners: Sequence[int], history: History, test: Exampl
 
 def _contenders(known: History, learners: Sequence[int], past: list[Named], as_of_ms: np.ndarray, column: str,
                 sasrec: SasRecOptions | None, seed: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and best hashes [n, TOP] of each."""
+    """Name and best hashes of each, [n, TOP], or as many as there are."""
     taught = [Named.of(known, user, column) for user in learners]
     catalogue = np.unique(np.concatenate([part.hashes for part in (*taught, *past)]))
     place = {int(hashed): index for index, hashed in enumerate(catalogue)}
@@ -96,15 +104,18 @@ def _contenders(known: History, learners: Sequence[int], past: list[Named], as_o
         lately[np.unique(index[is_bought & (part.ts_ms >= recent_ms)])] += 1
     yield POPULAR, np.tile(catalogue[top(ever[None])], (len(past), 1))
     yield RECENT, np.tile(catalogue[top((lately + ever / (ever.max() + 1))[None])], (len(past), 1))
-    mine, bought = (np.tile((lately + ever / (ever.max() + 1)) * 1e-9, (len(past), 1)) for _ in range(2))
-    sequences = []
-    for row, counted, part, now_ms in zip(mine, bought, past, as_of_ms.tolist(), strict=True):
+    popular, mine, bought, sequences = (lately + ever / (ever.max() + 1)) * 1e-9, [], [], []
+    for part, now_ms in zip(past, as_of_ms.tolist(), strict=True):
         own = np.array([place[hashed] for hashed in part.hashes.tolist()], np.int64)
-        np.add.at(row, own, np.exp(-(now_ms - part.ts_ms) / DAY_MS / _OWN_DAYS))
-        np.add.at(counted, own[part.types == _PURCHASE], 1.0)
+        # User by user: of all at once the scores of a large catalogue would fill the memory.
+        for best, weight in ((mine, np.exp(-(now_ms - part.ts_ms) / DAY_MS / _OWN_DAYS)),
+                             (bought, (part.types == _PURCHASE).astype(float))):
+            scores = popular.copy()
+            np.add.at(scores, own, weight)
+            best.append(top(scores[None])[0])
         sequences.append(own + 1)
-    yield OWN, catalogue[top(mine)]
-    yield BOUGHT, catalogue[top(bought)]
+    yield OWN, catalogue[np.array(mine)]
+    yield BOUGHT, catalogue[np.array(bought)]
     if sasrec is None:
         return
     model = fit_sasrec([index + 1 for index in index_of], len(catalogue), sasrec, seed)

@@ -30,6 +30,14 @@ def test_ndcg_and_recall_by_hand():
     np.testing.assert_allclose(found['recall'], [1, 1, 0.25, 0])
 
 
+def test_where_there_is_less_to_name_than_places_the_list_is_shorter():
+    """A shop may have three categories, or one."""
+    found = measured(top(np.array([[1.0, 3.0, 2.0], [3.0, 1.0, 2.0]])), [np.array([0, 1]), np.array([2])])
+    np.testing.assert_allclose(found['ndcg'], [1.5 / (1 + 1 / np.log2(3)), 1 / np.log2(3)])
+    np.testing.assert_allclose(found['recall'], [1, 1])
+    np.testing.assert_allclose(measured(top(np.zeros((1, 1))), [np.array([0])])['ndcg'], [1])
+
+
 def test_top_is_best_first_and_the_first_of_equals():
     assert top(np.array([[0.0, 3.0, 1.0, 3.0] + [-1.0] * 10]))[0, :5].tolist() == [1, 3, 2, 0, 4]
 
