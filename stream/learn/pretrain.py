@@ -15,6 +15,7 @@ for the next event. Van den Oord et al. (2018), arXiv 1807.03748, for the contra
 CL4SRec, arXiv 2010.14395, for crops of shoppers' windows.
 """
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,12 +167,12 @@ class Lesson(nn.Module):
             self.project = nn.Sequential(nn.Linear(h, h), nn.GELU(), nn.Linear(h, h))
 
     def losses(self, data: Examples, rows: np.ndarray) -> dict[str, Tensor]:
-        """The mean loss of each objective over a batch."""
+        """The mean loss of each objective over a batch; of one that judges, in single precision."""
         batch = padded(data.inputs, rows, max(1, int(np.diff(data.inputs.starts)[rows].max())))
         where = self.backbone.query.device
         categories, numbers = torch.from_numpy(batch.categories).to(where), torch.from_numpy(batch.numbers).to(where)
         objectives = {'masked': self._masked, 'next': self._next}
-        with mixed_precision(where):
+        with mixed_precision(where) if self.training else nullcontext():
             found = {name: objectives[name](categories, numbers) for name in self.options.objectives
                      if name in objectives}
             if 'contrastive' in self.options.objectives:
