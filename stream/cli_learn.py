@@ -52,7 +52,7 @@ Pretrain = Annotated[str | None, typer.Option(
     '--pretrain', metavar='NAMES', help='First learn from windows without labels: some of masked, next, contrastive.')]
 Fit = Annotated[list[str] | None, typer.Option(
     '--fit', metavar='NAME=VALUE', help='Sizes and the course of training, e.g. --fit hidden=96 --fit layers=3 --fit '
-                                        'epochs=12 --fit backbone.learning_rate=1e-4 --fit pretrain.epochs=5; '
+                                        'epochs=20 --fit backbone.learning_rate=1e-4 --fit pretrain.epochs=5; '
                                         'repeatable; a wrong name lists them all.')]
 ReportFolder = Annotated[Path, typer.Option(
     '--out', metavar='DIR', help='Folder for index.html and figures.json.')]
@@ -250,7 +250,7 @@ def predict(
     from stream.scoring.make import shipped
     settings = effective_settings(config, **parsed(overrides))
     version_dir = version_of(model) if model else shipped(settings.model)
-    if out.is_dir() or out.resolve() in {file.resolve() for file in files}:
+    if out.is_dir() or out.resolve() in {file.resolve() for file in (*files, candidates) if file}:
         raise UsageError(f'{out} is a folder, or one of the files.', 'name another file with --out.')
     if candidates and not items:
         raise UsageError('Candidates were given, but not how many to name.', 'add --items K.')
@@ -318,7 +318,7 @@ def _fitting(fitting: Any, backbone: str, pretrained: str, tuning: str, catalogu
 
 
 def _changed(fitting: Any, how: list[str] | None) -> Any:
-    return _learning('stream.learn.options').changed(fitting, parsed(how, '--fit', 'give e.g. --fit epochs=12.'))
+    return _learning('stream.learn.options').changed(fitting, parsed(how, '--fit', 'give e.g. --fit epochs=20.'))
 
 
 def _given(fitting: Any) -> str:

@@ -140,6 +140,15 @@ def test_candidates_that_cannot_be_taken_are_told(content, arguments, error, say
     assert isinstance(done.exception, error) and says in str(done.exception)
 
 
+def test_the_candidates_are_not_written_over(recording, tmp_path):
+    candidates = tmp_path / 'candidates.txt'
+    candidates.write_text('lamp')
+    done = CliRunner().invoke(app, ['predict', str(recording), '--at', '2025-06-01', '--out', str(candidates),
+                                    '--model', str(SHIPPED), '--items', '3', '--candidates', str(candidates)])
+    assert isinstance(done.exception, UsageError) and 'one of the files' in str(done.exception)
+    assert candidates.read_text() == 'lamp'
+
+
 def test_a_model_without_a_ranking_is_told(recording, tmp_path):
     version_dir = shutil.copytree(SHIPPED.parent, tmp_path / 'shopper') / '1'
     done = CliRunner().invoke(app, ['predict', str(recording), '--at', '2025-06-01', '--out', str(tmp_path / 'p.jsonl'),
