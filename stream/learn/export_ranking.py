@@ -28,13 +28,12 @@ from stream.errors import ModelError
 from stream.learn.dataset import NEXT_DAYS
 from stream.learn.past_items import BUCKETS, OWN_NUMBERS
 from stream.learn.ranker import Recommender
-from stream.learn.served_ranking import CANDIDATES, ranking_dir, score_names, tensor_names
+from stream.learn.served_ranking import CANDIDATES, ROWS_MAX, ranking_dir, score_names, tensor_names
 from stream.scoring.artefact import WEIGHTS, sha256
 from stream.scoring.repository import CONFIG_FILE, RANKING_MANIFEST, Served, Tensor, triton_config
 
 OPSET = 17
 TOLERANCE = 1e-5
-ROWS_MAX = 64           # at once: each row is answered with the chances of all buckets
 _ROWS, _LENGTH, _CANDIDATES = 5, 7, 3
 
 

@@ -13,7 +13,7 @@ from stream.scoring.artefact import WEIGHTS
 from stream.scoring.repository import RANKING_MANIFEST, load_ranking
 
 CANDIDATES = 'candidates'
-_ROWS_MAX = 64
+ROWS_MAX = 64           # at once: each row is answered with the chances of all buckets
 
 
 def ranking_dir(version_dir: Path) -> Path:
@@ -54,8 +54,8 @@ def rankings(graph: Path, history: History, examples: Examples) -> Iterator[dict
     given = {entry.name for entry in session.get_inputs()}
     columns = [column for column in BUCKETS if tensor_names(column)[0] in given]
     names = [name for column in columns for name in score_names(column)]
-    for at in range(0, len(examples), _ROWS_MAX):
-        rows = np.arange(at, min(at + _ROWS_MAX, len(examples)))
+    for at in range(0, len(examples), ROWS_MAX):
+        rows = np.arange(at, min(at + ROWS_MAX, len(examples)))
         feed = {CANDIDATES: np.zeros((len(rows), 1), np.int32)}
         before = {column: past(history, examples, rows, column) for column in columns}
         for column, part in before.items():
