@@ -260,7 +260,7 @@ def predict(
     history = dataset.read(texts.remembered(values) if items else values, settings.event_rules()).before(at_ms)
     lines = 0
     with written(out) as file:
-        for line in predicted(history, at_ms, version_dir, settings.window_limits(), items, texts, ranked):
+        for line in predicted(history, at_ms, version_dir, settings.window_limits(), items, texts, ranked, say):
             file.write(line + b'\n')
             lines += 1
     say(f'{lines:,} users as of {datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d %H:%M} UTC: {out}')
@@ -385,7 +385,9 @@ def _spending(figures: dict[str, Any]) -> Table:
     """Who foretells spend how well."""
     from stream.learn import compare_report as reporting
     table = Table(title='Spend [95 % over users]: rank correlation, and mean error', title_justify='left')
-    for column in ('as of', 'spend…', 'who', 'Spearman', 'mean error', f'over that of {reporting.LEAST_ERROR}'):
+    compared = any(spend['error_ratio'] for cutoff in figures['cutoffs'] for spend in cutoff['spend'])
+    over = [f'over that of {reporting.LEAST_ERROR}'] if compared else []
+    for column in ('as of', 'spend…', 'who', 'Spearman', 'mean error', *over):
         figure = column not in ('as of', 'spend…', 'who')
         table.add_column(column, justify='right' if figure else 'left', no_wrap=figure)
     for cutoff in figures['cutoffs']:
@@ -396,7 +398,7 @@ def _spending(figures: dict[str, Any]) -> Table:
                 ratio = spend['error_ratio'].get(name)
                 table.add_row(*asked, name, _with_range(*reporting.interval(scored['metrics']['spearman'])),
                               _with_range(*(reporting.interval(error, 2) if error else ())),
-                              _with_range(*(reporting.interval(ratio) if ratio else ())))
+                              *([_with_range(*(reporting.interval(ratio) if ratio else ()))] if compared else []))
                 asked = '', ''
             table.add_section()
     return table

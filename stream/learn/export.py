@@ -45,6 +45,7 @@ from stream.scoring.artefact import LAYOUT, MANIFEST, WEIGHTS, Manifest, Precisi
 from stream.scoring.repository import (
     CONFIG_FILE,
     LABELS_FILE,
+    RANKING_MANIFEST,
     WARMUP_FOLDER,
     Served,
     Tensor,
@@ -116,6 +117,13 @@ def export(checkpoint: Path, repository: Path, name: str = NAME, version: int = 
 def _refuse_another(model_dir: Path, version: int, precision: Precision) -> None:
     """Errors: UsageError where what is there already would lose its configuration and card, or would be another model
     under the same version."""
+    version_dir = model_dir / str(version)
+    if (version_dir / RANKING_MANIFEST).is_file():
+        raise UsageError(f'{version_dir} is the ranking of another model.',
+                         do='give this one a name of its own (--name).')
+    if (ranking_dir(version_dir) / MANIFEST).is_file():
+        raise UsageError(f'{ranking_dir(version_dir)}, where the ranking would lie, is a model of scores.',
+                         do='give this one a name of its own (--name).')
     for manifest in sorted(model_dir.glob(f'*/{MANIFEST}')):
         if manifest.parent.name != str(version):
             raise UsageError(

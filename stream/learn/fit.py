@@ -141,7 +141,7 @@ def fit(history: History, users: Iterable[int], known_until_ms: int, options: Fi
 
     journal     where states to go on from, and curves, are kept
     after_pass  is told the number of each pass and its validation loss; what it raises ends the training
-    ranked      whether what is bought next is learnt too, which costs up to a quarter more
+    ranked      whether what is bought next is learnt too, which takes some seconds more
     Errors   UsageError where the events hold nothing to learn from.
     Promise  on one machine the same options give the same weights, cut off and gone on (journal) or not.
     """
@@ -225,6 +225,7 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
 
     taught = mean_logits([window_logits(teacher.to(where), data, np.arange(len(data))) for teacher in teachers]
                          ) if teachers else None
+    teachers.clear()        # a GPU's memory is for the pupil
 
     with torch.no_grad():
         model.head.bias.copy_(model.counters.head.bias)     # the first step already tells the base rates

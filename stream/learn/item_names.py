@@ -4,7 +4,7 @@
 
 Needs no torch.
 """
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from stream.learn.past_items import BUCKETS, Named
 
 _PURCHASE = int(EventType.PURCHASE)
 _HASH = {'item': hash32, 'category': hash16}    # as events have them
-_UNKNOWN_TOLD = 5
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,10 @@ class Names:
     """What a bucket stands for in a recording, beside the user's own: what most people bought, else dealt with.
 
     candidates   ids of which alone one is named, the user's own among them; None: whatever the recording names
-    Errors       UsageError for a candidate that no event of these users names.
+    unknown      those of them that no event of these users names: of them nothing can be said
+    Errors       UsageError where all candidates are unknown.
+
+    Candidates that nobody can tell apart, since they share a bucket, have the same chance each: that of the bucket.
     """
 
     def __init__(self, history: History, users: Iterable[int], column: str,
@@ -48,7 +50,15 @@ class Names:
         hashes = np.array(sorted(weight, key=lambda hashed: (weight[hashed], hashed)), np.int64)
         common = np.zeros(BUCKETS[column], np.int64)
         common[buckets(hashes, BUCKETS[column])] = hashes       # the last one assigned weighs most
-        self._candidates = None if candidates is None else _hashes_of(candidates, column, weight)
+        self.unknown: list[str] = []
+        self._candidates = None
+        if candidates is not None:
+            hashed = {name: _HASH[column](name) for name in candidates}
+            self.unknown = [name for name, value in hashed.items() if value not in weight]
+            if len(self.unknown) == len(hashed):
+                raise UsageError(f'No event before that time names any of the {len(hashed):,} candidates.',
+                                 'name ids as the events have them, or give a recording that holds them.')
+            self._candidates = np.array([value for value in hashed.values() if value in weight], np.int64)
         self._named = common[common > 0] if self._candidates is None else self._candidates
 
     def best(self, ranked: Ranked, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -76,15 +86,6 @@ def read_candidates(path: Path) -> list[str]:
     if not found:
         raise UsageError(f'{path} names no item.', 'write one item id a line.')
     return found
-
-
-def _hashes_of(ids: Sequence[str], column: str, known: Container[int]) -> np.ndarray:
-    hashed = {name: _HASH[column](name) for name in ids}
-    if unknown := [name for name, value in hashed.items() if value not in known]:
-        some = ', '.join(unknown[:_UNKNOWN_TOLD]) + (', ...' if len(unknown) > _UNKNOWN_TOLD else '')
-        raise UsageError(f'{len(unknown):,} of {len(ids):,} candidates are in no event before that time: {some}.',
-                         'name ids as the events have them, or give a recording that holds them.')
-    return np.array(list(hashed.values()), np.int64)
 
 
 class _Named(msgspec.Struct):

@@ -3,7 +3,7 @@
 The same path as the worker's: events before the time are folded by the core, features made of the windows, the exported
 graph run. No torch, and nothing at or after the time is looked at.
 """
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
 from pathlib import Path
 
@@ -19,17 +19,21 @@ from stream.scoring.artefact import load_artefact
 
 CHURN_DAYS = (30, 90)
 PURCHASE_DAYS = (1, 7, 30, 90)
+_TOLD = 5       # unknown candidates by name
 
 
 def predict(history: History, at_ms: int, version_dir: Path, limits: WindowLimits, items: int = 0,
-            texts: Texts | None = None, candidates: Sequence[str] | None = None) -> Iterator[bytes]:
+            texts: Texts | None = None, candidates: Sequence[str] | None = None,
+            say: Callable[[str], None] = lambda words: None) -> Iterator[bytes]:
     """JSON lines in the order of the user ids; what the model does not tell is null.
 
     items       so many of the items, and of the categories, that are bought next are named; `texts` knows their names
     candidates  ids of the items that are ranked; None: all that the recording names
-    Errors   UsageError where nobody was seen before, or no event names a candidate; ModelError where the model is not
+    say         is told how many of the candidates no event names
+    Errors   UsageError where nobody was seen before, or no event names any candidate; ModelError where the model is not
              what its manifest says, lacks a horizon, or does not rank what it should.
     """
+    history = history.before(at_ms)
     artefact = load_artefact(version_dir)
     manifest = artefact.manifest
     if missing := set(PURCHASE_DAYS) - set(manifest.horizon_days):
@@ -44,7 +48,7 @@ def predict(history: History, at_ms: int, version_dir: Path, limits: WindowLimit
     spend = answers['expected_spend'][:, 0].astype(float)
     typical = answers['typical_spend'][:, 0].astype(float) if 'typical_spend' in answers else None
     money = manifest.priced and history.priced
-    ranked = _ranked(history, people, version_dir, items, texts, candidates) if items and texts else repeat({})
+    ranked = _ranked(history, people, version_dir, items, texts, candidates, say) if items and texts else repeat({})
     for row, (user, active, following) in enumerate(zip(people.user.tolist(), people.active.tolist(), ranked,
                                                         strict=False)):
         line = {'user_id': history.user_ids[user], 'as_of_ms': at_ms, 'active': active}
@@ -57,7 +61,7 @@ def predict(history: History, at_ms: int, version_dir: Path, limits: WindowLimit
 
 
 def _ranked(history: History, people: Examples, version_dir: Path, count: int, texts: Texts,
-            candidates: Sequence[str] | None) -> Iterator[dict]:
+            candidates: Sequence[str] | None, say: Callable[[str], None]) -> Iterator[dict]:
     """Of each row `next_items` and `next_categories`, best first, as far as the model ranks them."""
     names: dict[str, Names] = {}
     everybody = range(len(history.user_ids))
@@ -69,6 +73,10 @@ def _ranked(history: History, people: Examples, version_dir: Path, count: int, t
             if column in chances:
                 if column not in names:
                     names[column] = Names(history, everybody, column, candidates if column == 'item' else None)
+                    if unknown := names[column].unknown:
+                        some = ', '.join(unknown[:_TOLD]) + (', ...' if len(unknown) > _TOLD else '')
+                        say(f'warning: {len(unknown):,} of {len(candidates or ()):,} candidates are in no event before '
+                            f'that time and are left out: {some}')
                 best, chance = names[column].best(chances[column], count)
                 found[key] = [{'id': text, 'chance': _rounded(share)}
                               for text, share in zip(texts.of(column, best), chance, strict=True)]

@@ -206,6 +206,17 @@ def test_what_a_version_needs_is_not_replaced_by_another_version(checkpoint, ver
     assert {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()} == before
 
 
+def test_a_model_and_a_ranking_do_not_replace_one_another(checkpoint, version_dir, tmp_path):
+    repository = tmp_path / 'models'
+    shutil.copytree(version_dir.parents[1], repository)
+    with pytest.raises(UsageError, match=r'ranking of another model.*--name'):
+        export(checkpoint, repository, name='shopper_next')
+    shutil.copytree(repository / 'shopper', repository / 'a_next')
+    with pytest.raises(UsageError, match=r'is a model of scores.*--name'):
+        export(checkpoint, repository, name='a')
+    assert not (repository / 'a').exists()
+
+
 def test_of_a_model_without_a_ranking_an_earlier_one_goes(checkpoint, tmp_path):
     version_dir = export(checkpoint, tmp_path / 'models')
     assert ranking_dir(version_dir).is_dir()

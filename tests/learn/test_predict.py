@@ -118,11 +118,16 @@ def test_what_train_writes_is_what_predict_takes(recording, tmp_path):
             assert part['chance'] == pytest.approx(chances.get(part['id'], part['chance']), abs=2e-6)
         assert sum(part['id'] in chances for part in line['next_items']) > 0.9 * len(ids)
         assert line['next_categories'] == full['next_categories']
+    # Those that no event names are left out, and told; where that leaves none nothing is written.
+    arguments = ['predict', str(recording), '--at', '2025-06-01', '--model', str(out), '--candidates', str(candidates)]
     candidates.write_text('\n'.join([*ids, 'nowhere', 'neither']))
-    done = CliRunner().invoke(app, ['predict', str(recording), '--at', '2025-06-01', '--out', str(tmp_path / 'd.jsonl'),
-                                    '--model', str(out), '--items', '3', '--candidates', str(candidates)])
-    assert isinstance(done.exception, UsageError) and f'2 of {len(ids) + 2:,} candidates' in str(done.exception)
-    assert 'nowhere, neither' in str(done.exception) and not (tmp_path / 'd.jsonl').exists()
+    done = CliRunner().invoke(app, [*arguments, '--out', str(tmp_path / 'd.jsonl'), '--items', '100000'])
+    assert f'2 of {len(ids) + 2:,} candidates' in done.output and 'nowhere, neither' in done.output
+    assert (tmp_path / 'd.jsonl').read_bytes() == (tmp_path / 'c.jsonl').read_bytes()
+    candidates.write_text('nowhere')
+    done = CliRunner().invoke(app, [*arguments, '--out', str(tmp_path / 'e.jsonl'), '--items', '3'])
+    assert isinstance(done.exception, UsageError) and 'any of the 1 candidates' in str(done.exception)
+    assert not (tmp_path / 'e.jsonl').exists()
 
 
 @pytest.mark.parametrize(('content', 'arguments', 'error', 'says'), [

@@ -11,6 +11,7 @@ from stream.core.features import LENGTHS, Snapshots, batches, features
 from stream.core.scores import collect
 from stream.core.user import User, fold, pack_header
 from stream.core.window import WindowLimits
+from stream.learn.served_ranking import verified
 from stream.scoring.artefact import load_artefact
 from stream.scoring.embedded import EmbeddedScorer
 
@@ -27,6 +28,10 @@ def test_the_folder_is_what_its_manifest_says():
     assert len(artefact.manifest.tier_edges) == 4
     assert f'`{artefact.info.sha256}`' in (SHOPPER / 'README.md').read_text()
     assert f'`{artefact.manifest.command}`' in (SHOPPER / 'README.md').read_text()
+
+
+def test_its_ranking_is_of_this_version():
+    assert verified(SHOPPER / '1').parent.parent.name == 'shopper_next'
 
 
 def test_small_enough_for_a_repository():

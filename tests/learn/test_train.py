@@ -161,8 +161,8 @@ def asked(monkeypatch, tmp_path):
     return ask
 
 
-def test_the_shipped_model_is_what_make_train_makes(asked, monkeypatch):
-    """By its own card's command, which may say in words what is the default."""
+def test_make_train_asks_for_what_the_shipped_card_says(asked, monkeypatch):
+    """Its command may say in words what is the default."""
     monkeypatch.setattr('stream.learn.train.simulate', lambda shop: SimpleNamespace(lines=lambda: iter(())))
     root = Path(__file__).parents[2]
     shipped = json.loads((root / 'triton_models/shopper/1/manifest.json').read_bytes())['command']
