@@ -56,7 +56,7 @@ differs from torch by at most {difference:.0e} on windows of the test split.{_pr
 - `warmup`: a window of each length from the test split, which Triton runs before it says that the model is ready.
 {_ranking(kept, name)}- Licence: Apache-2.0{_licence(config)}.
 - Made by: `{config['command']}`, then `{_exported(name, version, precision)}` (seed {config['seed']}, \
-{metrics['seconds']:,} s on one CPU core).
+{metrics['seconds']:,} s on {metrics.get('device', 'one CPU core')}).
 
 ## Data
 

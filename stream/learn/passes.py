@@ -99,6 +99,11 @@ def device() -> torch.device:
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 
+def device_name() -> str:
+    """Where that is, in words."""
+    return torch.cuda.get_device_name() if device().type == 'cuda' else 'one CPU core'
+
+
 def mixed_precision(where: torch.device) -> AbstractContextManager:
     """In which a model runs forwards. A CPU, or a GPU without bfloat16, stays at single precision."""
     if where.type == 'cuda' and torch.cuda.is_bf16_supported():

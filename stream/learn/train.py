@@ -30,6 +30,7 @@ from stream.learn.evaluate import evaluate, evaluate_ranking
 from stream.learn.export import write_graph
 from stream.learn.fit import FitOptions, Fitted, check, fit, rows_max
 from stream.learn.journal import Journal
+from stream.learn.passes import device_name
 from stream.learn.posterior import posteriors
 from stream.learn.search import search
 from stream.learn.served import score
@@ -163,6 +164,7 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
 
     found = {'test': figures, 'ranking': ranking, 'ceiling': ceiling, 'trials': trials,
              'pretraining': fitted.pretraining, 'epochs': fitted.epochs, 'best_epoch': fitted.best_epoch,
+             'device': device_name(),
              'seconds': round(time.monotonic() - began)}
     config = _config(replace(options, fit=fitting), history, fitted, names, known_until_ms, cut_ms, counts)
     save(Checkpoint(fitted.model, config, found, some_windows(test),
