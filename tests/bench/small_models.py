@@ -234,7 +234,7 @@ if __name__ == '__main__':
     made = parser(__doc__)
     made.add_argument('--shoppers', type=int, default=1_500)
     made.add_argument('--days', type=int, default=365)
-    made.add_argument('--epochs', type=int, default=8)
+    made.add_argument('--epochs', type=int, default=12)
     made.add_argument('--rows', type=int, default=6_000, help='moments of each pass')
     made.add_argument('--seed', type=int, default=11)
     made.add_argument('--runs', type=int, default=7)
