@@ -15,7 +15,7 @@ from stream.scoring.artefact import Precision
 
 NAME = 'shopper'        # of a model that is given none
 _REFUND = (f'| `refund` | the risk head: probability of a refund or a cancelled order within {REFUND_DAYS} days; a '
-           'hint for service, never for a credit decision |\n')
+           'hint for service, never for a credit decision; not judged below |\n')
 _NEXT = '### What is bought next\n\n'
 _COLUMNS = {'item': 'items', 'category': 'categories'}
 
@@ -28,6 +28,7 @@ def card(kept: Checkpoint, name: str, version: int, difference: float, graph: by
     data, test, edges = config['data'], metrics['test'], config['tiers']['edges']
     best = metrics['epochs'][metrics['best_epoch'] - 1]
     parameters = sum(parameter.numel() for parameter in kept.model.parameters())
+    unit = config['currency'] if config['priced'] else 'counted in lines, as no purchase had a price'
     bounds = ['nothing', *(f'{low:.2f} to {high:.2f}' for low, high in zip([0, *edges], edges, strict=False)),
               f'{edges[-1] if edges else 0:.2f} and more']
     return f'''# {name}, version {version}
@@ -37,9 +38,9 @@ Scores a shopper by the newest events and lifetime counters: will this person bu
 | output | meaning |
 |---|---|
 | `purchase_intent` | probability of a purchase within {HORIZON_DAYS[INTENT]} days |
-| `tier_probabilities` | tier of spend (purchases less refunds) in the next {SPEND_DAYS} days, {config['currency']}: \
+| `tier_probabilities` | tier of spend (purchases less refunds) in the next {SPEND_DAYS} days, {unit}: \
 {'; '.join(f'{tier} = {bound}' for tier, bound in zip(config['tiers']['names'], bounds, strict=True))} |
-| `expected_spend` | spend in the next {SPEND_DAYS} days, {config['currency']} |
+| `expected_spend` | spend in the next {SPEND_DAYS} days, {unit} |
 | `churn` | probability of no purchase within {HORIZON_DAYS[CHURN]} days |
 | `row_id_out` | the row id that came in |
 | `purchase` | probabilities of a purchase within {', '.join(map(str, HORIZON_DAYS))} days |
@@ -60,7 +61,7 @@ differs from torch by at most {difference:.0e} on windows of the test split.{_pr
 
 ## Data
 
-{config['source'][0].upper()}{config['source'][1:]}: {data['events']:,} events of {data['users']:,} users, \
+{config['source']}: {data['events']:,} events of {data['users']:,} users, \
 {_day(data['start_ms'])} to {_day(data['known_until_ms'])}, {data['refused']:,} records refused.
 Examples are daily cut-offs, at which everybody is asked, and moments at which the worker scores: after events and at
 silence timers. Whether a moment is taken does not depend on what comes after it. What is known is folded by the
@@ -89,7 +90,7 @@ for everybody. Active: bought within the 90 days before.
 
 {_comparison(test)}
 Where it does not beat a baseline: {_defeats(test)}
-
+{_unjudged(test)}
 Shares in the test split: {'; '.join(f'{task} {rate:.1%}' for task, rate in test['base_rates'].items())}.
 {_ceiling(metrics['ceiling'])}
 ### Calibration
@@ -124,8 +125,9 @@ def _backbone(kept: Checkpoint) -> str:
     told = describe(kept.model.backbone)
     learning = kept.config['learning']['backbone']
     if told.encoder:
-        text = (f'backbone `events`, an encoder on event tokens ({told.encoder.layers} layers, {told.encoder.hidden} '
-                f'units, {_heads(kept.model)}, causal, a query last)')
+        text = (f'backbone `events`, an encoder on event tokens ({told.encoder.layers} '
+                f'layer{"s" * (told.encoder.layers > 1)}, {told.encoder.hidden} units, '
+                f'{_heads(kept.model)}, causal, a query last)')
     else:
         text = (f'backbone `{told.name}` from `{learning["source"]}`, tuning `{learning["tuning"]}`, on the window '
                 f'written as text ({kept.model.backbone.width} units, at most {told.tokens_max} tokens)')
@@ -228,7 +230,7 @@ def _ceiling(ceiling: dict) -> str:
     if not ceiling:
         return ''
     lines = ['\n### The ceiling\n', "AUC on some of the test's moments. The posterior is the simulator's own law, "
-             'given the observed events: nobody can know more.\n',
+             'given the observed events: nobody can know more; above it is luck with few moments.\n',
              '| | moments | recency rule | model | posterior | way from the rule to the posterior |', '|---' * 6 + '|']
     lines += [f'| {task} | {row["moments"]:,} | {row["recency rule"]:.3f} | {row["model"]:.3f} | '
               f'{row["posterior"]:.3f} | {row["share"]:.0%} |' for task, row in ceiling.items()]
@@ -289,9 +291,23 @@ def _defeats(test: dict) -> str:
     return '; '.join(found) + '.' if found else 'nowhere.'
 
 
+def _unjudged(test: dict) -> str:
+    """What the model tells of purchases and spend, and nothing above says how well."""
+    asked = [f'purchase within {days} d' for days in HORIZON_DAYS] + [
+        f'churn within {days} d, active' for days in (HORIZON_DAYS[CHURN], SPEND_DAYS)] + [
+        f'{what} in {SPEND_DAYS} d' for what in ('tier of spend', 'spend', 'typical spend')]
+    missing = [task for task in asked if task not in test['tasks']]
+    if not missing:
+        return ''
+    return ('\nNot judged, because the test has too few settled labels of it, so trust it less: '
+            f'{"; ".join(missing)}.\n')
+
+
 def _calibration(test: dict) -> str:
     lines = ['| | ' + ' | '.join(str(place + 1) for place in range(10)) + ' |', '|---' * 11 + '|']
     for task, bins in test['calibration'].items():
+        if not bins:
+            continue
         for what in ('score', 'rate'):
             lines.append(f'| {task} {what} | ' + ' | '.join(f'{row[what]:.3f}' for row in bins) + ' |')
     return '\n'.join(lines) + '\n'

@@ -145,6 +145,21 @@ def test_windows_of_one_length_are_padded_to_the_others(checkpoint, version_dir)
     assert parity(dataclasses.replace(kept, windows={8: kept.windows[8]}), version_dir / 'model.onnx') <= 1e-5
 
 
+def test_the_card_tells_what_was_not_judged_and_what_has_no_price(checkpoint, tmp_path):
+    copy = shutil.copytree(checkpoint, tmp_path / 'checkpoint')
+    metrics, config = (json.loads((copy / name).read_bytes()) for name in ('metrics.json', 'config.json'))
+    del metrics['test']['tasks']['purchase within 7 d']
+    metrics['test']['calibration']['purchase within 7 d'] = []
+    (copy / 'metrics.json').write_text(json.dumps(metrics))
+    (copy / 'config.json').write_text(json.dumps(config | {'priced': False, 'source': 't.csv'}))
+    card = (export(copy, tmp_path / 'repository').parent / 'README.md').read_text()
+    assert 'in the next 90 days, counted in lines, as no purchase had a price' in card and '90 days, EUR' not in card
+    unjudged = card.split('so trust it less: ')[1].splitlines()[0].rstrip('.').split('; ')
+    assert 'purchase within 7 d' in unjudged and not set(unjudged) & set(metrics['test']['tasks'])
+    assert '| purchase within 7 d score |' not in card
+    assert '\nt.csv: ' in card
+
+
 def test_a_metric_that_cannot_be_computed_leaves_its_cell_empty(checkpoint, tmp_path):
     copy = shutil.copytree(checkpoint, tmp_path / 'checkpoint')
     metrics = json.loads((copy / 'metrics.json').read_bytes())
