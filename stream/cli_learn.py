@@ -57,7 +57,8 @@ Fit = Annotated[list[str] | None, typer.Option(
 ReportFolder = Annotated[Path, typer.Option(
     '--out', metavar='DIR', help='Folder for index.html and figures.json.')]
 ModelFolder = Annotated[Path | None, typer.Option(
-    '--model', metavar='DIR', help='What `stream train` wrote, or a model version; default: setting `model`.')]
+    '--model', metavar='DIR', help='What `stream train` wrote, or a model that `stream export` wrote; default: setting '
+                                    '`model`.')]
 Seed = Annotated[int, typer.Option(help='The same seed gives the same bytes.')]
 TIME = 'a day, its beginning in UTC, as 2014-07-16, or a time as 2014-07-16T12:00:00Z'
 MODEL_REPOSITORY = 'triton_models'      # inside the folder that `stream train` writes
@@ -213,11 +214,10 @@ def evaluate(
     times_ms = _times_ms(at)
     from stream.learn import backtest, backtest_report, dataset
     from stream.learn.questions import default_cutoffs
-    from stream.scoring.make import mismatches, shipped
+    from stream.scoring.make import shipped
     version_dir = version_of(model) if model else shipped(settings.model)
     currency = amounts_in(format_name, settings)
-    warnings = [f'{line[0].upper()}{line[1:]}: do not trust its scores.' for line in mismatches(
-        load_artefact(version_dir).manifest, settings.model_copy(update={'currency': currency}))]
+    warnings = _mistrust(version_dir, settings, currency)
     history = dataset.read(recorded(files, format_name, settings), settings.event_rules())
     options = backtest.BacktestOptions(seed=seed, threshold=threshold, limits=settings.window_limits())
     figures = {'about': {'sources': [file.name for file in files], 'format': format_name, 'currency': currency,
@@ -264,6 +264,15 @@ def predict(
             file.write(line + b'\n')
             lines += 1
     say(f'{lines:,} users as of {datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d %H:%M} UTC: {out}')
+    for line in _mistrust(version_dir, settings, amounts_in(format_name, settings)):
+        say(f'warning: {line}')
+
+
+def _mistrust(version_dir: Path, settings: Settings, currency: str) -> list[str]:
+    """Where these events are not of the kind that the model has learned from."""
+    from stream.scoring.make import mismatches
+    return [f'{line[0].upper()}{line[1:]}: do not trust its scores.' for line in mismatches(
+        load_artefact(version_dir).manifest, settings.model_copy(update={'currency': currency}))]
 
 
 def _with_range(value: str = '', bounds: str = '') -> str:
@@ -287,10 +296,10 @@ def version_of(folder: Path) -> Path:
     """The model version that a folder is, or holds. Errors: UsageError where it holds none."""
     if (folder / MANIFEST).is_file():
         return folder
-    found = sorted(folder.glob(f'{MODEL_REPOSITORY}/*/*/{MANIFEST}'))
+    found = [*folder.glob(f'*/{MANIFEST}'), *folder.glob(f'{MODEL_REPOSITORY}/*/*/{MANIFEST}')]
     if len(found) != 1:
-        raise UsageError(f'{folder} is no model version, and {len(found) or "none"} is in it.',
-                         'name what `stream train --out` wrote, or <repository>/<name>/<version>.')
+        raise UsageError(f'{folder} is no model version, and holds {f"{len(found)}, not one" if found else "none"}.',
+                         'name what `stream train --out` wrote, or <repository>/<name>, or its version.')
     return found[0].parent
 
 
@@ -338,7 +347,8 @@ def _learning(module: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise UsageError(f'Training needs {error.name}, which is not installed.',
-                         "install it: pip install -e '.[train]' (or `make train`).") from error
+                         "install it, in the project's folder: .venv/bin/uv pip install -c deploy/constraints.txt "
+                         "-e '.[train]'.") from error
 
 
 def _refuse_a_file(out: Path) -> None:

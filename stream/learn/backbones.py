@@ -107,10 +107,11 @@ def check(options: BackboneOptions, encoder: EncoderOptions) -> None:
     if options.name != 'events' and options.name not in TEXT_BACKBONES:
         raise UsageError(f'There is no backbone {options.name!r}.', do=f'use events, {", ".join(TEXT_BACKBONES)}.')
     if options.name != 'events' and not options.source:
-        raise UsageError(f'The backbone {options.name} is pretrained.', do='name its folder, or its id on the hub.')
+        raise UsageError(f'The backbone {options.name} is pretrained.',
+                         do='name its folder, or its id on the hub, with --pretrained.')
     if options.name == 'events' and (options.source or options.tuning != 'full'):
         raise UsageError('The backbone of events is not pretrained: there is nothing to load or to keep.',
-                         do='leave source and tuning out, or use a backbone that reads text.')
+                         do='leave --pretrained and --tuning out, or use a --backbone that reads text.')
     if options.name == 'events' and encoder.hidden % encoder.heads:
         raise UsageError(f'{encoder.heads} attention heads cannot share {encoder.hidden} hidden units evenly.',
                          do=f'choose a multiple of {encoder.heads}.')

@@ -156,13 +156,17 @@ def read(values: Iterable[bytes], rules: EventRules) -> History:
         else:
             event.event_id = ''     # its key is what counts; millions of ids would fill the memory
             by_user.setdefault(event.user_id, []).append(event)
+    if not by_user and refused:
+        raise UsageError(f'There is not one valid event: {refused:,} records were refused.',
+                         do='check --format; `stream replay` writes why each one is refused.')
     return history_of(by_user, refused)
 
 
 def history_of(by_user: dict[str, list[Event]], refused: int = 0) -> History:
     """A history of decoded events. Errors: UsageError where there is none."""
     if not by_user:
-        raise UsageError('There is not one valid event to learn from.', do='check the files, their format, and times.')
+        raise UsageError('There is not one valid event, or none before that time.',
+                         do='check the files, their format, and times.')
     times = [event.ts_ms for events in by_user.values() for event in events]
     priced = any(event.amount > 0 for events in by_user.values() for event in events
                  if event.type == EventType.PURCHASE)

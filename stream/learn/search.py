@@ -139,4 +139,5 @@ def _optuna() -> Any:
         return importlib.import_module('optuna')
     except ModuleNotFoundError as error:
         raise UsageError('Searching for sizes and rates needs optuna, which is not installed.',
-                         do="install it: pip install -e '.[train]'.") from error
+                         do="install it, in the project's folder: .venv/bin/uv pip install -c deploy/constraints.txt "
+                            "-e '.[train]'.") from error

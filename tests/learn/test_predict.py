@@ -80,7 +80,20 @@ def test_what_is_no_time_is_told(text):
 def test_a_folder_without_a_model_is_told(tmp_path):
     with pytest.raises(UsageError, match='stream train'):
         version_of(tmp_path)
-    assert version_of(SHIPPED) == SHIPPED
+    assert version_of(SHIPPED) == version_of(SHIPPED.parent) == SHIPPED
+
+
+def test_a_model_of_other_amounts_is_told(recording, tmp_path):
+    done = CliRunner().invoke(app, ['predict', str(recording), '--at', '2025-06-01', '--out', str(tmp_path / 'p.jsonl'),
+                                    '--set', 'currency=USD'])
+    assert 'warning: The model was trained on amounts in EUR, these are in USD: do not trust its scores' in done.output
+
+
+def test_files_of_another_format_are_told(tmp_path):
+    (tmp_path / 'orders.csv').write_text('customer,item\n1,2\n')
+    done = CliRunner().invoke(app, ['predict', str(tmp_path / 'orders.csv'), '--at', '2025-06-01'])
+    assert isinstance(done.exception, UsageError)
+    assert '2 records were refused. Do: check --format' in str(done.exception)
 
 
 def test_what_train_writes_is_what_predict_takes(recording, tmp_path):
