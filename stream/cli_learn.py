@@ -28,6 +28,7 @@ from stream.cli_shared import (
 )
 from stream.config import Settings
 from stream.core.events import parse_rfc3339_ms
+from stream.core.window import DAY_MS
 from stream.errors import UsageError
 from stream.scoring.artefact import MANIFEST, load_artefact
 
@@ -60,6 +61,7 @@ ModelFolder = Annotated[Path | None, typer.Option(
     '--model', metavar='DIR', help='What `stream train` wrote, or a model that `stream export` wrote; default: setting '
                                     '`model`.')]
 Seed = Annotated[int, typer.Option(help='The same seed gives the same bytes.')]
+STALE_DAYS = 7      # as of a time so long after the newest event somebody has mistaken the time, or the file
 TIME = 'a day, its beginning in UTC, as 2014-07-16, or a time as 2014-07-16T12:00:00Z'
 MODEL_REPOSITORY = 'triton_models'      # inside the folder that `stream train` writes
 
@@ -126,7 +128,7 @@ def train(
         resume=resume, curves=tensorboard, fit=_changed(fitting, how))
     learning.train(options, out, Console(stderr=True, soft_wrap=True))
     version_dir = _learning('stream.learn.export').export(out, out / MODEL_REPOSITORY)
-    say(f'model: {version_dir}. Next: stream predict FILE --at TIME --model {out}, or stream export {out}')
+    say(f'model: {version_dir}. Next: stream predict FILE --at TIME --model {out}, or stream export {out} --name NAME')
 
 
 @app.command()
@@ -264,6 +266,8 @@ def predict(
             file.write(line + b'\n')
             lines += 1
     say(f'{lines:,} users as of {datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d %H:%M} UTC: {out}')
+    if (days := (at_ms - history.end_ms) // DAY_MS) > STALE_DAYS:
+        say(f'warning: the newest event before that time is {days:,} days older: what came since is not known.')
     for line in _mistrust(version_dir, settings, amounts_in(format_name, settings)):
         say(f'warning: {line}')
 

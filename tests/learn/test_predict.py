@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,16 @@ def test_what_train_writes_is_what_predict_takes(recording, tmp_path):
     done = CliRunner().invoke(app, [*arguments, '--out', str(tmp_path / 'e.jsonl'), '--items', '3'])
     assert isinstance(done.exception, UsageError) and 'any of the 1 candidates' in str(done.exception)
     assert not (tmp_path / 'e.jsonl').exists()
+
+
+def test_a_time_long_after_the_newest_event_is_told(recording, tmp_path):
+    newest_ms = max(json.loads(line)['ts'] for line in recording.read_bytes().splitlines())
+    for days, told in ((6, False), (60, True)):
+        at = datetime.fromtimestamp(newest_ms / 1000 + days * 86_400, UTC).strftime('%Y-%m-%dT%H:%M:%SZ')
+        done = CliRunner().invoke(app, ['predict', str(recording), '--at', at, '--out', str(tmp_path / 'p.jsonl'),
+                                        '--model', str(SHIPPED)])
+        assert done.exit_code == 0 and (f'is {days - 1} days older' in done.output or
+                                        f'is {days} days older' in done.output) == told
 
 
 @pytest.mark.parametrize(('content', 'arguments', 'error', 'says'), [
