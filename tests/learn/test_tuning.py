@@ -113,7 +113,7 @@ def test_merging_leaves_the_model_and_its_scores(name, folders):
             got = merged(model).backbone(*parts)
             plain = load_text_backbone(name, folders[name], {})[0].eval()(*parts)
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
-        assert (plain - wanted).abs().max() > 1e-3
+        assert (plain - wanted).abs().max() > 1e-4      # ten times what is allowed above
         assert all(torch.equal(tensor, before[weight]) for weight, tensor in weights(backbone).items())
 
 
