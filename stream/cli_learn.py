@@ -28,8 +28,7 @@ from stream.cli_shared import (
 )
 from stream.config import Settings
 from stream.core.events import parse_rfc3339_ms
-from stream.core.window import DAY_MS
-from stream.errors import UsageError
+from stream.errors import INSTALL_TRAINING, UsageError
 from stream.scoring.artefact import MANIFEST, load_artefact
 
 app = typer.Typer()
@@ -61,7 +60,6 @@ ModelFolder = Annotated[Path | None, typer.Option(
     '--model', metavar='DIR', help='What `stream train` wrote, or a model that `stream export` wrote; default: setting '
                                     '`model`.')]
 Seed = Annotated[int, typer.Option(help='The same seed gives the same bytes.')]
-STALE_DAYS = 7      # as of a time so long after the newest event somebody has mistaken the time, or the file
 TIME = 'a day, its beginning in UTC, as 2014-07-16, or a time as 2014-07-16T12:00:00Z'
 MODEL_REPOSITORY = 'triton_models'      # inside the folder that `stream train` writes
 
@@ -259,15 +257,13 @@ def predict(
     ranked = read_candidates(candidates) if candidates else None
     at_ms = time_ms(at)
     texts, values = Texts(), recorded(files, format_name, settings)
-    history = dataset.read(texts.remembered(values) if items else values, settings.event_rules()).before(at_ms)
+    history = dataset.read(texts.remembered(values) if items else values, settings.event_rules())
     lines = 0
     with written(out) as file:
         for line in predicted(history, at_ms, version_dir, settings.window_limits(), items, texts, ranked, say):
             file.write(line + b'\n')
             lines += 1
     say(f'{lines:,} users as of {datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d %H:%M} UTC: {out}')
-    if (days := (at_ms - history.end_ms) // DAY_MS) > STALE_DAYS:
-        say(f'warning: the newest event before that time is {days:,} days older: what came since is not known.')
     for line in _mistrust(version_dir, settings, amounts_in(format_name, settings)):
         say(f'warning: {line}')
 
@@ -351,8 +347,7 @@ def _learning(module: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise UsageError(f'Training needs {error.name}, which is not installed.',
-                         "install it, in the project's folder: .venv/bin/uv pip install -c deploy/constraints.txt "
-                         "-e '.[train]'.") from error
+                         INSTALL_TRAINING) from error
 
 
 def _refuse_a_file(out: Path) -> None:

@@ -1,5 +1,8 @@
 """Errors split by whose fault they are. Every message ends with what to do."""
 
+INSTALL_TRAINING = ("install it, in the project's folder: .venv/bin/uv pip install -c deploy/constraints.txt "
+                    "-e '.[train]'.")
+
 
 class StreamError(Exception):
     """An error that an operator can act on.

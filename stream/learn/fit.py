@@ -42,7 +42,7 @@ from stream.learn.dataset import (
     tier_of,
 )
 from stream.learn.distil import DistilOptions, expected_losses, mean_logits, teacher_options
-from stream.learn.journal import Journal
+from stream.learn.journal import NO_JOURNAL, Journal
 from stream.learn.model import ShopperModel, losses, mu_and_sigma
 from stream.learn.passes import Course, Rated, device, improve, mixed_precision, reproducible, shuffled
 from stream.learn.pretrain import PretrainOptions, pretrain, reads_text, start_from
@@ -55,7 +55,6 @@ TEXT_ROWS_MAX = 16      # a text has several times as many tokens as a window ha
 YEAR = ('year_sin', 'year_cos')
 YEARS_MIN = 2
 _SOON = HORIZON_DAYS.index(30)
-_NO_JOURNAL = Journal()
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ class Fitted:
 
 
 def fit(history: History, users: Iterable[int], known_until_ms: int, options: FitOptions, limits: WindowLimits,
-        console: Console, journal: Journal = _NO_JOURNAL,
+        console: Console, journal: Journal = NO_JOURNAL,
         after_pass: Callable[[int, float], None] | None = None, ranked: bool = True) -> Fitted:
     """Train on these users with labels that are settled before `known_until_ms`.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import orjson
 
-from stream.core.window import WindowLimits
+from stream.core.window import DAY_MS, WindowLimits
 from stream.errors import ModelError
 from stream.learn.dataset import Examples, History, at_time
 from stream.learn.item_names import Names, Texts
@@ -19,6 +19,7 @@ from stream.scoring.artefact import load_artefact
 
 CHURN_DAYS = (30, 90)
 PURCHASE_DAYS = (1, 7, 30, 90)
+STALE_DAYS = 7  # as of a time so long after the newest event somebody has mistaken the time, or the file
 _TOLD = 5       # unknown candidates by name
 
 
@@ -29,11 +30,13 @@ def predict(history: History, at_ms: int, version_dir: Path, limits: WindowLimit
 
     items       so many of the items, and of the categories, that are bought next are named; `texts` knows their names
     candidates  ids of the items that are ranked; None: all that the recording names
-    say         is told how many of the candidates no event names
+    say         is told how many of the candidates no event names, and where the newest event is long before the time
     Errors   UsageError where nobody was seen before, or no event names any candidate; ModelError where the model is not
              what its manifest says, lacks a horizon, or does not rank what it should.
     """
     history = history.before(at_ms)
+    if (days := (at_ms - history.end_ms) // DAY_MS) > STALE_DAYS:
+        say(f'warning: the newest event before that time is {days:,} days older: what came since is not known.')
     artefact = load_artefact(version_dir)
     manifest = artefact.manifest
     if missing := set(PURCHASE_DAYS) - set(manifest.horizon_days):

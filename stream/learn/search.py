@@ -22,12 +22,11 @@ from typing import Any
 from rich.console import Console
 
 from stream.core.window import WindowLimits
-from stream.errors import UsageError
+from stream.errors import INSTALL_TRAINING, UsageError
 from stream.learn.dataset import History
 from stream.learn.fit import FitOptions, Fitted, fit
-from stream.learn.journal import Journal
+from stream.learn.journal import NO_JOURNAL, Journal
 
-_NO_JOURNAL = Journal()
 _FULL_TRIALS = 3        # before one is given up
 _FULL_PASSES = 2        # of each: fewer rows a pass begin more slowly
 
@@ -46,7 +45,7 @@ class Searched:
 
 
 def search(history: History, users: Sequence[int], known_until_ms: int, options: FitOptions, limits: WindowLimits,
-           trials: int, console: Console, journal: Journal = _NO_JOURNAL) -> Searched:
+           trials: int, console: Console, journal: Journal = NO_JOURNAL) -> Searched:
     """Try so many trainings, the first one as `options` say.
 
     journal  where curves are kept, of each trial in a folder of its own; of states there are none
@@ -139,5 +138,4 @@ def _optuna() -> Any:
         return importlib.import_module('optuna')
     except ModuleNotFoundError as error:
         raise UsageError('Searching for sizes and rates needs optuna, which is not installed.',
-                         do="install it, in the project's folder: .venv/bin/uv pip install -c deploy/constraints.txt "
-                            "-e '.[train]'.") from error
+                         do=INSTALL_TRAINING) from error
