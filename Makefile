@@ -27,13 +27,13 @@ demo: .venv/base
 	@$(BIN)/stream demo
 
 up: .venv/base
-	@$(BIN)/python deploy/local/stack.py up
+	@$(BIN)/python -m deploy.local.stack up
 
 down: .venv/base
-	@$(BIN)/python deploy/local/stack.py down
+	@$(BIN)/python -m deploy.local.stack down
 
 test: .venv/test
-	@$(BIN)/python deploy/local/stack.py install
+	@$(BIN)/python -m deploy.local.stack install
 	@$(BIN)/python -m pytest
 
 chaos: .venv/test

@@ -14,11 +14,10 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from stream.core.decide import ActionRule, Occasion, Policy
 from stream.core.events import EventRules
+from stream.core.layout import DAY_MS, MINUTE_MS, NO_TIER, WindowLimits
 from stream.core.partitioners import PartitionerName
-from stream.core.window import DAY_MS, MINUTE_MS, NO_TIER, WindowLimits
+from stream.core.rules import Publish, ReplayRules
 from stream.errors import UsageError
-from stream.replay.replay import ReplayRules
-from stream.scoring.step import Publish
 
 CONFIG_FILE = Path('stream.toml')
 SHIPPED_MODEL = Path('triton_models/shopper/1')

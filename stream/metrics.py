@@ -15,8 +15,8 @@ from prometheus_client.exposition import choose_encoder
 
 from stream.core.decide import Kind
 from stream.core.events import Reason
+from stream.core.layout import Fold
 from stream.core.partitioners import MISROUTED
-from stream.core.window import Fold
 
 Stage = Literal['decode', 'score', 'changelog', 'outputs', 'write']
 STAGES: tuple[Stage, ...] = ('decode', 'score', 'changelog', 'outputs', 'write')

@@ -2,16 +2,12 @@
 
 A machine that cannot run them fails these tests with what to install; nothing is skipped.
 """
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import hypothesis
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / 'deploy' / 'local'))
-
-from parts import Kafka, Triton
+from deploy.local.parts import Kafka, Triton
 
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile('stream', deadline=None)

@@ -6,7 +6,7 @@ from pydantic import Field, SecretStr
 
 from stream.config import Settings, load_settings, render
 from stream.core.decide import Policy
-from stream.core.window import DAY_MS, WindowLimits
+from stream.core.layout import DAY_MS, WindowLimits
 from stream.errors import UsageError
 
 

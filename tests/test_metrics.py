@@ -5,7 +5,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from stream.core.events import Reason
-from stream.core.window import Fold
+from stream.core.layout import Fold
 from stream.metrics import STAGES, Metrics
 
 UNITS = ('_seconds', '_bytes', '_records', '_events', '_partitions', '_blocks', '_rows')

@@ -18,7 +18,8 @@ from typing import Any
 
 from aiokafka import AIOKafkaConsumer
 from aiokafka.errors import KafkaError
-from parts import (
+
+from deploy.local.parts import (
     HERE,
     HOST,
     PARTS,
@@ -34,7 +35,6 @@ from parts import (
     recorded,
     stop_process,
 )
-
 from stream.errors import StreamError
 from stream.scoring.repository import VARIANTS, render
 
@@ -282,7 +282,7 @@ def _print_where() -> None:
               f'  worker     http://{state["admin"]}/ready, /status, /metrics\n'
               f'  settings   {_near(LOCAL / "stream.toml")}, for any stream command: --config\n'
               f'  logs       {_near(LOCAL)}/*/*.log\n'
-              f'  alerts     {python} deploy/local/stack.py alerts\n'
+              f'  alerts     {python} -m deploy.local.stack alerts\n'
               '  stop       make down')
 
 

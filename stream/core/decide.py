@@ -19,9 +19,9 @@ from typing import Literal
 import msgspec
 import numpy as np
 
+from stream.core.layout import CHURN_RAISED, DAY_MS, HOUR_MS, INTENT_RAISED, NO_TIER
 from stream.core.scores import STEPS_PER_UNIT, Scores
 from stream.core.user import User
-from stream.core.window import CHURN_RAISED, DAY_MS, HOUR_MS, INTENT_RAISED, NO_TIER
 
 Occasion = Literal['power_first', 'power_up', 'power_down', 'intent', 'churn_raised', 'churn_cleared']
 

@@ -18,7 +18,7 @@ from itertools import pairwise
 import numpy as np
 
 from stream.core.events import TYPE_NAMES, EventType
-from stream.core.window import DAY_DTYPE, DAY_MS, HEADER_DTYPE, MINUTE_MS, ROW_DTYPE, TYPES
+from stream.core.layout import DAY_DTYPE, DAY_MS, HEADER_DTYPE, MINUTE_MS, ROW_DTYPE, TYPES
 
 SLOTS_MAX = 64
 LENGTHS = (8, 16, 32, 64)

@@ -5,7 +5,7 @@ where the steps were cut. A lane's entries stand in the order of its steps, in o
 
     events      the lane took the records of one input at fetch positions [start, stop). Where it folded blocks of both
                 inputs as one run, in the order of time, there are two entries with the same `step`. Cut by
-                `stream.core.lane.block_steps`, the run's steps are numbered from `step` upwards; a run without a valid
+                `stream.core.steps.block_steps`, the run's steps are numbered from `step` upwards; a run without a valid
                 event is one step that changes nothing
     timers      the lane fired the silence timers of `users`, in this order, in step `step`
     recovered   a new owner found step `step` to be the newest in the lane's state (0: there was none), and of that
@@ -33,7 +33,7 @@ from xxhash import xxh3_64_hexdigest
 
 from stream.core.decide import Policy
 from stream.core.events import EventRules
-from stream.core.window import WindowLimits
+from stream.core.layout import WindowLimits
 from stream.errors import InputError
 
 Count = Annotated[int, Meta(ge=0)]

@@ -12,9 +12,9 @@ from xxhash import xxh3_128_digest
 
 from stream.core.decide import Decision, Kind, Occasion, Policy
 from stream.core.events import Source
+from stream.core.layout import NO_TIER
 from stream.core.scores import Scores
 from stream.core.user import User
-from stream.core.window import NO_TIER
 
 _STATES: Mapping[Occasion, str] = {'intent': 'raised', 'churn_raised': 'raised', 'churn_cleared': 'cleared'}
 

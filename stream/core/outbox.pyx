@@ -32,7 +32,7 @@ import orjson
 from xxhash import xxh3_128_digest
 
 from stream.core.scores import STEPS_PER_UNIT
-from stream.core.window import NO_TIER
+from stream.core.layout import NO_TIER
 from stream.errors import StateError
 
 cdef enum:

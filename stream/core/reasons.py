@@ -13,8 +13,8 @@ import numpy as np
 from stream.core.decide import Kind
 from stream.core.events import TYPE_NAMES
 from stream.core.features import COUNTER_GROUPS, COUNTER_NAMES, Features, Snapshots, features
+from stream.core.layout import DAY_MS
 from stream.core.scores import STEPS_PER_UNIT, Scores
-from stream.core.window import DAY_MS
 
 SLOTS_EXPLAINED_MAX = 16
 REASONS_MAX = 3

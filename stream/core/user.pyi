@@ -1,7 +1,7 @@
 from collections.abc import Iterable, Sequence
 
+from stream.core.layout import Fold, WindowLimits
 from stream.core.parse import Event
-from stream.core.window import Fold, WindowLimits
 
 SOURCE_HASH: str
 

@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """One user's record in memory, the fold that every event goes through, and the record's codec.
 
-Compiled, since all throughput ends here. The layout is `stream.core.window`'s; the structs below repeat it for the
+Compiled, since all throughput ends here. The layout is `stream.core.layout`'s; the structs below repeat it for the
 compiler, and are compared with it when this module is imported.
 """
 cdef extern from *:
@@ -20,7 +20,7 @@ from libc.string cimport memcpy, memmove
 from stream.core.parse cimport Event
 
 from stream.core.events import EventType
-from stream.core.window import CLAIMS_BYTES, DAY, DAYS_KEPT, FORMAT, FORMATS_READ, HEADER, HEADER_DTYPE, NO_TIER, NO_TIMER_MS, ROW, \
+from stream.core.layout import CLAIMS_BYTES, DAY, DAYS_KEPT, FORMAT, FORMATS_READ, HEADER, HEADER_DTYPE, NO_TIER, NO_TIMER_MS, ROW, \
     TYPES, Fold
 from stream.errors import StateError
 
@@ -95,7 +95,7 @@ if not (sizeof(Header) == HEADER.size and sizeof(Row) == ROW.size and sizeof(Day
         and <char*> &_probe.due_ms - <char*> &_probe == HEADER_DTYPE.fields['due_ms'][1]
         and <char*> &_probe.step - <char*> &_probe == HEADER_DTYPE.fields['step'][1]
         and <char*> &_probe.power_grid - <char*> &_probe == HEADER_DTYPE.fields['power_grid'][1]):
-    raise AssertionError('the compiled layout is not the one of stream.core.window: install the package again')
+    raise AssertionError('the compiled layout is not the one of stream.core.layout: install the package again')
 
 
 cdef struct Limits:
@@ -124,7 +124,7 @@ cdef int read_limits(limits, Limits* into) except -1:
 cdef class User:
     """One user's record, decoded and mutable. `rows`, `ids` and `days` stay packed; the rest are plain numbers.
 
-    Names and units are those of the header's fields in `stream.core.window`. `next_offset` and `counts` are lists of
+    Names and units are those of the header's fields in `stream.core.layout`. `next_offset` and `counts` are lists of
     their own each time they are read; set them whole. `stored_due_ms` is no part of the record: it is the timer that
     the index of due times holds for it.
     """

@@ -13,9 +13,9 @@ from mode.types import ServiceT
 
 from stream.config import Settings
 from stream.engine.blocks import BlockSchema
-from stream.engine.kafka import bootstrap_servers
 from stream.engine.tables import TABLE, TableManager, UserStore
 from stream.engine.transport import Runtime, runtime
+from stream.kafka.clients import bootstrap_servers
 
 
 class Boot(BootStrategy):

@@ -16,10 +16,10 @@ from aiokafka.errors import KafkaError as DriverError
 from aiokafka.errors import KafkaTimeoutError
 
 from stream.config import Settings
-from stream.engine.kafka import client_arguments, fetch_position
-from stream.engine.store import PartitionStore
 from stream.errors import StateError
+from stream.kafka.clients import client_arguments, fetch_position
 from stream.metrics import Metrics
+from stream.state.store import PartitionStore
 
 log = logging.getLogger(__name__)
 POLL_MS = 200

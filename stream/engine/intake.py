@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 from faust.types import TP
 
 from stream.core.events import Source
-from stream.core.lane import time_order
+from stream.core.steps import time_order
 from stream.engine.blocks import Block
 from stream.metrics import Metrics
 

@@ -30,23 +30,24 @@ from faust.types import TP
 from stream.core.decide import Kind, Policy
 from stream.core.events import Decoder, Event, Refusal, Source
 from stream.core.journal import EventsEntry, RecoveredEntry, TimersEntry, encode_entry
-from stream.core.lane import Folded, Touched, block_steps, fire
+from stream.core.layout import Fold, WindowLimits
 from stream.core.outbox import unpack_outbox
 from stream.core.partitioners import PartitionerName, misrouted
+from stream.core.rules import Publish
+from stream.core.steps import Folded, Touched, block_steps, fire
 from stream.core.user import Change, change_of, newest_ms, stamp
-from stream.core.window import Fold, WindowLimits
-from stream.engine.batch import MESSAGE_TYPE_AT, by_topic, source_header
 from stream.engine.blocks import Block, FetchedRecord
 from stream.engine.budget import Budget
-from stream.engine.cache import UserCache
 from stream.engine.intake import Intake, in_time_order
 from stream.engine.publisher import Publisher, Record
-from stream.engine.store import LANE_KEY, LaneRecord, Meta, PartitionStore
 from stream.engine.transport import Consumer
 from stream.errors import ModelError
+from stream.kafka.batch import MESSAGE_TYPE_AT, by_topic, source_header
 from stream.metrics import Metrics
 from stream.scoring.scorer import Scorer
-from stream.scoring.step import Publish, Scored, score_step
+from stream.scoring.step import Scored, score_step
+from stream.state.cache import UserCache
+from stream.state.store import LANE_KEY, LaneRecord, Meta, PartitionStore
 
 log = logging.getLogger(__name__)
 T = TypeVar('T')

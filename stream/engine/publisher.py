@@ -7,9 +7,9 @@ from typing import Any
 from aiokafka.errors import KafkaError as DriverError
 from aiokafka.errors import MessageSizeTooLargeError
 
-from stream.engine.batch import Batch
 from stream.engine.transport import BATCH_BYTES_MAX, Producer
 from stream.errors import KafkaError
+from stream.kafka.batch import Batch
 
 Header = tuple[str, bytes | None]
 Record = tuple[bytes, bytes | None, Sequence[Header]]       # key, value, headers

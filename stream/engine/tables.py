@@ -11,8 +11,8 @@ from faust.tables.manager import TableManager as FaustTableManager
 from faust.types import TP, AppT, CollectionT
 
 from stream.core.user import User
-from stream.engine.store import Memory, PartitionStore
 from stream.engine.transport import runtime
+from stream.state.store import Memory, PartitionStore
 
 TABLE = 'users'
 

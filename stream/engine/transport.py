@@ -36,8 +36,8 @@ from mode import Service
 
 from stream.config import Settings
 from stream.engine.blocks import Block, cut
-from stream.engine.kafka import client_arguments, fetch_position
 from stream.errors import StateError
+from stream.kafka.clients import client_arguments, fetch_position
 
 log = logging.getLogger(__name__)
 POLL_MS = 200
@@ -49,7 +49,7 @@ REQUEST_BYTES_MAX = 4 << 20
 
 
 class Owner(Protocol):
-    """Whoever processes the blocks; `stream.engine.lanes.Lanes`."""
+    """Whoever processes the blocks; `stream.engine.assignment.Lanes`."""
 
     def wants(self, tp: TP) -> bool:
         """Whether it has room for another block of this topic partition."""

@@ -18,14 +18,14 @@ from stream.core.events import Decoder
 from stream.core.journal import rules_digest
 from stream.engine.admin import AdminServer
 from stream.engine.app import create_app, user_store
+from stream.engine.assignment import VERSION, Lanes
 from stream.engine.budget import Budget
 from stream.engine.changelog import ChangelogReader
-from stream.engine.kafka import kafka_errors
 from stream.engine.lane import LaneRules, Tools
-from stream.engine.lanes import VERSION, Lanes
 from stream.engine.publisher import Publisher
-from stream.engine.topics import changelog_topic, ensure_topics
 from stream.errors import StateError, StreamError, UsageError
+from stream.kafka.clients import kafka_errors
+from stream.kafka.topics import changelog_topic, ensure_topics
 from stream.metrics import Metrics
 from stream.native import stale_modules
 from stream.scoring.make import make_scorer

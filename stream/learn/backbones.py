@@ -3,7 +3,7 @@
 `events`, the default, is a small encoder of our own on event tokens: what a slot is, is the sum of embeddings of its
 type, item and category and of its numbers. A query comes last and looks back over all slots; slots see only what came
 before them, so that the state after each slot can foretell the next one (stream.learn.pretrain). b rows, l slots,
-h units. The others read the window as text (stream.learn.text_backbones).
+h units. The others read the window as text (stream.learn.text.readers).
 
 Sources: Devlin et al. (2018), BERT, arXiv 1810.04805, from Hugging Face `transformers`, here with causal attention, as
 in Radford et al. (2018). Kang, McAuley (2018), SASRec, arXiv 1808.09781, for causal attention over a shopper's events.
@@ -29,15 +29,15 @@ from stream.core.features import (
 )
 from stream.errors import UsageError
 from stream.learn.bounds import Count, NotNegative, Share
-from stream.learn.catalogue import WithItems, bag_of_words, item_table, read_catalogue
-from stream.learn.text_backbones import (
+from stream.learn.text.catalogue import WithItems, bag_of_words, item_table, read_catalogue
+from stream.learn.text.readers import (
     TEXT_BACKBONES,
     TextBackbone,
     TextName,
     load_text_backbone,
     untrained_reader,
 )
-from stream.learn.tuning import prefix_tokens, put_prefix, tune
+from stream.learn.text.tuning import prefix_tokens, put_prefix, tune
 
 _AMOUNT, _AGE = SLOT_NUMBER_NAMES.index('amount'), SLOT_NUMBER_NAMES.index('age_days')
 _DECAY_DAYS = (3.0, 10.0, 30.0, 90.0)       # a slot's weight falls to 1/e in so many days
@@ -69,9 +69,9 @@ class BackboneOptions:
 
     name           'events', or one of TEXT_BACKBONES, which are pretrained
     source         the folder of a pretrained one, or its id on the hub
-    tuning         which of the pretrained weights move: see stream.learn.tuning
+    tuning         which of the pretrained weights move: see stream.learn.text.tuning
     learning_rate  of those that move, at its peak; None: what suits the tuning
-    catalogue      a file of what is known of the items (stream.learn.catalogue)
+    catalogue      a file of what is known of the items (stream.learn.text.catalogue)
     """
 
     name: str = 'events'

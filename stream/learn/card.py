@@ -3,12 +3,12 @@ import hashlib
 from datetime import UTC, datetime
 
 from stream.core.features import COUNTERS, SLOT_NUMBERS
-from stream.core.window import DAY_MS
+from stream.core.layout import DAY_MS
 from stream.learn.backbones import describe
 from stream.learn.checkpoint import Checkpoint
 from stream.learn.clean import in_words
 from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT, NEXT_DAYS, REFUND_DAYS, SPEND_DAYS
-from stream.learn.judge import MODEL, TOP
+from stream.learn.judging.judge import MODEL, TOP
 from stream.learn.model import ShopperModel
 from stream.learn.prune import attentions
 from stream.scoring.artefact import Precision

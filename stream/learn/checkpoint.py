@@ -6,7 +6,7 @@
                           checked on
     training_windows.safetensors   some of those it learned from, likewise: what int8 finds its ranges on
     config.json           options, data, tier edges, feature layout; what model the weights belong to
-    metrics.json          what the test said (stream.learn.evaluate)
+    metrics.json          what the test said (stream.learn.judging.evaluate)
     ranking.safetensors   the ranking of what is bought next, where there is one
 
 LoRA and IA3 become part of the weights that they change; a prefix stays what it is.
@@ -28,8 +28,8 @@ from stream.learn.backbones import Description, describe, remake
 from stream.learn.dataset import Examples
 from stream.learn.model import INPUT_NAMES, ShopperModel
 from stream.learn.prune import cut_as
-from stream.learn.ranker import Recommender
-from stream.learn.tuning import merged
+from stream.learn.ranking.ranker import Recommender
+from stream.learn.text.tuning import merged
 from stream.scoring.artefact import LAYOUT, FeatureLayout
 
 WEIGHTS_FILE, CONFIG_FILE, METRICS_FILE, WINDOWS_FILE, TRAINING_WINDOWS_FILE = (

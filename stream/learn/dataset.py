@@ -27,8 +27,8 @@ from xxhash import xxh3_64_intdigest
 
 from stream.core.events import Decoder, Event, EventRules, EventType, Refusal
 from stream.core.features import COUNTER_NAMES, Features, Snapshots, features
+from stream.core.layout import DAY_MS, Fold, WindowLimits
 from stream.core.user import User, clock_ms, fire_timer, fold, pack_header
-from stream.core.window import DAY_MS, Fold, WindowLimits
 from stream.errors import UsageError
 from stream.learn.bounds import Count, NotNegative
 

@@ -7,7 +7,7 @@
     <repository>/<name>/<version>/model.onnx    one graph, weights inside
     <repository>/<name>/<version>/manifest.json what `stream.scoring.artefact` verifies, and the graph's signature
 
-Beside it, in <name>_next, lies the ranking of what is bought next (stream.learn.export_ranking).
+Beside it, in <name>_next, lies the ranking of what is bought next (stream.learn.ranking.export).
 
 The exported graph is run on the checkpoint's real windows and compared with torch before anything is written. An int8
 graph (stream.learn.quantize) may differ by more. Of both, a row's scores must not depend on the rows beside it. The
@@ -30,17 +30,17 @@ import torch
 from torch.nn.functional import pad
 
 from stream.core.features import COUNTERS, LENGTHS, SLOT_NUMBERS
-from stream.core.window import WindowLimits
+from stream.core.layout import WindowLimits
 from stream.errors import ModelError, UsageError
 from stream.learn.card import NAME, card
 from stream.learn.checkpoint import Checkpoint, load
 from stream.learn.dataset import HORIZON_DAYS, REFUND_DAYS, SPEND_DAYS
-from stream.learn.export_ranking import export_ranking
 from stream.learn.fit import rows_max
 from stream.learn.model import HORIZONS, INPUT_NAMES, ShopperModel
 from stream.learn.quantize import quantize
-from stream.learn.served_ranking import ranking_dir
-from stream.learn.tuning import merged
+from stream.learn.ranking.export import export_ranking
+from stream.learn.ranking.served import ranking_dir
+from stream.learn.text.tuning import merged
 from stream.scoring.artefact import LAYOUT, MANIFEST, WEIGHTS, Manifest, Precision, sha256
 from stream.scoring.repository import (
     CONFIG_FILE,

@@ -7,7 +7,7 @@
                    by validation loss is kept (stream.learn.passes)
     5 heads        those that matter least are cut out, where that is asked for (stream.learn.prune)
     6 calibration  the branches mixed, probabilities made honest (stream.learn.calibrate)
-    7 ranking      what is bought next (stream.learn.ranker); what is learnt above does not change
+    7 ranking      what is bought next (stream.learn.ranking.ranker); what is learnt above does not change
 
 One thread and deterministic kernels throughout: on one machine the same options give the same weights.
 """
@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import Tensor
 
 from stream.core.features import padded
-from stream.core.window import DAY_MS, WindowLimits
+from stream.core.layout import DAY_MS, WindowLimits
 from stream.errors import UsageError
 from stream.learn.backbones import BackboneOptions, EncoderOptions, EventsBackbone, make_backbone
 from stream.learn.backbones import check as check_backbone
@@ -42,13 +42,13 @@ from stream.learn.dataset import (
     tier_of,
 )
 from stream.learn.distil import DistilOptions, expected_losses, mean_logits, teacher_options
-from stream.learn.journal import NO_JOURNAL, Journal
 from stream.learn.model import ShopperModel, losses, mu_and_sigma
 from stream.learn.passes import Course, Rated, device, improve, mixed_precision, reproducible, shuffled
 from stream.learn.pretrain import PretrainOptions, pretrain, reads_text, start_from
 from stream.learn.prune import attentions, cut, importance, kept_heads
-from stream.learn.ranker import RankerOptions, Recommender, fit_recommender
-from stream.learn.tuning import learning_rate, pretrained
+from stream.learn.ranking.ranker import RankerOptions, Recommender, fit_recommender
+from stream.learn.text.tuning import learning_rate, pretrained
+from stream.learn.training_log import NO_JOURNAL, Journal
 from stream.scoring.artefact import ROWS_MAX
 
 TEXT_ROWS_MAX = 16      # a text has several times as many tokens as a window has slots, and its reader is large

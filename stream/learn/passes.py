@@ -1,6 +1,6 @@
 """Passes over moments until none does better: what pretraining and the window's branch have in common.
 
-    1 go on    from the state that a training before a cut has left (stream.learn.journal), or begin
+    1 go on    from the state that a training before a cut has left (stream.learn.training_log), or begin
     2 a pass   draws batches and takes a step down the loss of each
     3 judge    by the validation loss; the weights of the best pass are kept
     4 save     all that the next pass depends on, so that a training cut off after any pass ends with the same bytes
@@ -24,7 +24,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from stream.core.features import Features
-from stream.learn.journal import Journal
+from stream.learn.training_log import Journal
 
 _LENGTH_NOISE = 8       # slots: neighbours in a batch are about as long as one another, and not always the same
 # Learning rate, weight decay, and the weights that they are for.

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import orjson
 
-from stream.core.window import DAY_MS, WindowLimits
+from stream.core.layout import DAY_MS, WindowLimits
 from stream.errors import ModelError
 from stream.learn.dataset import Examples, History, at_time
-from stream.learn.item_names import Names, Texts
+from stream.learn.ranking.item_names import Names, Texts
+from stream.learn.ranking.served import rankings, verified
 from stream.learn.served import score
-from stream.learn.served_ranking import rankings, verified
 from stream.scoring.artefact import load_artefact
 
 CHURN_DAYS = (30, 90)

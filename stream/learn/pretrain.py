@@ -31,8 +31,8 @@ from stream.learn.backbones import EventsBackbone
 from stream.learn.bounds import Count, NotNegative, Part, PartOrAll, Positive, Share
 from stream.learn.checkpoint import load
 from stream.learn.dataset import Examples
-from stream.learn.journal import Journal
 from stream.learn.passes import Course, chunks, improve, mixed_precision, shuffled
+from stream.learn.training_log import Journal
 
 OBJECTIVES = ('masked', 'next', 'contrastive')
 AMOUNT_STEP, AMOUNT_BUCKETS = 0.5, 25       # of log(1 + amount): each 1.6 times the one before, up to 160,000

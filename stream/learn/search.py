@@ -21,11 +21,11 @@ from typing import Any
 
 from rich.console import Console
 
-from stream.core.window import WindowLimits
+from stream.core.layout import WindowLimits
 from stream.errors import INSTALL_TRAINING, UsageError
 from stream.learn.dataset import History
 from stream.learn.fit import FitOptions, Fitted, fit
-from stream.learn.journal import NO_JOURNAL, Journal
+from stream.learn.training_log import NO_JOURNAL, Journal
 
 _FULL_TRIALS = 3        # before one is given up
 _FULL_PASSES = 2        # of each: fewer rows a pass begin more slowly

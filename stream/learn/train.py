@@ -2,8 +2,8 @@
 
     1 history      the recording, up to a time; nothing later is looked at
     2 test         fit without the test's users and days, after a search for sizes and rates where one is asked for
-                   (stream.learn.search), export, and judge the graph (stream.learn.evaluate)
-    3 ceiling      of a simulated shop: what could at best be known (stream.learn.posterior)
+                   (stream.learn.search), export, and judge the graph (stream.learn.judging.evaluate)
+    3 ceiling      of a simulated shop: what could at best be known (stream.simulator.posterior)
     4 refit        fit again with all users and days, for the model that is kept
     5 checkpoint   weights, options, figures (stream.learn.checkpoint)
 
@@ -21,21 +21,22 @@ import numpy as np
 from rich.console import Console
 
 from stream.core.events import EventRules
-from stream.core.window import DAY_MS, WindowLimits
+from stream.core.layout import DAY_MS, WindowLimits
 from stream.errors import UsageError
-from stream.learn import dataset, metrics
+from stream.learn import dataset
 from stream.learn.checkpoint import Checkpoint, save, some_training_windows, some_windows
 from stream.learn.dataset import HORIZON_DAYS, ExampleOptions, Examples, History
-from stream.learn.evaluate import evaluate, evaluate_ranking
 from stream.learn.export import write_graph
 from stream.learn.fit import FitOptions, Fitted, check, fit, rows_max
-from stream.learn.journal import Journal
+from stream.learn.judging import quality as metrics
+from stream.learn.judging.evaluate import evaluate, evaluate_ranking
 from stream.learn.passes import device_name
-from stream.learn.posterior import posteriors
 from stream.learn.search import search
 from stream.learn.served import score
-from stream.replay.simulator import SimulatorOptions, simulate
+from stream.learn.training_log import Journal
 from stream.scoring.artefact import LAYOUT
+from stream.simulator.posterior import posteriors
+from stream.simulator.shop import SimulatorOptions, simulate
 
 UNFINISHED = 'unfinished'     # folder of a training's states until it is done
 _CEILING_MOMENTS = 1_500    # their posterior takes a minute

@@ -22,11 +22,11 @@ from aiokafka import AIOKafkaProducer
 
 from stream.config import Settings
 from stream.core.events import SOURCE_OF_TYPE, Decoder, Event
+from stream.core.layout import DAY_MS, HOUR_MS
 from stream.core.partitioners import MISROUTED, Known, partition
-from stream.core.window import DAY_MS, HOUR_MS
-from stream.engine.kafka import kafka_errors, open_admin, open_producer
-from stream.engine.topics import BROKER_RECORD_BYTES_MAX, Found, read_topics
 from stream.errors import KafkaError
+from stream.kafka.clients import kafka_errors, open_admin, open_producer
+from stream.kafka.topics import BROKER_RECORD_BYTES_MAX, Found, read_topics
 from stream.replay.recording import Block, Recording
 from stream.replay.topic_records import decode_record, decoder
 

@@ -17,9 +17,9 @@ from aiokafka.structs import ConsumerRecord
 
 from stream.config import Settings
 from stream.core.events import parse_rfc3339_ms
-from stream.engine.kafka import open_admin, open_consumer
-from stream.engine.topics import Topics, read_topics
 from stream.errors import KafkaError, UsageError
+from stream.kafka.clients import open_admin, open_consumer
+from stream.kafka.topics import Topics, read_topics
 from stream.replay.topic_records import TopicRecord, encode_record
 
 POLL_MS = 250

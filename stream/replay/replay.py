@@ -9,30 +9,18 @@ from typing import IO, Any
 import msgspec
 import orjson
 
-from stream.core.decide import Policy
-from stream.core.events import SOURCE_OF_TYPE, Event, EventRules
-from stream.core.lane import Touched, fire, fold_step
+from stream.core.events import SOURCE_OF_TYPE, Event
+from stream.core.layout import Fold
+from stream.core.rules import ReplayRules
+from stream.core.steps import Touched, fire, fold_step
 from stream.core.user import User, overdue
-from stream.core.window import DAY_MS, Fold, WindowLimits
 from stream.errors import StateError
 from stream.replay.recording import Block, Recording
-from stream.replay.state import State
 from stream.replay.statistics import Statistics
 from stream.replay.topic_records import decode_record, escaped, readable
 from stream.scoring.scorer import Scorer
-from stream.scoring.step import Publish, score_step
-
-
-class ReplayRules(msgspec.Struct, frozen=True):
-    """Everything that decides what comes out, apart from the events and the model."""
-
-    events: EventRules = EventRules()
-    limits: WindowLimits = WindowLimits()
-    policy: Policy = Policy()
-    publish: Publish = 'changes'
-    block_events_max: int = 8_000
-    block_span_ms_max: int = DAY_MS
-    reasons_rows_max: int = 2_048
+from stream.scoring.step import score_step
+from stream.state.replay_state import State
 
 
 class Counts(msgspec.Struct):

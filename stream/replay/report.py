@@ -18,12 +18,12 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from stream.core.decide import Kind
 from stream.core.events import CART_TYPES, EventType, Reason
+from stream.core.layout import DAY_MS
 from stream.core.messages import ModelInfo
-from stream.core.window import DAY_MS
+from stream.core.rules import Publish
 from stream.page import INK, SCORE, WIDE, Draw, render
 from stream.replay.replay import Counts
 from stream.replay.statistics import SCORE_BINS, Statistics
-from stream.scoring.step import Publish
 
 TIME_BINS_MAX = 140
 USERS_AT_RISK_MAX = 20

@@ -8,8 +8,8 @@ import orjson
 
 from stream.core.decide import Kind
 from stream.core.events import TYPE_NAMES, Event
+from stream.core.layout import HOUR_MS, NO_TIER
 from stream.core.scores import STEPS_PER_UNIT, Scores
-from stream.core.window import HOUR_MS, NO_TIER
 
 SCORE_BINS = 50
 ALERTS_SHOWN_PER_LABEL = 4

@@ -18,8 +18,8 @@ from stream.core.features import (
     SLOT_NUMBER_NAMES,
     TYPE_VOCABULARY,
 )
+from stream.core.layout import WindowLimits
 from stream.core.messages import ModelInfo
-from stream.core.window import WindowLimits
 from stream.errors import ModelError
 
 Precision = Literal['fp32', 'int8']

@@ -1,21 +1,19 @@
 """A step's touched users go to the scorer and come back as decisions and messages."""
 from collections.abc import Sequence
-from typing import Literal
 
 import msgspec
 import numpy as np
 
 from stream.core.decide import Decision, Kind, Policy, apply, decide
 from stream.core.features import Features, Snapshots, batches, features
-from stream.core.lane import Touched, snapshot
 from stream.core.messages import decision_message
 from stream.core.outbox import ScoresPen, pack_messages
 from stream.core.reasons import explain, occlude, variants
+from stream.core.rules import Publish
 from stream.core.scores import Scores, collect
+from stream.core.steps import Touched, snapshot
 from stream.core.user import User
 from stream.scoring.scorer import Scorer
-
-Publish = Literal['changes', 'all', 'events']
 
 PADDING_SLOTS_MAX = 256         # that few windows of a length may cost, to save a request of their own
 

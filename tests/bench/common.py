@@ -34,8 +34,7 @@ from aiokafka.record.util import calc_crc32c
 
 from stream.config import Settings
 from stream.core.events import Decoder, Event, EventRules, Source
-from stream.core.user import User, encode, fold
-from stream.core.window import (
+from stream.core.layout import (
     DAY_DTYPE,
     DAY_MS,
     HEADER,
@@ -44,13 +43,13 @@ from stream.core.window import (
     ROW_DTYPE,
     WindowLimits,
 )
-from stream.engine.store import LANE_KEY, LaneRecord
-from stream.engine.topics import changelog_topic, wanted_topics
-from stream.replay.simulator import SimulatorOptions, simulate
+from stream.core.user import User, encode, fold
+from stream.kafka.topics import changelog_topic, wanted_topics
+from stream.simulator.shop import SimulatorOptions, simulate
+from stream.state.store import LANE_KEY, LaneRecord
 from tests.integration.running import Shop, Worker, wait_for
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / 'deploy' / 'local'))
 
 MIB = 1 << 20
 BATCH_BYTES_MAX = 900_000
@@ -142,7 +141,7 @@ def main(bench: Callable[[argparse.Namespace], int], options: argparse.Namespace
 @contextlib.contextmanager
 def broker(properties: Mapping[str, str] | None = None) -> Iterator[tuple[str, Path]]:
     """A broker of its own: its address, and a folder for what else a bench writes."""
-    from parts import Kafka  # pyright: ignore[reportMissingImports] - in deploy/local
+    from deploy.local.parts import Kafka
     with TemporaryDirectory(prefix='stream-bench-') as folder, \
             Kafka(Path(folder) / 'kafka', properties=properties) as kafka:
         yield kafka.brokers, Path(folder)

@@ -12,7 +12,7 @@ import statistics
 import time
 from pathlib import Path
 
-from stream.engine.store import Memory, PartitionStore
+from stream.state.store import Memory, PartitionStore
 from tests.bench.common import (
     MIB,
     Pool,

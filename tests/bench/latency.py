@@ -71,7 +71,7 @@ def triton(folder: Path, wanted: bool) -> Iterator[str]:
     if not wanted:
         yield ''
         return
-    from parts import Triton  # pyright: ignore[reportMissingImports] - in deploy/local
+    from deploy.local.parts import Triton
     with Triton(folder / 'triton') as served:
         yield served.address
 

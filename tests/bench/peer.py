@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 
 import orjson
 
-from stream.cli_shared import collect_seldom
+from stream.cli.shared import collect_seldom
 from stream.config import load_settings
-from stream.core.lane import Touched
 from stream.core.outbox import pack_messages
+from stream.core.steps import Touched
 from stream.engine import lane as lane_module
 from stream.engine import worker
 from stream.engine.blocks import Block
@@ -74,7 +74,7 @@ async def peers_message(touched: Sequence[Touched], *_: Any) -> Scored:
 
 
 def main() -> None:
-    from stream.engine import lanes
+    from stream.engine import assignment as lanes
     lanes.Lane = PeersLane if JOB == 'peers' else TellingLane
     if JOB == 'peers':
         lane_module.score_step = peers_message

@@ -19,13 +19,14 @@ from tempfile import TemporaryDirectory
 
 from stream.config import SHIPPED_MODEL
 from stream.core.features import Batch
+from stream.core.rules import ReplayRules
 from stream.core.scores import Outputs
 from stream.replay.recording import Recording
-from stream.replay.replay import Replay, ReplayRules
-from stream.replay.simulator import SimulatorOptions, simulate
-from stream.replay.state import MemoryState
+from stream.replay.replay import Replay
 from stream.scoring.embedded import EmbeddedScorer
 from stream.scoring.scorer import ConstantScorer, Scorer
+from stream.simulator.shop import SimulatorOptions, simulate
+from stream.state.replay_state import MemoryState
 
 EVENTS_PER_SHOPPER = 170        # of the simulator's default of 180 days, rounded down
 

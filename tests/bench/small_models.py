@@ -38,20 +38,21 @@ from rich.console import Console
 
 from stream.core.events import EventRules
 from stream.core.features import LENGTHS, SLOTS_MAX, Batch, Features, batches, padded
-from stream.core.window import DAY_MS, WindowLimits
-from stream.learn import dataset, metrics
+from stream.core.layout import DAY_MS, WindowLimits
+from stream.learn import dataset
 from stream.learn.backbones import EncoderOptions
 from stream.learn.checkpoint import some_training_windows, some_windows
 from stream.learn.dataset import INTENT, ExampleOptions, Examples, Kind
 from stream.learn.distil import DistilOptions
 from stream.learn.export import write_graph
 from stream.learn.fit import FitOptions, fit
+from stream.learn.judging import quality as metrics
 from stream.learn.quantize import quantize
 from stream.learn.served import score
 from stream.learn.train import split
-from stream.replay.simulator import SimulatorOptions, simulate
 from stream.scoring.artefact import MANIFEST, ROWS_MAX, WEIGHTS, sha256
 from stream.scoring.step import PADDING_SLOTS_MAX
+from stream.simulator.shop import SimulatorOptions, simulate
 from tests.bench.common import Report, main, parser, say
 
 SMALL = EncoderOptions(hidden=32, layers=1, heads=2, intermediate=64)
@@ -160,8 +161,7 @@ def windows_per_s(session: onnxruntime.InferenceSession, work: Sequence[Batch]) 
 
 def through_triton(graph: Path, work: dict[str, list[Batch]], runs: int, report: Report) -> None:
     """The same windows through the local Triton, in buckets and padded, by the wall clock."""
-    from parts import SHIPPED, Triton
-
+    from deploy.local.parts import SHIPPED, Triton
     from stream.config import Settings
     from tests.bench.triton import scored
     in_flight = Settings.model_fields['triton_in_flight_max'].default

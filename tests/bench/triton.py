@@ -22,7 +22,6 @@ import http.client
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,18 +33,15 @@ from typing import Any
 from tritonclient.grpc import InferInput, InferRequestedOutput
 from tritonclient.grpc.aio import InferenceServerClient
 
-sys.path.insert(0, str(Path(__file__).parents[2] / 'deploy' / 'local'))
-
-from parts import HOST, SHIPPED, Kafka, Part, Triton, answers
-
+from deploy.local.parts import HOST, SHIPPED, Kafka, Part, Triton, answers
 from stream.config import Settings
 from stream.core.features import Batch
 from stream.core.scores import OUTPUT_NAMES, Outputs
-from stream.replay.simulator import SimulatorOptions, simulate
 from stream.scoring.artefact import MANIFEST, WEIGHTS
 from stream.scoring.embedded import EmbeddedScorer
 from stream.scoring.repository import LABELS_FILE, WARMUP_FOLDER
 from stream.scoring.triton import TritonScorer
+from stream.simulator.shop import SimulatorOptions, simulate
 from tests.bench.common import Report, main, parser, say
 from tests.integration.running import Shop, Worker, wait_for
 from tests.scoring.stub_triton import StubTriton

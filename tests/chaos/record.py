@@ -1,4 +1,4 @@
-"""A user's record, taken apart by the layout that the docstring of `stream/core/window.py` gives, byte by byte.
+"""A user's record, taken apart by the layout that the docstring of `stream/core/layout.py` gives, byte by byte.
 
 Imports nothing of `stream`: a defect of the product's codec shows as a difference.
 """

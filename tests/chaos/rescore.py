@@ -6,9 +6,9 @@ see: rows that changed places, another model, scores of another moment.
 from collections.abc import Iterable, Sequence
 
 from stream.core.features import batches, features
-from stream.core.lane import Touched, snapshot
 from stream.core.messages import Origin
 from stream.core.scores import collect
+from stream.core.steps import Touched, snapshot
 from stream.core.user import decode
 from stream.scoring.scorer import Scorer
 

@@ -40,7 +40,6 @@ from tests.chaos.rescore import wrong_scores
 from tests.chaos.workload import Input, records
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / 'deploy' / 'local'))
 
 SAMPLE_S = 0.5
 FAULT_S_MAX = 120.0         # for a fault to become due, and to fire
@@ -620,7 +619,7 @@ async def play(options: Options, folder: Path, kafka: Any, triton: Any, prefix: 
 
 def main() -> int:
     """The command line."""
-    from parts import Kafka, Triton
+    from deploy.local.parts import Kafka, Triton
     options = _options()
     console.print(f'SEED={options.seed}')
     logging.getLogger('aiokafka').setLevel(logging.CRITICAL)        # the broker's absence is no news here

@@ -15,13 +15,14 @@ import orjson
 from stream.core.decide import Policy
 from stream.core.events import Decoder, Event, EventRules
 from stream.core.features import Batch
-from stream.core.lane import Touched, block_steps, fire
+from stream.core.layout import DAY_MS, NO_TIMER_MS, WindowLimits
 from stream.core.messages import ModelInfo
 from stream.core.outbox import unpack_outbox
+from stream.core.rules import Publish
 from stream.core.scores import Outputs
+from stream.core.steps import Touched, block_steps, fire
 from stream.core.user import User, decode, encode
-from stream.core.window import DAY_MS, NO_TIMER_MS, WindowLimits
-from stream.scoring.step import Publish, score_step
+from stream.scoring.step import score_step
 from tests.chaos.log import SOURCES, Record, Run, Sample, Topic
 from tests.chaos.reference import partition_of
 from tests.chaos.workload import Input

@@ -95,7 +95,7 @@ def main() -> None:
     for stage, (module, owner, name) in POINTS.items():
         kind = getattr(__import__(module, fromlist=[owner]), owner)
         setattr(kind, name, wrap(getattr(kind, name), stage, executioner))
-    from stream.cli import main as stream_main
+    from stream.cli.main import main as stream_main
     sys.argv[0] = 'stream'
     stream_main()
 

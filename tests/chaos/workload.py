@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import orjson
 
-from stream.replay.simulator import SimulatorOptions, simulate
+from stream.simulator.shop import SimulatorOptions, simulate
 from tests.chaos.log import Topic
 from tests.chaos.reference import DAY_MS
 

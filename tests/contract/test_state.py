@@ -8,7 +8,7 @@ import pytest
 
 from stream.core.user import User
 from stream.errors import UsageError
-from stream.replay.state import MemoryState, RocksState, State
+from stream.state.replay_state import MemoryState, RocksState, State
 
 FIELDS = [name for name, kind in vars(User).items() if inspect.isgetsetdescriptor(kind)]
 

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 
 from stream.core.decide import Decision, Kind, Policy, apply, decide
+from stream.core.layout import DAY_MS, HEADER_DTYPE
 from stream.core.scores import Scores
 from stream.core.user import User, pack_header
-from stream.core.window import DAY_MS, HEADER_DTYPE
 
 T0_MS = 1_700_000_000_000
 MODEL = b'model--1'

@@ -17,8 +17,8 @@ from stream.core.features import (
     batches,
     features,
 )
+from stream.core.layout import DAY_MS, WindowLimits
 from stream.core.user import User, fold, pack_header
-from stream.core.window import DAY_MS, WindowLimits
 
 T0_MS = 1_700_006_400_000 // DAY_MS * DAY_MS     # a midnight
 LIMITS = WindowLimits()

@@ -16,7 +16,7 @@ from stream.core.journal import (
     rules_digest,
     steps_of,
 )
-from stream.core.window import WindowLimits
+from stream.core.layout import WindowLimits
 from stream.errors import InputError
 
 MODEL, RULES = '9c' * 32, '5d' * 8

@@ -11,11 +11,11 @@ from xxhash import xxh3_128_hexdigest
 
 from stream.core.decide import Decision, Kind, Policy
 from stream.core.events import Event
+from stream.core.layout import NO_TIER
 from stream.core.messages import ModelInfo, Origin, decision_message
 from stream.core.outbox import ScoresPen, pack_messages, unpack_outbox
 from stream.core.scores import Scores
 from stream.core.user import User
-from stream.core.window import NO_TIER
 from stream.errors import StateError
 
 GOLDEN = Path(__file__).parents[1] / 'golden' / 'messages.jsonl'

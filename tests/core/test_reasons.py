@@ -6,10 +6,10 @@ import pytest
 from stream.core.decide import Kind
 from stream.core.events import Event, EventType, Source
 from stream.core.features import COUNTER_NAMES, Snapshots, features
+from stream.core.layout import DAY_MS, WindowLimits
 from stream.core.reasons import REASONS_MAX, Occlusions, explain, occlude, variants, words
 from stream.core.scores import Scores
 from stream.core.user import User, fold, pack_header
-from stream.core.window import DAY_MS, WindowLimits
 
 T0_MS = 1_700_000_000_000
 BUY, VIEW, CART = EventType.PURCHASE, EventType.VIEW, EventType.ADD_TO_CART

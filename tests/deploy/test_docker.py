@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import typer
 import yaml
-from parts import HOST, Kafka, Triton, _libpython, free_port
 
-from stream.cli import app
+from deploy.local.parts import HOST, Kafka, Triton, _libpython, free_port
+from stream.cli.main import app
 from stream.config import Settings, load_settings
 from stream.core.scores import OUTPUT_NAMES
 from stream.engine.admin import PATHS
@@ -168,8 +168,8 @@ class ImagesTriton(Triton):
 
     @staticmethod
     def _printed(*arguments: str) -> str:
-        return subprocess.run([sys.executable, *arguments], env=os.environ | {'PYTHONPATH': 'deploy/local'}, cwd=ROOT,
-                              capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+        return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True,
+                              check=True, timeout=60).stdout.strip()
 
     def _here(self, text: str) -> str:
         return re.sub('|'.join(self._folders), lambda found: self._folders[found[0]], text)
@@ -186,9 +186,9 @@ class ImagesTriton(Triton):
 
 def test_the_images_triton_scores_as_the_embedded_model(tmp_path: Path):
     lines = [shlex.split(line) for line in instruction('models', 'RUN').split('&&')]
-    for python, script, *arguments in lines:
+    for python, *arguments in lines:
         assert python == 'python'
-        subprocess.run([sys.executable, script, *(a.replace('/models/', f'{tmp_path}/models/') for a in arguments)],
+        subprocess.run([sys.executable, *(a.replace('/models/', f'{tmp_path}/models/') for a in arguments)],
                        cwd=ROOT, check=True, timeout=60)
     assert 'tensorrt' in (tmp_path / 'models' / 'tensorrt' / 'shopper' / 'config.pbtxt').read_text()
     assert instruction('triton-gpu', 'COPY') == '--from=models /models/tensorrt /models'

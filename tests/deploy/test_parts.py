@@ -10,11 +10,12 @@ import threading
 import time
 from pathlib import Path
 
-import parts
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from parts import Kafka, Part, PartError, Triton, free_port, recorded, started_at, stop_process
+
+from deploy.local import parts
+from deploy.local.parts import Kafka, Part, PartError, Triton, free_port, recorded, started_at, stop_process
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,7 +126,7 @@ def test_a_port_that_was_taken_meanwhile_is_chosen_anew(tmp_path: Path):
 
 
 def test_it_dies_with_the_process_that_started_it(tmp_path: Path):
-    code = (f'import sys, time, pathlib; sys.path[:0] = {[str(Path(__file__).parent), str(ROOT / "deploy/local")]!r}\n'
+    code = (f'import sys, time, pathlib; sys.path[:0] = {[str(Path(__file__).parent), str(ROOT)]!r}\n'
             f'from test_parts import Sleeper\n'
             f'print(Sleeper(pathlib.Path({str(tmp_path / "part")!r})).start().pid, flush=True); time.sleep(60)')
     with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True) as parent:

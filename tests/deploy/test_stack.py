@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from parts import recorded, started_at
+
+from deploy.local.parts import recorded, started_at
 
 ROOT = Path(__file__).parents[2]
 NAMES = ['kafka', 'triton', 'worker', 'publisher']
@@ -39,10 +40,10 @@ class Stack:
         self.changes = 'stack.SHOPPERS = 60'
 
     def __call__(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        code = (f'import pathlib, stack\nstack.LOCAL = pathlib.Path({str(self.folder)!r})\n'
+        code = (f'import pathlib; from deploy.local import stack\nstack.LOCAL = pathlib.Path({str(self.folder)!r})\n'
                 f'{self.changes}\nstack.main()')
         return subprocess.run([sys.executable, '-c', code, *arguments], capture_output=True, text=True, timeout=200,
-                              check=False, env=os.environ | {'PYTHONPATH': str(ROOT / 'deploy' / 'local')})
+                              check=False, cwd=ROOT)
 
     def pids(self) -> list[int]:
         found = [recorded(self.folder / name / f'{name}.pid') for name in NAMES]
@@ -75,7 +76,7 @@ def test_up_brings_alerts_and_down_leaves_nothing(stack: Stack):
     assert len([line for line in shown.stdout.splitlines() if line.startswith('20')]) == 3, shown.stderr
     assert 'purchase_power.updated' in shown.stdout
     address = json.loads((stack.folder / 'state.json').read_text())['brokers']
-    assert address in done.stdout and 'stack.py alerts' in done.stdout
+    assert address in done.stdout and 'deploy.local.stack alerts' in done.stdout
 
     again = stack('up')
     assert again.stdout.startswith('Up already.') and address in again.stdout
@@ -131,4 +132,4 @@ def test_a_model_repository_for_another_triton(stack: Stack, tmp_path: Path):
 def test_make_calls_it():
     for target in ('up', 'down'):
         lines = subprocess.run(['make', '-n', target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        assert f'deploy/local/stack.py {target}' in lines
+        assert f'-m deploy.local.stack {target}' in lines

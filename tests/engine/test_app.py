@@ -5,8 +5,8 @@ from stream.config import Settings
 from stream.engine.app import create_app, user_store
 from stream.engine.blocks import Block, BlockSchema
 from stream.engine.tables import TableManager, UserStore
-from stream.engine.topics import changelog_topic
 from stream.engine.transport import Consumer, Transport
+from stream.kafka.topics import changelog_topic
 
 
 def test_transport_and_store_are_found_by_their_entry_points():

@@ -13,17 +13,17 @@ from faust.types import TP
 
 from stream.core.decide import Policy
 from stream.core.events import Decoder, EventRules
+from stream.core.layout import DAY_MS, WindowLimits
 from stream.core.partitioners import partition
 from stream.core.user import Change, User, encode
-from stream.core.window import DAY_MS, WindowLimits
 from stream.engine.blocks import Block
 from stream.engine.budget import Budget
 from stream.engine.lane import Lane, LaneRules, Tools
 from stream.engine.publisher import Record
-from stream.engine.store import LaneRecord, Memory, Meta, PartitionStore
 from stream.errors import ScorerUnavailable
 from stream.metrics import Metrics
 from stream.scoring.scorer import ConstantScorer
+from stream.state.store import LaneRecord, Memory, Meta, PartitionStore
 
 CLICKS, CARTS = TP('clicks', 0), TP('carts', 0)
 NOW_MS = 1_770_000_000_000

@@ -19,7 +19,7 @@ from stream.config import Settings
 from stream.core.events import SOURCE_OF_TYPE, TYPE_CODES
 from stream.core.partitioners import partition
 from stream.core.user import User
-from stream.engine.store import Memory, PartitionStore
+from stream.state.store import Memory, PartitionStore
 
 DEADLINE_S = 60.0
 T = TypeVar('T')
@@ -63,7 +63,7 @@ class Shop:
         return self.settings['clicks_topic'], self.settings['carts_topic']
 
     def make_topics(self) -> None:
-        from stream.engine.topics import ensure_topics
+        from stream.kafka.topics import ensure_topics
         asyncio.run(ensure_topics(Settings(**self.settings)))
 
     def worker(self, ready: bool = True, **settings: Any) -> 'Worker':

@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from parts import Kafka
 
+from deploy.local.parts import Kafka
 from stream.config import Settings
 from stream.core.user import User, encode
 from stream.engine import changelog
 from stream.engine.changelog import ChangelogReader, Follower
-from stream.engine.store import Memory, PartitionStore
 from stream.errors import StateError
 from stream.metrics import Metrics
+from stream.state.store import Memory, PartitionStore
 
 
 async def create(brokers: str, topic: str) -> None:

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaConsumer
-from parts import Kafka, Triton
 from typer.testing import CliRunner
 
-from stream.cli import app
+from deploy.local.parts import Kafka, Triton
+from stream.cli.main import app
 from stream.config import Settings
 from stream.core.partitioners import partition
-from stream.engine.check import Line, check
-from stream.engine.kafka import client_arguments, open_producer
-from stream.engine.topics import ensure_topics
+from stream.engine.preflight import Line, check
 from stream.errors import KafkaError, UsageError
+from stream.kafka.clients import client_arguments, open_producer
+from stream.kafka.topics import ensure_topics
 from tests.integration.test_topics_broker import existing, shop
 
 MODEL = Path(__file__).parents[2] / 'triton_models' / 'shopper' / '1'

@@ -2,11 +2,11 @@
 import json
 from pathlib import Path
 
-from parts import Kafka
 from typer.testing import CliRunner
 
-from stream.cli import app
-from stream.replay.simulator import SimulatorOptions, simulate, write
+from deploy.local.parts import Kafka
+from stream.cli.main import app
+from stream.simulator.shop import SimulatorOptions, simulate, write
 from tests.integration.running import Shop, wait_for
 
 

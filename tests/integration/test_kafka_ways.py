@@ -8,8 +8,8 @@ from typing import Any
 
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete
-from parts import Kafka, Triton
 
+from deploy.local.parts import Kafka, Triton
 from stream.core.partitioners import partition
 from tests.integration.running import Shop, wait_for
 

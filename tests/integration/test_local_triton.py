@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc
-from parts import Triton
 from tritonclient.utils import InferenceServerException
 
+from deploy.local.parts import Triton
 from stream.core.features import COUNTERS, LENGTHS, SLOT_NUMBERS, TYPE_VOCABULARY, Batch
 from stream.core.scores import OUTPUT_NAMES
 from stream.scoring.artefact import load_artefact

@@ -13,22 +13,23 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import RecordsToDelete
-from parts import Kafka
 from typer.testing import CliRunner, Result
 
-from stream.cli import app
+from deploy.local.parts import Kafka
+from stream.cli.main import app
 from stream.config import Settings
+from stream.core.rules import ReplayRules
 from stream.core.user import User
-from stream.engine.kafka import client_arguments, open_admin
-from stream.engine.topics import ensure_topics
 from stream.errors import KafkaError, UsageError
+from stream.kafka.clients import client_arguments, open_admin
+from stream.kafka.topics import ensure_topics
 from stream.replay.formats import kafka_format
 from stream.replay.recording import Recording
-from stream.replay.replay import Counts, Replay, ReplayRules
-from stream.replay.simulator import SimulatorOptions, simulate, write
-from stream.replay.state import MemoryState
+from stream.replay.replay import Counts, Replay
 from stream.replay.topic_records import Inputs, TopicRecord, decode_record
 from stream.scoring.scorer import ConstantScorer
+from stream.simulator.shop import SimulatorOptions, simulate, write
+from stream.state.replay_state import MemoryState
 from tests.integration.running import wait_for
 from tests.integration.test_topics_broker import existing, shop
 

@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from parts import Kafka
 from typer.testing import CliRunner, Result
 
-from stream.cli import app
+from deploy.local.parts import Kafka
+from stream.cli.main import app
 from stream.config import Settings
-from stream.engine.kafka import open_admin
-from stream.engine.topics import Topics, ensure_topics, read_topics, survey, wanted_topics
 from stream.errors import KafkaError
+from stream.kafka.clients import open_admin
+from stream.kafka.topics import Topics, ensure_topics, read_topics, survey, wanted_topics
 
 
 def names(name: str) -> dict[str, str]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from parts import Triton
 
+from deploy.local.parts import Triton
 from stream.core.features import COUNTERS, LENGTHS, SLOT_NUMBERS, TYPE_VOCABULARY, Batch
 from stream.core.scores import Outputs, collect
 from stream.errors import ScorerUnavailable

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parts import Kafka
 from typer.testing import CliRunner
 
-from stream.cli import app
+from deploy.local.parts import Kafka
+from stream.cli.main import app
+from stream.core.layout import DAY_MS
 from stream.core.user import User
-from stream.core.window import DAY_MS
-from stream.engine.store import Memory, PartitionStore
-from stream.replay.simulator import SimulatorOptions, simulate, write
+from stream.simulator.shop import SimulatorOptions, simulate, write
+from stream.state.store import Memory, PartitionStore
 from tests.integration.running import Shop, wait_for
 
 NOW_MS = 1_770_000_000_000

@@ -6,7 +6,7 @@ import pytest
 
 from stream.core.events import EventRules
 from stream.learn import dataset
-from stream.replay.simulator import SimulatorOptions, simulate
+from stream.simulator.shop import SimulatorOptions, simulate
 
 SHOP = SimulatorOptions(shoppers=120, days=240, seed=5)
 

@@ -24,7 +24,7 @@ from transformers.utils import logging
 from stream.core.features import COUNTERS
 from stream.learn.export import write_graph
 from stream.learn.model import INPUT_NAMES, ShopperModel
-from stream.learn.text_backbones import OPENING, slot_words
+from stream.learn.text.readers import OPENING, slot_words
 
 SPECIAL = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
 CORPUS = [f'{OPENING} {word}' for words in slot_words({}) for word in words] + ['now then silence']

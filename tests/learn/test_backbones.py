@@ -14,17 +14,17 @@ import pytest
 
 torch = pytest.importorskip('torch', reason='torch is not installed: pip install stream-scoring[train]')
 
-from parts import Triton
-
+from deploy.local.parts import Triton
 from stream.core.features import COUNTERS, Batch
 from stream.core.scores import OUTPUT_NAMES
-from stream.learn import dataset, evaluate
+from stream.learn import dataset
 from stream.learn.backbones import BackboneOptions
 from stream.learn.checkpoint import Checkpoint, load
 from stream.learn.export import export
-from stream.learn.text_backbones import TEXT_BACKBONES
+from stream.learn.judging import evaluate
+from stream.learn.text.readers import TEXT_BACKBONES
+from stream.learn.text.tuning import PREFIX_BACKBONES
 from stream.learn.train import train
-from stream.learn.tuning import PREFIX_BACKBONES
 from stream.scoring.embedded import EmbeddedScorer
 from stream.scoring.triton import TritonScorer
 from tests.learn.pretrained import save_tiny, windows

@@ -13,11 +13,11 @@ import safetensors.torch
 from stream.core.features import COUNTERS
 from stream.errors import ModelError
 from stream.learn.backbones import BackboneOptions, EncoderOptions, make_backbone
-from stream.learn.catalogue import item_bucket
 from stream.learn.checkpoint import Checkpoint, load, save
 from stream.learn.model import INPUT_NAMES, ShopperModel
-from stream.learn.text_backbones import TEXT_BACKBONES
-from stream.learn.tuning import PREFIX_BACKBONES
+from stream.learn.text.catalogue import item_bucket
+from stream.learn.text.readers import TEXT_BACKBONES
+from stream.learn.text.tuning import PREFIX_BACKBONES
 from tests.learn.pretrained import save_tiny, windows
 
 CASES = [('events', 'full'), *((name, tuning) for name in TEXT_BACKBONES for tuning in ('full', 'lora', 'ia3')),

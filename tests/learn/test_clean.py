@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from stream.cli import app
+from stream.cli.main import app
 from stream.core.events import EventRules, EventType
-from stream.core.window import WindowLimits
+from stream.core.layout import WindowLimits
 from stream.errors import UsageError
 from stream.learn.clean import STEPS, clean, in_words, outliers, steps_of
 from stream.learn.dataset import ExampleOptions, History, Kind, history_of, outcomes, read, sample

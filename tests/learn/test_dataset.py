@@ -6,8 +6,8 @@ import pytest
 
 from stream.core.events import Decoder, EventRules
 from stream.core.features import Snapshots, features
+from stream.core.layout import DAY_MS, WindowLimits
 from stream.core.user import User, fold, pack_header
-from stream.core.window import DAY_MS, WindowLimits
 from stream.errors import UsageError
 from stream.learn.dataset import (
     HORIZON_DAYS,

@@ -9,7 +9,7 @@ torch = pytest.importorskip('torch', reason='torch is not installed: pip install
 
 from rich.console import Console
 
-from stream.core.window import WindowLimits
+from stream.core.layout import WindowLimits
 from stream.errors import UsageError
 from stream.learn import fit as fitting
 from stream.learn.backbones import BackboneOptions

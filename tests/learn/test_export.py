@@ -15,16 +15,16 @@ import onnxruntime
 from onnxruntime.quantization import quantize_dynamic
 
 from stream.core.features import COUNTERS, LENGTHS, SLOT_NUMBERS, batches
+from stream.core.layout import WindowLimits
 from stream.core.scores import OUTPUT_NAMES
-from stream.core.window import WindowLimits
 from stream.errors import ModelError, UsageError
 from stream.learn import dataset
 from stream.learn.checkpoint import load, save
 from stream.learn.export import check_neighbours, export, outputs, padded, parity
-from stream.learn.judge import MODEL, OWN
+from stream.learn.judging.judge import MODEL, OWN
 from stream.learn.model import INPUT_NAMES
+from stream.learn.ranking.served import ranking_dir
 from stream.learn.served import score
-from stream.learn.served_ranking import ranking_dir
 from stream.scoring.artefact import load_artefact
 
 

@@ -10,7 +10,7 @@ torch = pytest.importorskip('torch', reason='torch is not installed: pip install
 from rich.console import Console
 
 from stream.core.features import COUNTERS
-from stream.core.window import DAY_MS, WindowLimits
+from stream.core.layout import DAY_MS, WindowLimits
 from stream.errors import UsageError
 from stream.learn import calibrate, dataset
 from stream.learn.backbones import EncoderOptions, EventsBackbone

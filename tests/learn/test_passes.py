@@ -11,13 +11,13 @@ torch = pytest.importorskip('torch', reason='torch is not installed: pip install
 
 from rich.console import Console
 
-from stream.core.window import WindowLimits
+from stream.core.layout import WindowLimits
 from stream.errors import StateError, UsageError
 from stream.learn import passes
 from stream.learn.fit import fit
-from stream.learn.journal import Journal
 from stream.learn.passes import Course, device, improve, mixed_precision
 from stream.learn.pretrain import PretrainOptions
+from stream.learn.training_log import Journal
 
 
 class Cut(Exception):       # noqa: N818 (an event rather than a mistake)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from stream.cli import app
-from stream.cli_learn import time_ms, version_of
+from stream.cli.learn import time_ms, version_of
+from stream.cli.main import app
 from stream.errors import InputError, ModelError, UsageError
 from stream.scoring.artefact import load_artefact
 
@@ -65,7 +65,7 @@ def test_without_prices_no_spend_is_told(tmp_path):
 
 
 def test_it_needs_no_torch(recording, tmp_path):
-    program = ("import sys; sys.modules['torch'] = None; from stream.cli import main; "
+    program = ("import sys; sys.modules['torch'] = None; from stream.cli.main import main; "
                f"sys.argv = ['stream', 'predict', {str(recording)!r}, '--at', '2025-06-01', '--out', "
                f"{str(tmp_path / 'p.jsonl')!r}]; main()")
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=False)

@@ -11,15 +11,15 @@ torch = pytest.importorskip('torch', reason='torch is not installed: pip install
 from rich.console import Console
 
 from stream.core.features import SLOT_NUMBER_NAMES, SLOT_NUMBERS
-from stream.core.window import WindowLimits
+from stream.core.layout import WindowLimits
 from stream.errors import ModelError, UsageError
 from stream.learn import dataset
 from stream.learn.backbones import BackboneOptions, EncoderOptions, EventsBackbone
 from stream.learn.checkpoint import load, save
 from stream.learn.fit import fit
-from stream.learn.journal import Journal
 from stream.learn.pretrain import Lesson, PretrainOptions, cropped, pretrain, start_from, told_of
 from stream.learn.prune import attentions, cut
+from stream.learn.training_log import Journal
 from tests.learn.pretrained import save_tiny
 
 ENCODER = EncoderOptions(hidden=16, layers=1, heads=2, intermediate=32)

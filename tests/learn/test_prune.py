@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import nn
 
 from stream.core.features import SLOT_NUMBERS
-from stream.core.window import WindowLimits
+from stream.core.layout import WindowLimits
 from stream.errors import UsageError
 from stream.learn.backbones import EncoderOptions, EventsBackbone
 from stream.learn.checkpoint import Checkpoint, load, save, some_training_windows, some_windows

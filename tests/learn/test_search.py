@@ -12,15 +12,15 @@ pytest.importorskip('optuna', reason='optuna is not installed: pip install strea
 
 from rich.console import Console
 
-from stream.core.window import WindowLimits
+from stream.core.layout import WindowLimits
 from stream.errors import UsageError
 from stream.learn import search as searching
 from stream.learn.checkpoint import load
 from stream.learn.export import export
 from stream.learn.fit import fit
-from stream.learn.journal import Journal
 from stream.learn.search import search
 from stream.learn.train import train
+from stream.learn.training_log import Journal
 
 LIMITS = WindowLimits()
 

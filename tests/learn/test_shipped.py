@@ -8,10 +8,10 @@ import pytest
 
 from stream.core.events import Decoder, EventRules
 from stream.core.features import LENGTHS, Snapshots, batches, features
+from stream.core.layout import WindowLimits
 from stream.core.scores import collect
 from stream.core.user import User, fold, pack_header
-from stream.core.window import WindowLimits
-from stream.learn.served_ranking import verified
+from stream.learn.ranking.served import verified
 from stream.scoring.artefact import load_artefact
 from stream.scoring.embedded import EmbeddedScorer
 

@@ -19,7 +19,7 @@ torch = pytest.importorskip('torch', reason='torch is not installed: pip install
 from rich.console import Console
 from typer.testing import CliRunner
 
-from stream.cli import app
+from stream.cli.main import app
 from stream.errors import ModelError, UsageError
 from stream.learn.backbones import BackboneOptions
 from stream.learn.checkpoint import load

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from stream.cli_shared import amounts_in
+from stream.cli.shared import amounts_in
 from stream.config import Settings
 from stream.core.events import Decoder, Event, EventRules
 from stream.errors import InputError

@@ -25,20 +25,20 @@ from stream.core.journal import (
     rules_digest,
     steps_of,
 )
-from stream.core.lane import Folded, Touched, block_steps, fire
+from stream.core.layout import DAY_MS, WindowLimits
 from stream.core.messages import ModelInfo
 from stream.core.outbox import unpack_outbox
 from stream.core.partitioners import partition
+from stream.core.rules import Publish, ReplayRules
 from stream.core.scores import Outputs
+from stream.core.steps import Folded, Touched, block_steps, fire
 from stream.core.user import User, decode, encode
-from stream.core.window import DAY_MS, WindowLimits
 from stream.errors import InputError, UsageError
-from stream.replay.journal import Journal, JournalReplay, RecordedTopics, described, read_journal
-from stream.replay.replay import ReplayRules
-from stream.replay.state import MemoryState, RocksState, State
+from stream.replay.journal_replay import Journal, JournalReplay, RecordedTopics, described, read_journal
 from stream.replay.topic_records import Inputs, TopicRecord, decoder, encode_record
 from stream.scoring.scorer import ConstantScorer
-from stream.scoring.step import Publish, score_step
+from stream.scoring.step import score_step
+from stream.state.replay_state import MemoryState, RocksState, State
 
 STREAM = Path(sys.executable).with_name('stream')
 T0_MS = 1_700_000_000_000

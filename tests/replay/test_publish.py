@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from stream.config import Settings
 from stream.core.events import peek_ts_ms
 from stream.core.partitioners import partition
-from stream.engine.topics import Found
+from stream.kafka.topics import Found
 from stream.replay import publish as module
 from stream.replay.formats import kafka_format
 from stream.replay.publish import Outgoing, Published, PublishOptions, with_ts

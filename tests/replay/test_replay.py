@@ -13,16 +13,17 @@ import pytest
 from stream.core.decide import Policy
 from stream.core.events import SOURCE_OF_TYPE, Decoder, Event, EventRules
 from stream.core.features import COUNTER_NAMES, Batch
+from stream.core.layout import DAY_MS, WindowLimits
 from stream.core.outbox import unpack_outbox
+from stream.core.rules import ReplayRules
 from stream.core.scores import Outputs
 from stream.core.user import User, decode, encode, fire_timer, fold
-from stream.core.window import DAY_MS, WindowLimits
 from stream.errors import UsageError
 from stream.replay.recording import Recording
-from stream.replay.replay import Counts, Replay, ReplayRules
-from stream.replay.simulator import SimulatorOptions, simulate, write
-from stream.replay.state import MemoryState, RocksState, State
+from stream.replay.replay import Counts, Replay
 from stream.scoring.scorer import ConstantScorer, Scorer
+from stream.simulator.shop import SimulatorOptions, simulate, write
+from stream.state.replay_state import MemoryState, RocksState, State
 
 T0_MS = 1_700_000_000_000 // DAY_MS * DAY_MS
 

@@ -9,8 +9,8 @@ import orjson
 import pytest
 
 from stream.core.events import Reason
+from stream.core.layout import DAY_MS
 from stream.core.messages import ModelInfo
-from stream.core.window import DAY_MS
 from stream.replay.replay import Counts
 from stream.replay.report import (
     REASON_WORDS,

@@ -3,8 +3,8 @@ import orjson
 import pytest
 
 from stream.core.events import TYPE_CODES, Event
+from stream.core.layout import DAY_MS, HOUR_MS, NO_TIER
 from stream.core.scores import Scores
-from stream.core.window import DAY_MS, HOUR_MS, NO_TIER
 from stream.replay.statistics import SCORE_BINS, Statistics
 
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from stream.core.events import Decoder, Event, EventRules, Reason, Source
 from stream.core.partitioners import MISROUTED, partition
+from stream.core.rules import ReplayRules
 from stream.errors import InputError
 from stream.replay.formats import kafka_format
 from stream.replay.recording import Recording
-from stream.replay.replay import Replay, ReplayRules
-from stream.replay.state import MemoryState
+from stream.replay.replay import Replay
 from stream.replay.topic_records import (
     BAD_RECORD,
     Inputs,
@@ -26,6 +26,7 @@ from stream.replay.topic_records import (
     event_bytes,
 )
 from stream.scoring.scorer import ConstantScorer
+from stream.state.replay_state import MemoryState
 
 T0 = 1_700_000_000_000
 INPUTS = Inputs(('clicks', 'carts'), 'murmur2')

@@ -4,7 +4,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from stream.core.window import WindowLimits
+from stream.core.layout import WindowLimits
 from stream.errors import ModelError
 from stream.scoring.artefact import LAYOUT, MANIFEST, Manifest, load_artefact, sha256
 

@@ -8,14 +8,15 @@ import pytest
 from stream.core.decide import Policy
 from stream.core.events import Event, EventType, Source
 from stream.core.features import LENGTHS, Batch
-from stream.core.lane import Touched, fold_step
+from stream.core.layout import WindowLimits
 from stream.core.outbox import unpack_outbox
+from stream.core.rules import Publish
 from stream.core.scores import Outputs
+from stream.core.steps import Touched, fold_step
 from stream.core.user import User, encode
-from stream.core.window import WindowLimits
 from stream.errors import ModelError
 from stream.scoring.scorer import ConstantScorer
-from stream.scoring.step import PADDING_SLOTS_MAX, Publish, Scored, score_step
+from stream.scoring.step import PADDING_SLOTS_MAX, Scored, score_step
 
 T0_MS = 1_700_000_000_000
 LIMITS = WindowLimits()

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from stream.core.features import CATEGORY_BUCKETS, COUNTERS, ITEM_BUCKETS, SLOT_NUMBERS, SLOTS_MAX, TYPE_VOCABULARY
 from stream.learn.backbones import EncoderOptions, EventsBackbone
 from stream.learn.model import BINARY, INPUT_NAMES, ShopperModel
-from stream.learn.text_backbones import (
+from stream.learn.text.readers import (
     OPENING,
     TEXT_BACKBONES,
     TOKENS_MAX,

@@ -1,0 +1,414 @@
+"""Commands of the model: learn from recorded events, export, score everybody as of a time."""
+import importlib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import orjson
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from stream.cli.shared import (
+    ConfigFile,
+    FormatName,
+    Overrides,
+    amounts_in,
+    effective_settings,
+    format_of,
+    parsed,
+    say,
+    written,
+)
+from stream.config import Settings
+from stream.core.events import parse_rfc3339_ms
+from stream.errors import INSTALL_TRAINING, UsageError
+from stream.scoring.artefact import MANIFEST, load_artefact
+
+app = typer.Typer()
+
+Clean = Annotated[str, typer.Option(
+    '--clean', metavar='STEPS', help='Steps of cleaning with commas between them, of duplicates, cancellations, '
+                                     'outliers, wholesalers: they change what is learned, not by what it is judged.')]
+Backbone = Annotated[str, typer.Option(
+    '--backbone', metavar='NAME', help='What reads the window: [bold]events[/bold], a small encoder of our own, or as '
+                                       'text a pretrained [bold]bert[/bold], [bold]distilbert[/bold], [bold]t5[/bold] '
+                                       '(its encoder) or [bold]gpt2[/bold].')]
+Pretrained = Annotated[str, typer.Option(
+    '--pretrained', metavar='FOLDER|ID', help='Where it is: a folder, or an id of the Hugging Face hub.')]
+Tuning = Annotated[str, typer.Option(
+    '--tuning', metavar='HOW', help='Which pretrained weights move: full, frozen, freeze:embeddings,layers=N, lora, '
+                                    'ia3, prefix.')]
+CatalogueFile = Annotated[Path | None, typer.Option(
+    '--catalogue', metavar='FILE', help='What is known of the items: JSON lines or Parquet with item_id, text, '
+                                        'embedding, category.')]
+Pretrain = Annotated[str | None, typer.Option(
+    '--pretrain', metavar='NAMES', help='First learn from windows without labels: some of masked, next, contrastive.')]
+Fit = Annotated[list[str] | None, typer.Option(
+    '--fit', metavar='NAME=VALUE', help='Sizes and the course of training, e.g. --fit hidden=96 --fit layers=3 --fit '
+                                        'epochs=20 --fit backbone.learning_rate=1e-4 --fit pretrain.epochs=5; '
+                                        'repeatable; a wrong name lists them all.')]
+ReportFolder = Annotated[Path, typer.Option(
+    '--out', metavar='DIR', help='Folder for index.html and figures.json.')]
+ModelFolder = Annotated[Path | None, typer.Option(
+    '--model', metavar='DIR', help='What `stream train` wrote, or a model that `stream export` wrote; default: setting '
+                                    '`model`.')]
+Seed = Annotated[int, typer.Option(help='The same seed gives the same bytes.')]
+TIME = 'a day, its beginning in UTC, as 2014-07-16, or a time as 2014-07-16T12:00:00Z'
+MODEL_REPOSITORY = 'triton_models'      # inside the folder that `stream train` writes
+
+
+@app.command()
+def train(
+    files: Annotated[list[Path] | None, typer.Argument(
+        metavar='[FILE]...', help='Recorded files to learn from.')] = None,
+    format_name: FormatName = 'events',
+    simulated: Annotated[int | None, typer.Option(
+        '--simulate', min=10, metavar='SHOPPERS', help='Learn from so many simulated shoppers instead.')] = None,
+    days: Annotated[int, typer.Option(min=120, help='Days that are simulated.')] = 730,
+    until: Annotated[str | None, typer.Option(
+        metavar='TIME', help=f'Use nothing at or after this time: {TIME}.')] = None,
+    backbone: Backbone = 'events',
+    pretrained: Pretrained = '',
+    tuning: Tuning = 'full',
+    catalogue: CatalogueFile = None,
+    tiers: Annotated[int, typer.Option(help='Tiers of spend, the lowest is nothing.')] = 5,
+    refund_head: Annotated[bool, typer.Option(
+        help='Whether it also tells the risk of refunds and cancelled orders: a hint for service, never for a credit '
+             'decision.')] = True,
+    how: Fit = None,
+    pretrain: Pretrain = None,
+    start_from: Annotated[Path | None, typer.Option(
+        '--from', metavar='CHECKPOINT', help="Start from another shop's model: a folder that `stream train` wrote.")]
+    = None,
+    resume: Annotated[bool, typer.Option(
+        '--resume', help='Go on with the same command where it was cut off; the result is the same.')] = False,
+    tensorboard: Annotated[Path | None, typer.Option(
+        metavar='DIR', help='Write the losses of each pass there, for `tensorboard --logdir DIR`.')] = None,
+    clean: Clean = '',
+    trials: Annotated[int, typer.Option(
+        '--search', min=0, metavar='TRIALS', help='Look for better sizes and rates first: so many trainings, judged by '
+                                                  'users who are held out of them. 0: take those that are set.')] = 0,
+    seed: Seed = 7,
+    out: Annotated[Path, typer.Option(metavar='DIR', help='Folder for the checkpoint and the served model.')]
+    = Path('build/shopper'),
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train a model, judge it on users and days that it has not seen, and export it."""
+    settings = effective_settings(config, **parsed(overrides))
+    learning = _learning('stream.learn.train')
+    if bool(files) == bool(simulated):
+        raise UsageError('Nothing to learn from, or two things.', 'name recorded files, or --simulate SHOPPERS.')
+    if simulated:
+        options = learning.simulated(simulated, days, seed)
+    else:
+        names = [path.name for path in files or ()]
+        options = learning.TrainOptions(
+            recorded(files or [], format_name, settings), seed=seed,
+            source=', '.join(names) + (f' until {until}' if until else ''),
+            command=f'stream train --format {format_name} {" ".join(names)}' + (f' --until {until}' if until else '')
+            + f' --seed {seed} --out DIR')
+    fitting = replace(_fitting(options.fit, backbone, pretrained, tuning, catalogue, pretrain, clean), tiers=tiers,
+                      refund=refund_head, start_from=start_from and str(start_from))
+    given = _given(fitting) + ''.join(f' --fit {option}' for option in how or ()) + (
+        f' --clean {clean}' if clean else '') + (f' --search {trials}' if trials else '')
+    options = replace(
+        options, limits=settings.window_limits(), trials=trials,
+        rules=msgspec.structs.replace(settings.event_rules(), currency=amounts_in(format_name, settings)),
+        until_ms=time_ms(until) if until else None, command=options.command.replace(' --out', f'{given} --out'),
+        resume=resume, curves=tensorboard, fit=_changed(fitting, how))
+    learning.train(options, out, Console(stderr=True, soft_wrap=True))
+    version_dir = _learning('stream.learn.export').export(out, out / MODEL_REPOSITORY)
+    say(f'model: {version_dir}. Next: stream predict FILE --at TIME --model {out}, or stream export {out} --name NAME')
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar='CHECKPOINT', help='Folder that `stream train` wrote.')],
+    into: Annotated[Path, typer.Option(metavar='DIR', help='Model repository.')] = Path('triton_models'),
+    name: Annotated[str, typer.Option(help="The model's name in the repository.")] = 'shopper',
+    version: Annotated[int, typer.Option(min=1, help='Number of the version; a name holds one.')] = 1,
+    int8: Annotated[bool, typer.Option(
+        '--int8', help='Large weights and what is multiplied with them in 8 bits: smaller, for CPUs. Give it a '
+                       '--name of its own.')] = False,
+) -> None:
+    """Write a checkpoint as ONNX with Triton's configuration, checked against torch, into a model repository."""
+    precision = 'int8' if int8 else 'fp32'
+    say(f'model: {_learning("stream.learn.export").export(checkpoint, into, name, version, precision)}')
+
+
+@app.command()
+def compare(
+    files: Annotated[list[Path], typer.Argument(metavar='FILE...', help='Recorded files.')],
+    format_name: FormatName = 'events',
+    at: Annotated[list[str] | None, typer.Option(
+        metavar='DAY', help='As of when, repeatable: what was before is learnt from, what came after is to be '
+                            'foretold. Default: 273, 90 or 30 days before the last day, the two longest that leave '
+                            f'enough before them. {TIME[0].upper()}{TIME[1:]}.')] = None,
+    folds: Annotated[int, typer.Option(
+        min=2, help='Parts of the users; each is scored by what was trained on the others.')] = 3,
+    pretrained_on: Annotated[Path | None, typer.Option(
+        metavar='CHECKPOINT', help="Show as well what starting from another shop's model brings, on 1, 5, 10 and "
+                                   '100 % of the users: a folder that `stream train` wrote.')] = None,
+    backbone: Backbone = 'events',
+    pretrained: Pretrained = '',
+    tuning: Tuning = 'full',
+    catalogue: CatalogueFile = None,
+    how: Fit = None,
+    pretrain: Pretrain = None,
+    clean: Clean = '',
+    seed: Seed = 7,
+    out: ReportFolder = Path('report'),
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Compare the model with simpler ones on a recording: trained alike, judged on users and days they never saw."""
+    settings = effective_settings(config, **parsed(overrides))
+    comparing, reporting = _learning('stream.learn.judging.compare'), _learning('stream.learn.judging.compare_report')
+    _refuse_a_file(out)
+    times_ms = _times_ms(at)
+    from stream.learn import dataset
+    from stream.learn.judging.questions import default_cutoffs
+    fitting = _changed(_fitting(comparing.FitOptions(), backbone, pretrained, tuning, catalogue, pretrain, clean), how)
+    _learning('stream.learn.fit').check(fitting)
+    history = dataset.read(recorded(files, format_name, settings), settings.event_rules())
+    options = comparing.CompareOptions(seed=seed, folds=folds, processes=os.cpu_count() or 1,
+                                       limits=settings.window_limits(), fit=fitting)
+    transferring = _learning('stream.learn.judging.transfer')
+    if pretrained_on:
+        transferring.check(pretrained_on, options)
+    cutoffs_ms = times_ms or default_cutoffs(history)
+    figures = {'about': {'sources': [file.name for file in files], 'format': format_name,
+                         'currency': amounts_in(format_name, settings)}}
+    figures |= comparing.compare(history, cutoffs_ms, options, say)
+    if pretrained_on:
+        figures['transfer'] = transferring.transfer(history, cutoffs_ms[0], pretrained_on, options, say)
+    _report(out, figures, reporting)
+
+
+@app.command()
+def evaluate(
+    files: Annotated[list[Path], typer.Argument(metavar='FILE...', help='Recorded files.')],
+    format_name: FormatName = 'events',
+    at: Annotated[list[str] | None, typer.Option(
+        metavar='DAY', help='As of when, repeatable: what was before is known, what came after is to be foretold. '
+                            f'Default: as `stream compare`. {TIME[0].upper()}{TIME[1:]}.')] = None,
+    model: ModelFolder = None,
+    threshold: Annotated[float, typer.Option(
+        min=0, max=1, help='Whoever has such a chance is called: for accuracy, precision, recall, F1.')] = 0.5,
+    seed: Seed = 7,
+    out: ReportFolder = Path('report'),
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Judge a served model on a recording, beside rules that need no training: nothing is trained."""
+    settings = effective_settings(config, **parsed(overrides))
+    _refuse_a_file(out)
+    times_ms = _times_ms(at)
+    from stream.learn import dataset
+    from stream.learn.judging import backtest, backtest_report
+    from stream.learn.judging.questions import default_cutoffs
+    from stream.scoring.make import shipped
+    version_dir = version_of(model) if model else shipped(settings.model)
+    currency = amounts_in(format_name, settings)
+    warnings = _mistrust(version_dir, settings, currency)
+    history = dataset.read(recorded(files, format_name, settings), settings.event_rules())
+    options = backtest.BacktestOptions(seed=seed, threshold=threshold, limits=settings.window_limits())
+    figures = {'about': {'sources': [file.name for file in files], 'format': format_name, 'currency': currency,
+                         'warnings': warnings}}
+    figures |= backtest.backtest(history, times_ms or default_cutoffs(history), version_dir, options, say)
+    _report(out, figures, backtest_report)
+    for line in (*warnings, *backtest_report.doubts(figures)):
+        say(f'warning: {line}')
+
+
+@app.command()
+def predict(
+    files: Annotated[list[Path], typer.Argument(metavar='FILE...', help='Recorded files.')],
+    at: Annotated[str, typer.Option(metavar='TIME', help=f'As of when; nothing at or after it is looked at: {TIME}.')],
+    out: Annotated[Path, typer.Option(metavar='FILE', help='Where the lines go.')] = Path('predictions.jsonl'),
+    format_name: FormatName = 'events',
+    model: ModelFolder = None,
+    items: Annotated[int, typer.Option(
+        min=0, metavar='K', help='Also name the K items and categories that are likeliest to be bought next, from '
+                                 'those that the files name; the model must rank them.')] = 0,
+    candidates: Annotated[Path | None, typer.Option(
+        metavar='FILE', help='Of the items rank these alone: one item id a line. Needs --items.')] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Score every user seen before a time: one JSON line each, with purchase and churn within days, tier, spend."""
+    from stream.learn import dataset
+    from stream.learn.predict import predict as predicted
+    from stream.learn.ranking.item_names import Texts, read_candidates
+    from stream.scoring.make import shipped
+    settings = effective_settings(config, **parsed(overrides))
+    version_dir = version_of(model) if model else shipped(settings.model)
+    if out.is_dir() or out.resolve() in {file.resolve() for file in (*files, candidates) if file}:
+        raise UsageError(f'{out} is a folder, or one of the files.', 'name another file with --out.')
+    if candidates and not items:
+        raise UsageError('Candidates were given, but not how many to name.', 'add --items K.')
+    ranked = read_candidates(candidates) if candidates else None
+    at_ms = time_ms(at)
+    texts, values = Texts(), recorded(files, format_name, settings)
+    history = dataset.read(texts.remembered(values) if items else values, settings.event_rules())
+    lines = 0
+    with written(out) as file:
+        for line in predicted(history, at_ms, version_dir, settings.window_limits(), items, texts, ranked, say):
+            file.write(line + b'\n')
+            lines += 1
+    say(f'{lines:,} users as of {datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d %H:%M} UTC: {out}')
+    for line in _mistrust(version_dir, settings, amounts_in(format_name, settings)):
+        say(f'warning: {line}')
+
+
+def _mistrust(version_dir: Path, settings: Settings, currency: str) -> list[str]:
+    """Where these events are not of the kind that the model has learned from."""
+    from stream.scoring.make import mismatches
+    return [f'{line[0].upper()}{line[1:]}: do not trust its scores.' for line in mismatches(
+        load_artefact(version_dir).manifest, settings.model_copy(update={'currency': currency}))]
+
+
+def _with_range(value: str = '', bounds: str = '') -> str:
+    return f'{value} ({bounds})' if value else ''
+
+
+def time_ms(text: str) -> int:
+    """Unix ms of a day's beginning, or of a time with a zone. Errors: UsageError where it is neither."""
+    found = parse_rfc3339_ms(f'{text}T00:00:00Z' if re.fullmatch(r'\d{4}-\d{2}-\d{2}', text) else text)
+    if found is None:
+        raise UsageError(f'{text} is no time.', f'give {TIME}.')
+    return found
+
+
+def _times_ms(days: list[str] | None) -> list[int]:
+    """Those of `--at`, each once, in their order."""
+    return sorted({time_ms(text) for text in days or ()})
+
+
+def version_of(folder: Path) -> Path:
+    """The model version that a folder is, or holds. Errors: UsageError where it holds none."""
+    if (folder / MANIFEST).is_file():
+        return folder
+    found = [*folder.glob(f'*/{MANIFEST}'), *folder.glob(f'{MODEL_REPOSITORY}/*/*/{MANIFEST}')]
+    if len(found) != 1:
+        raise UsageError(f'{folder} is no model version, and holds {f"{len(found)}, not one" if found else "none"}.',
+                         'name what `stream train --out` wrote, or <repository>/<name>, or its version.')
+    return found[0].parent
+
+
+def recorded(files: list[Path], format_name: str, settings: Settings) -> Iterator[bytes]:
+    """The event JSON of recorded files, in the order in which the worker would read it."""
+    from stream.replay.recording import Recording
+    from stream.replay.topic_records import event_bytes
+    recording = Recording(files, format_of(format_name, settings))
+    recording.scan()
+    for block in recording.blocks(10_000, 1 << 62):
+        for index, value in enumerate(block.values):
+            if index not in block.bad:
+                yield value if recording.records is None else event_bytes(value)
+
+
+def _fitting(fitting: Any, backbone: str, pretrained: str, tuning: str, catalogue: Path | None, pretrain: str | None,
+             clean: str) -> Any:
+    """The options of a fit with what these flags say."""
+    from stream.learn.clean import steps_of
+    return replace(
+        fitting, clean=steps_of(clean),
+        pretrain=_learning('stream.learn.pretrain').PretrainOptions.of(pretrain) if pretrain else None,
+        backbone=replace(fitting.backbone, name=backbone, source=pretrained, tuning=tuning,
+                         catalogue=str(catalogue) if catalogue else None))
+
+
+def _changed(fitting: Any, how: list[str] | None) -> Any:
+    return _learning('stream.learn.options').changed(fitting, parsed(how, '--fit', 'give e.g. --fit epochs=20.'))
+
+
+def _given(fitting: Any) -> str:
+    """The flags of a training where they are not the default, for whoever repeats it: of files the names alone."""
+    backbone = fitting.backbone
+    source = Path(backbone.source).name if Path(backbone.source).is_dir() else backbone.source
+    flags = [f' --{name} {value}' for name, value, default in (
+        ('backbone', backbone.name, 'events'), ('pretrained', source, ''), ('tuning', backbone.tuning, 'full'),
+        ('catalogue', Path(backbone.catalogue or '').name, ''), ('tiers', fitting.tiers, 5),
+        ('pretrain', ','.join(fitting.pretrain.objectives if fitting.pretrain else ()), ''),
+        ('from', Path(fitting.start_from or '').name, '')) if value != default]
+    return ''.join([*flags, '' if fitting.refund else ' --no-refund-head'])
+
+
+def _learning(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UsageError(f'Training needs {error.name}, which is not installed.',
+                         INSTALL_TRAINING) from error
+
+
+def _refuse_a_file(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UsageError(f'{out} is a file.', 'name a folder with --out.')
+
+
+def _report(out: Path, figures: dict[str, Any], reporting: Any) -> None:
+    """The figures as a file, a page, and a table for a person."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in (('figures.json', orjson.dumps(figures, option=orjson.OPT_INDENT_2) + b'\n'),
+                          ('index.html', reporting.render_report(figures).encode())):
+        with written(out / name) as file:
+            file.write(content)
+    console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+    console.print(_standing(figures))
+    if any(cutoff['spend'] for cutoff in figures['cutoffs']):
+        console.print(_spending(figures))
+    say(f'report: {out / "index.html"}')
+
+
+def _standing(figures: dict[str, Any]) -> Table:
+    """Who ranks how well, question by question: AUROC with its interval."""
+    from stream.learn.judging import compare_report as reporting
+    table = Table(title='AUROC [95 % over users]: 0.5 is guessing, 1 is perfect', title_justify='left')
+    for column in ('as of', 'a user…', 'who', 'AUROC', 'our model less it', 'our model is'):
+        figure = column in ('AUROC', 'our model less it')
+        table.add_column(column, justify='right' if figure else 'left', no_wrap=figure)
+    for cutoff in figures['cutoffs']:
+        for task in cutoff['tasks']:
+            asked = [(reporting.day(cutoff['at_ms']), reporting.question(task)),
+                     ('', f'true for {task["base_rate"]:.1%} of {task["rows"]:,}')]
+            for place, name in enumerate(reporting.on_terminal(task)):
+                at, about = asked[place] if place < len(asked) else ('', '')
+                scored = task['contenders'][name]
+                less = reporting.difference(scored['model_less']['auc']) if scored['model_less'] else ()
+                table.add_row(at, about, name, _with_range(*reporting.interval(scored['metrics']['auc'])),
+                              _with_range(*less), task['verdict'] if name == task['best_reference'] else '')
+            table.add_section()
+    return table
+
+
+def _spending(figures: dict[str, Any]) -> Table:
+    """Who foretells spend how well."""
+    from stream.learn.judging import compare_report as reporting
+    table = Table(title='Spend [95 % over users]: rank correlation, and mean error', title_justify='left')
+    compared = any(spend['error_ratio'] for cutoff in figures['cutoffs'] for spend in cutoff['spend'])
+    over = [f'over that of {reporting.LEAST_ERROR}'] if compared else []
+    for column in ('as of', 'spend…', 'who', 'Spearman', 'mean error', *over):
+        figure = column not in ('as of', 'spend…', 'who')
+        table.add_column(column, justify='right' if figure else 'left', no_wrap=figure)
+    for cutoff in figures['cutoffs']:
+        for spend in cutoff['spend']:
+            asked = reporting.day(cutoff['at_ms']), reporting.within(spend['days'])
+            for name, scored in spend['contenders'].items():
+                error = scored['metrics'].get('mean_absolute_error')
+                ratio = spend['error_ratio'].get(name)
+                table.add_row(*asked, name, _with_range(*reporting.interval(scored['metrics']['spearman'])),
+                              _with_range(*(reporting.interval(error, 2) if error else ())),
+                              *([_with_range(*(reporting.interval(ratio) if ratio else ()))] if compared else []))
+                asked = '', ''
+            table.add_section()
+    return table

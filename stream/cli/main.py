@@ -1,0 +1,330 @@
+"""The command line. Each command is a thin shell: settings in, files in and out, a summary, an exit code."""
+import asyncio
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import msgspec
+import orjson
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from stream.cli.kafka import app as kafka_commands
+from stream.cli.learn import app as learn_commands
+from stream.cli.shared import (
+    AsJson,
+    ConfigFile,
+    FormatName,
+    Overrides,
+    amounts_in,
+    collect_seldom,
+    effective_settings,
+    format_of,
+    inputs_of,
+    parsed,
+    progress_bar,
+    say,
+    written,
+)
+from stream.cli.worker import app as worker_commands
+from stream.config import Settings, render
+from stream.errors import InputError, StreamError, UsageError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode='rich',
+    help='Real-time shopper scoring: click and cart events in, purchase-power scores and churn alerts out.',
+    epilog='Exit codes: 0 done, 1 file system, '
+           '2 wrong command or setting, 3 unreadable input, 4 damaged state, 5 model, 6 Kafka, 130 stopped.')
+
+Seed = Annotated[int, typer.Option(help='The same seed gives the same bytes.')]
+Model = Annotated[Path | None, typer.Option(metavar='DIR', help='Folder of a model version (setting `model`).')]
+Publish = Annotated[str | None, typer.Option(
+    metavar='changes|all|events', help='What is written (setting `publish`): decisions only; also the scores of every '
+                                       'scored user; also one output per event.')]
+
+
+@app.command()
+def demo(
+    shoppers: Annotated[int, typer.Option(min=1, help='Simulated shoppers.')] = 300,
+    days: Annotated[int, typer.Option(min=1, help='Days that are simulated.')] = 180,
+    seed: Seed = 7,
+    out: Annotated[Path, typer.Option(metavar='DIR', help='Folder for events, alerts and the report.')] = Path('demo'),
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Simulate shoppers, replay their events through the shipped model, show alerts with reasons and a report."""
+    settings = effective_settings(config, **parsed(overrides))
+    out.mkdir(parents=True, exist_ok=True)
+    events = out / 'events.jsonl'
+    _simulate(events, shoppers, days, seed, noise=0.002)
+    outcome = _replay([events], 'events', out / 'alerts.jsonl', settings, with_report=True, state_dir=None)
+    _print_alerts(outcome.alerts_shown)
+    _print_summary(outcome)
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Argument(metavar='FILE', help='Where the events go (.jsonl).')],
+    shoppers: Annotated[int, typer.Option(min=1, help='Simulated shoppers.')] = 1_000,
+    days: Annotated[int, typer.Option(min=1, help='Days that are simulated.')] = 180,
+    seed: Seed = 7,
+    noise: Annotated[float, typer.Option(
+        min=0, max=0.5, help='Share of rows that are repeated, delayed or broken, as real feeds have them.')] = 0.0,
+) -> None:
+    """Write the events of simulated shoppers, and beside them what is true of each (FILE with .truth.jsonl)."""
+    _simulate(out, shoppers, days, seed, noise)
+
+
+@app.command()
+def replay(
+    files: Annotated[list[Path], typer.Argument(metavar='FILE...', help='Recorded files, also .gz and .zst.')],
+    format_name: FormatName = 'events',
+    journal: Annotated[Path | None, typer.Option(
+        metavar='FILE', help="The recorded journal topic: make the worker's own steps again (with --format kafka).",
+    )] = None,
+    out: Annotated[Path, typer.Option(
+        metavar='FILE', help='Messages, one a line. Beside it: dead letters (.dead.jsonl) and the report (.html).',
+    )] = Path('alerts.jsonl'),
+    publish: Publish = None,
+    scorer: Annotated[str | None, typer.Option(metavar='embedded|constant', help='Setting `scorer`.')] = None,
+    model: Model = None,
+    state: Annotated[str | None, typer.Option(metavar='memory|rocksdb', help='Setting `state`.')] = None,
+    state_dir: Annotated[Path | None, typer.Option(
+        metavar='DIR', help='Keep the RocksDB state here (new or empty); without it, it is temporary.')] = None,
+    report: Annotated[bool, typer.Option(help='Write the HTML report.')] = True,
+    as_json: AsJson = False,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Send recorded events through the worker's own core, in event-time order; the same files give the same bytes."""
+    flags = {'publish': publish, 'scorer': scorer, 'model': model, 'state': 'rocksdb' if state_dir else state}
+    settings = effective_settings(config, **parsed(overrides) | {k: v for k, v in flags.items() if v is not None})
+    outcome = _replay(files, format_name, out, settings, report, state_dir, journal)
+    if as_json:
+        sys.stdout.write(orjson.dumps(msgspec.to_builtins(outcome.counts)).decode() + '\n')
+    else:
+        _print_summary(outcome)
+
+
+@app.command(name='journal')
+def show_journal(
+    file: Annotated[Path, typer.Argument(metavar='JOURNAL', help='The recorded journal topic.')],
+    lane: Annotated[int | None, typer.Option(min=0, help='Only this lane (partition number).')] = None,
+    users: Annotated[bool, typer.Option('--users', help='Name all users of an entry.')] = False,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Print what the worker's lanes did: blocks, sweeps and changes of owner, and how much of it came to be."""
+    from stream.replay.journal_replay import described, read_journal
+    settings = effective_settings(config, **parsed(overrides))
+    journal = read_journal(file)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `stream journal FILE | head` is no error
+    for line in described(journal if lane is None else {lane: journal.get(lane, [])},
+                          (settings.clicks_topic, settings.carts_topic), users):
+        sys.stdout.write(line + '\n')
+
+
+@app.command(name='config')
+def show_config(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    schema: Annotated[bool, typer.Option('--schema', help='Print the JSON Schema of an event instead.')] = False,
+) -> None:
+    """Print the settings in effect, as TOML that can be saved as stream.toml: file, then STREAM_<NAME>, then flags."""
+    if schema:
+        from stream.core.events import json_schema
+        sys.stdout.write(orjson.dumps(json_schema(), option=orjson.OPT_INDENT_2).decode() + '\n')
+    else:
+        sys.stdout.write(render(effective_settings(config, **parsed(overrides))))
+
+
+app.add_typer(worker_commands)
+app.add_typer(kafka_commands)
+app.add_typer(learn_commands)
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        app(standalone_mode=True)
+    except StreamError as error:
+        say(f'stream: {error}')
+        sys.exit(error.exit_code)
+    except OSError as error:
+        say(f'stream: {error.strerror or error}: {error.filename}. Do: check the path, its rights and the disk.')
+        sys.exit(StreamError.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _stop(number: int, _frame: object) -> NoReturn:
+    say('stopped: no file was left half written')
+    sys.exit(128 + number)      # on the way out, half-written files are removed
+
+
+class Outcome(msgspec.Struct):
+    """What a replay leaves for its summary."""
+
+    counts: Any
+    alerts_shown: list[dict[str, Any]]
+    refused_scores: int
+    trained_on: str
+    out: Path
+    dead_letters: Path
+    report: Path | None
+    seconds: float
+
+
+def _replay(
+    files: list[Path], format_name: str, out: Path, settings: Settings, with_report: bool, state_dir: Path | None,
+    journal: Path | None = None,
+) -> Outcome:
+    from stream.replay.journal_replay import JournalReplay, RecordedTopics, read_journal
+    from stream.replay.recording import Recording
+    from stream.replay.replay import Replay
+
+    _check_target(out, 'Messages')
+    collect_seldom()
+    dead_letters, report = out.with_suffix('.dead.jsonl'), out.with_suffix('.html')
+    if journal and format_name != 'kafka':
+        raise UsageError('A journal leads through records of topics.', 'add --format kafka, and name their recording.')
+    for path in (out, dead_letters, report):
+        if path.is_dir() or path.resolve() in {file.resolve() for file in (*files, *filter(None, [journal]))}:
+            raise UsageError(f'{path} is a folder, or one of the files to replay.', 'name another file with --out.')
+    with ExitStack() as stack:
+        progress = stack.enter_context(progress_bar())
+        if journal:
+            recording = RecordedTopics(files, inputs_of(settings))
+            stack.callback(recording.close)
+        else:
+            recording = Recording(files, format_of(format_name, settings))
+        task = progress.add_task('reading times', total=None)
+        recording.scan(lambda rows: progress.update(task, completed=rows))
+        if isinstance(recording, Recording) and recording.records is not None and not recording.rows:
+            raise InputError(f'There is no record of {settings.clicks_topic} or {settings.carts_topic} in '
+                             f'{", ".join(path.name for path in files)}.', 'name a recording of the input topics '
+                             '(`stream record`); a journal is named with --journal, beside it.')
+        scorer = _scorer(settings)
+        outputs = stack.enter_context(written(out))
+        letters = stack.enter_context(written(dead_letters))
+        rules = settings.replay_rules()
+        if isinstance(recording, Recording):
+            run = Replay(recording, _state(settings, state_dir, stack), scorer, rules, outputs, letters)
+            seen = recording
+        else:
+            assert journal
+            seen = run = JournalReplay(
+                recording, read_journal(journal),
+                lambda lane: _state(settings, state_dir / f'users-{lane}' if state_dir else None, stack),
+                scorer, rules, outputs, letters)
+        progress.reset(task, description='replaying', total=recording.rows)
+        started = time.monotonic()
+        counts = asyncio.run(run.run(lambda rows: progress.advance(task, rows)))
+        seconds = time.monotonic() - started
+        if isinstance(run, JournalReplay):
+            for gap in run.missing():
+                say(f'warning: the journal goes further than the recording: {gap}.')
+            if beyond := run.beyond():
+                say(f"{beyond:,} records after the journal's end were not replayed.")
+            if run.unfinished:
+                say(f'{run.unfinished:,} events of steps that were cut short were not taken again before the journal '
+                    'ends.')
+            if run.passed_over:
+                say(f'warning: {run.passed_over:,} events are in no block: the worker began after them or has skipped '
+                    'them, or the journal lacks entries; `stream journal` shows the blocks.')
+        if with_report:
+            from stream.replay.report import ReportAbout, write_report
+            progress.update(task, description='writing report')
+            about = ReportAbout(
+                sources=[path.name for path in files], format=format_name,
+                currency=amounts_in(format_name, settings),
+                first_ms=seen.first_ms, last_ms=seen.last_ms, publish=settings.publish,
+                trained_on=scorer.trained_on,
+                tier_names=scorer.tier_names, intent_raise=settings.intent_raise, churn_raise=settings.churn_raise,
+                churn_clear=settings.churn_clear)
+            write_report(report, run.statistics, counts, scorer.model, about)
+    return Outcome(counts, run.statistics.alerts_shown, run.refused_scores, scorer.trained_on, out, dead_letters,
+                   report if with_report else None, seconds)
+
+
+def _scorer(settings: Settings) -> Any:
+    from stream.scoring.make import make_scorer
+    return make_scorer(settings, lambda line: say(f'warning: {line}'), off_loop=False)
+
+
+def _state(settings: Settings, state_dir: Path | None, stack: ExitStack) -> Any:
+    from stream.state.replay_state import MemoryState, RocksState
+    if settings.state == 'memory':
+        return MemoryState()
+    if state_dir is None:
+        state_dir = Path(tempfile.mkdtemp(prefix='stream-replay-'))
+        stack.callback(shutil.rmtree, state_dir)
+    state = RocksState(state_dir)
+    stack.callback(state.close)
+    return state
+
+
+def _simulate(out: Path, shoppers: int, days: int, seed: int, noise: float) -> None:
+    from stream.simulator.shop import SimulatorOptions, simulate, write
+    _check_target(out, 'Events')
+    truth = out.with_suffix('.truth.jsonl')
+    simulation = simulate(SimulatorOptions(shoppers=shoppers, days=days, seed=seed, noise=noise))
+    write(simulation, out, truth)
+    say(f'{simulation.events:,} events of {shoppers:,} simulated shoppers over {days} days: {out} (truth: {truth})')
+
+
+def _check_target(out: Path, what: str) -> None:
+    if out.suffix != '.jsonl' or not out.parent.is_dir():
+        raise UsageError(f'{what} cannot be written to {out}.', 'name a .jsonl file in an existing folder.')
+
+
+_SCORE_OF = {'purchase_intent.alert': 'purchase_intent', 'churn.alert': 'churn'}
+
+
+def _print_alerts(alerts: list[dict[str, Any]]) -> None:
+    table = Table(title='The newest alerts of each kind', show_lines=True)
+    for column in ('when (UTC)', 'user'):
+        table.add_column(column, no_wrap=True)
+    table.add_column('alert')
+    for column in ('score', 'tier'):
+        table.add_column(column, justify='right')
+    table.add_column('because (+ raised it, - lowered it)', ratio=1)
+    table.add_column('proposed')
+    for value in alerts:
+        when = datetime.fromtimestamp(value['as_of_ms'] / 1000, UTC)
+        reasons = [f'{"+" if reason["effect"] > 0 else "-"} {reason["text"]}' for reason in value['reasons'] or ()]
+        score = _SCORE_OF.get(value['type'], 'purchase_power')
+        tier = '-' if value['tier'] is None else str(value['tier'])
+        if 'previous_tier' in value and value['previous_tier'] is not None:
+            tier = f'{value["previous_tier"]} to {tier}'
+        table.add_row(f'{when:%Y-%m-%d %H:%M}', value['user_id'],
+                      ' '.join(filter(None, (value['type'], value.get('state')))), f'{value["scores"][score]:.2f}',
+                      tier, '\n'.join(reasons), value['action'] or '-')
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+
+
+def _print_summary(outcome: Outcome) -> None:
+    counts = outcome.counts
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        f'{counts.read:,} rows in {outcome.seconds:.1f} s: {counts.applied:,} applied, {counts.duplicate:,} duplicate, '
+        f'{counts.late:,} late, {counts.dead:,} dead. {counts.users:,} users, {counts.scored:,} scored windows, '
+        f'{counts.alerts:,} alerts.', markup=False)
+    if outcome.refused_scores:
+        console.print(f'{outcome.refused_scores:,} scores were refused (not numbers in range): check the model.',
+                      markup=False)
+    if 2 * counts.dead > counts.read:
+        console.print('More than half of the rows are dead letters: check --format, and the reasons given there.',
+                      markup=False)
+    console.print(f'scored by a model trained on {outcome.trained_on}', markup=False)
+    console.print(f'alerts: {outcome.out}\ndead letters: {outcome.dead_letters}', markup=False)
+    if outcome.report:
+        console.print(f'report: {outcome.report}', markup=False)

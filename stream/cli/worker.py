@@ -1,0 +1,33 @@
+"""The command `worker`, a thin shell as `stream.cli.main`, on the same command line."""
+import asyncio
+import logging
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from stream.cli.shared import ConfigFile, Overrides, collect_seldom, effective_settings, few_arenas, parsed
+
+app = typer.Typer()
+
+# What these have to say about every service and partition is for their developers.
+_QUIET = ('faust', 'mode', 'aiokafka', 'stream.engine.app', 'stream.engine.tables', 'stream.engine.transport')
+
+
+@app.command()
+def worker(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    verbose: Annotated[bool, typer.Option('--verbose', help='Also log what Faust and the Kafka client say.')] = False,
+) -> None:
+    """Consume click and cart events from Kafka, score, publish; until SIGTERM or Ctrl-C."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))       # nothing has begun yet
+    from stream.engine.worker import run
+    logging.basicConfig(level=logging.INFO, format='%(asctime)s %(levelname)s %(name)s %(message)s')
+    if not verbose:
+        for name in _QUIET:
+            logging.getLogger(name).setLevel(logging.WARNING)
+    collect_seldom()
+    few_arenas()
+    asyncio.run(run(effective_settings(config, **parsed(overrides))))

@@ -1,0 +1,130 @@
+"""A served model on a recording, as of cut-offs: its exported graph beside rules that need no training.
+
+    1 cut-offs   times T of the recording: what was before T is known, what came after it is to be foretold
+    2 scoring    everybody who was seen before T; the model through its exported graph, as it is served
+    3 figures    stream.learn.judging.judge
+
+Nothing is trained here and torch is not needed. The model must not have learned from what it is asked about: where its
+manifest says up to when it has learned, a cut-off before that time is marked. `stream compare` trains a model for each
+cut-off instead, on other users.
+"""
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from stream.core.layout import WindowLimits
+from stream.errors import ModelError
+from stream.learn.dataset import ACTIVE_DAYS, HORIZON_DAYS, SPEND_DAYS, History, tier_of
+from stream.learn.judging.judge import (
+    MODEL,
+    PAST_TIER,
+    RULES,
+    Scored,
+    judge_chances,
+    judge_spend,
+    judge_tiers,
+    spend_forecasts,
+)
+from stream.learn.judging.questions import Cutoff, Task, day_of, segments, spend_horizons, truth_of
+from stream.learn.judging.simple_rules import Table, past_tier, purchase_rules, spend_rules
+from stream.learn.served import score
+from stream.scoring.artefact import Artefact, Manifest, load_artefact
+
+SEEN, UNSEEN, UNKNOWN = 'learned from later days', 'learned from earlier days', 'not known'
+
+
+@dataclass(frozen=True)
+class BacktestOptions:
+    """How to judge.
+
+    threshold  of calling somebody
+    resamples  of the bootstrap
+    """
+
+    seed: int = 7
+    threshold: float = 0.5
+    resamples: int = 300
+    limits: WindowLimits = field(default_factory=WindowLimits)
+
+
+def backtest(history: History, cutoffs_ms: Sequence[int], version_dir: Path, options: BacktestOptions,
+             say: Callable[[str], None]) -> dict:
+    """All figures, ready for JSON.
+
+    say      is given a line about each cut-off when it is done
+    Errors   UsageError where a cut-off leaves nothing to know or to foretell; ModelError where the model is not what
+             its manifest says, or foretells none of the horizons.
+    """
+    artefact = load_artefact(version_dir)
+    manifest = artefact.manifest
+    if not set(manifest.horizon_days) & set(HORIZON_DAYS):
+        raise ModelError(f'The model in {version_dir} tells purchases within {list(manifest.horizon_days)} days.',
+                         do='train and export one with this version.')
+    cutoffs = []
+    for at_ms in cutoffs_ms:
+        cutoffs.append(_judged(Cutoff.of(history, at_ms, options.limits), artefact, history.priced, options))
+        say(f'{day_of(at_ms)}: {cutoffs[-1]["users"]:,} users, {len(cutoffs[-1]["tasks"])} questions')
+    return {
+        'model': {'name': manifest.name, 'version': manifest.version, 'sha256': artefact.info.sha256,
+                  'trained_on': manifest.trained_on, 'known_until_ms': manifest.known_until_ms or None},
+        'recording': {'events': len(history), 'users': len(history.user_ids), 'refused': history.refused,
+                      'first_ms': history.start_ms, 'last_ms': history.end_ms, 'priced': history.priced},
+        'protocol': {'seed': options.seed, 'resamples': options.resamples, 'active_days': ACTIVE_DAYS,
+                     'threshold': options.threshold},
+        'cutoffs': cutoffs,
+    }
+
+
+def learned(manifest: Manifest, at_ms: int) -> str:
+    """Whether the model has learned from days that it is asked about: SEEN, UNSEEN or UNKNOWN."""
+    if not manifest.known_until_ms:
+        return UNKNOWN
+    return SEEN if manifest.known_until_ms > at_ms else UNSEEN
+
+
+def _judged(cutoff: Cutoff, artefact: Artefact, priced: bool, options: BacktestOptions) -> dict:
+    manifest, asked = artefact.manifest, cutoff.asked
+    served, table = score(artefact.weights, asked.inputs, manifest.rows_max), Table.of_examples(asked)
+    drawn = options.resamples, options.seed
+    money = priced and manifest.priced
+    place = {days: column for column, days in enumerate(manifest.horizon_days)}
+    kinds = segments(asked)
+
+    def answered(task: Task) -> dict:
+        truth = truth_of(asked, task)
+        rows = ~np.isnan(truth)
+        by_name = {MODEL: Scored(served['purchase'][:, place[HORIZON_DAYS[task.horizon]]].astype(float), True)}
+        for name, rule in purchase_rules().items():
+            if priced or name not in spend_rules():
+                by_name[name] = Scored(rule.fit(table, task.horizon).predict(table), False)
+        by_name = {name: Scored(scored.scores[rows], scored.is_chance) for name, scored in by_name.items()}
+        if task.churn:
+            by_name = {name: scored.turned_round() for name, scored in by_name.items()}
+        return judge_chances(by_name, truth[rows], {words: chosen[rows] for words, chosen in kinds.items()
+                                                    if chosen[rows].any()}, *drawn, RULES, options.threshold)
+
+    told = [task for task in cutoff.tasks if HORIZON_DAYS[task.horizon] in place]
+    skipped = cutoff.skipped + [(task, 'the model does not tell it') for task in cutoff.tasks if task not in told]
+    horizons = [horizon for horizon in spend_horizons(asked)
+                if money and {HORIZON_DAYS[horizon], SPEND_DAYS} <= place.keys()]
+
+    def spent(horizon: int) -> dict:
+        days = HORIZON_DAYS[horizon]
+        return {'days': days} | judge_spend(spend_forecasts(served, days, manifest.horizon_days) | {
+            name: rule.fit(table, horizon).predict(table) for name, rule in spend_rules().items()},
+            asked.labels.spent[:, horizon].astype(float), *drawn)
+
+    edges = np.array(manifest.tier_edges[1:])
+    return {
+        'at_ms': cutoff.at_ms, 'users': len(asked), 'active': int(asked.active.sum()),
+        'learned': learned(manifest, cutoff.at_ms),
+        'tasks': [task.words() | answered(task) for task in told],
+        'spend': [spent(horizon) for horizon in horizons],
+        'tier': judge_tiers({MODEL: Scored(served['tier_probabilities'].astype(float), True),
+                             PAST_TIER: Scored(past_tier(table, edges), False)}, tier_of(asked.labels.spend, edges),
+                            *drawn) if money and not np.isnan(asked.labels.spend).any() else None,
+        'skipped': [task.words() | {'reason': reason} for task, reason in skipped], 'left_out': [], 'ranking': [],
+        'training': [],
+    }

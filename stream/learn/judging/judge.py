@@ -1,0 +1,175 @@
+"""Scores of the model and its contenders, and what happened, become figures that are ready for JSON.
+
+An interval is [value, low, high], see `stream.learn.judging.quality`. `model_less` of a contender is the model's figure
+less the contender's, over the same resamples of users: only where the interval of a difference lies on one side of 0
+is one of them said to be better.
+"""
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from stream.learn.dataset import SPEND_DAYS
+from stream.learn.judging.curves import curves
+from stream.learn.judging.quality import (
+    AMOUNT,
+    BINARY,
+    CHOICE,
+    CLASSES,
+    RANKING,
+    SPENDERS,
+    Metric,
+    at_threshold,
+    auc,
+    calibration,
+    ece_if_true,
+    interval,
+    resamples,
+)
+
+MODEL = 'our model'
+TYPICAL, LIKELIEST = 'its typical spend', 'its chance of a purchase'
+WINDOW, COUNTERS = 'its window branch alone', 'its counters branch alone'
+REFERENCES = ('logistic regression', 'LightGBM', 'BG/NBD')      # whom it has to beat
+COMMONEST, PAST_TIER = 'shares of the training users', 'tier of the last 90 days'
+SCRATCH, TRANSFERRED = 'from scratch', "from the other shop's"
+RULES = ('recency rule', 'past rate', 'past spend', 'spend of 90 days')     # who need no training
+LEAST_ERROR = 'LightGBM'     # trained for a small mean error of spend
+SPEND_BINS = 10
+_TINY = 1e-6
+TOP = 10
+POPULAR, RECENT, OWN, BOUGHT, SASREC = (
+    'popularity', 'popularity of 30 days', 'own past', 'own purchases', 'SASRec')
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A contender's scores of some rows, float64 [n] or of each class [n, classes]: more is likelier. `is_chance`: they
+    are probabilities."""
+
+    scores: np.ndarray
+    is_chance: bool
+
+    def turned_round(self) -> 'Scored':
+        """Of the opposite."""
+        return Scored(1 - self.scores if self.is_chance else -self.scores, self.is_chance)
+
+
+def judge_chances(by_name: Mapping[str, Scored], truth: np.ndarray, segments: Mapping[str, np.ndarray], count: int,
+                  seed: int, rivals: Sequence[str] = REFERENCES, threshold: float = 0.5) -> dict:
+    """Figures of a question with yes or no.
+
+    by_name   with MODEL among them, all of the same rows, one row a user
+    truth     float [n], 0 or 1
+    segments  bool [n] each
+    count     of the bootstrap
+    rivals    the best of them is whom the model has to beat
+    threshold of calling somebody, beside the share of those for whom it came true
+    """
+    base_rate = float(truth.mean())
+    samples = resamples(np.arange(len(truth)), count, seed)
+    contenders = beside_model({name: (scored.scores, BINARY if scored.is_chance else RANKING)
+                              for name, scored in by_name.items()}, truth, samples)
+    references = [name for name in rivals if name in contenders]
+    best = max(references, key=lambda name: contenders[name]['metrics']['auc'][0], default=None)
+    shown = [name for name in (MODEL, *rivals) if name in by_name]
+    return {
+        'rows': len(truth), 'positives': int(truth.sum()), 'base_rate': base_rate,
+        'contenders': contenders,
+        'ece_if_true': ece_if_true(by_name[MODEL].scores, count, seed) if by_name[MODEL].is_chance else None,
+        'best_reference': best,
+        'verdict': _verdict(contenders[best]['model_less']['auc']) if best else None,
+        'curves': {name: curves(by_name[name].scores, truth) for name in shown},
+        'calibration': {name: calibration(by_name[name].scores, truth) for name in shown if by_name[name].is_chance},
+        'thresholds': {
+            name: {words: _called(by_name[name].scores, truth, samples, at)
+                   for words, at in (('stated', threshold), ('base rate', base_rate))}
+            for name in shown if by_name[name].is_chance},
+        'segments': {words: {'rows': int(rows.sum()), 'positives': int(truth[rows].sum()),
+                             'auc': {name: auc(by_name[name].scores[rows], truth[rows]) for name in shown}}
+                     for words, rows in segments.items()},
+    }
+
+
+def _called(scores: np.ndarray, truth: np.ndarray, samples: list[np.ndarray], threshold: float) -> dict:
+    """The confusion matrix of calling whoever reaches a threshold, and the shares made of it as intervals."""
+    drawn = [at_threshold(scores[rows], truth[rows], threshold) for rows in samples]
+    shares = {name: interval(np.array([found[name] for found in drawn]))
+              for name in ('accuracy', 'precision', 'recall', 'f1')}
+    return {'threshold': threshold} | drawn[0] | shares
+
+
+def spend_forecasts(served: Mapping[str, np.ndarray], days: int, horizon_days: Sequence[int]) -> dict[str, np.ndarray]:
+    """What a graph's outputs foretell of spend within so many days, by name, float64 [n] each; LIKELIEST only ranks.
+
+    The outputs are of SPEND_DAYS. Of other days there is as much more spend as orders: whoever buys at a steady rate
+    buys nothing with a chance of exp(-orders), see `stream.learn.calibrate`.
+
+    horizon_days  those of the output `purchase`, `days` and SPEND_DAYS among them
+    """
+    column = {told: served['purchase'][:, place].astype(float) for place, told in enumerate(horizon_days)}
+    orders, orders_told = (-np.log1p(-np.clip(column[within], _TINY, 1 - _TINY)) for within in (days, SPEND_DAYS))
+    found = {MODEL: served['expected_spend'][:, 0] * (orders / orders_told)}
+    if 'typical_spend' in served:       # older graphs do not tell it
+        found[TYPICAL] = served['typical_spend'][:, 0] * (orders / orders_told)
+    return found | {LIKELIEST: column[days]}
+
+
+def judge_spend(by_name: Mapping[str, np.ndarray], truth: np.ndarray, count: int, seed: int) -> dict:
+    """Figures of a forecast of spend: forecasts by name, MODEL among them, and what was spent, float64 [n] each.
+
+    `error_ratio`: mean error of the model's forecasts over that of LEAST_ERROR, where that is among them.
+    """
+    samples = resamples(np.arange(len(truth)), count, seed)
+    drawn = {name: {metric: np.array([rule(scores[rows], truth[rows]) for rows in samples])
+                    for metric, rule in (SPENDERS if name == LIKELIEST else AMOUNT).items()}
+             for name, scores in by_name.items()}
+    by_forecast = [rows for rows in np.array_split(np.argsort(by_name[MODEL], kind='stable'), SPEND_BINS) if len(rows)]
+    return {
+        'rows': len(truth), 'mean': float(truth.mean()), 'spending': float((truth > 0).mean()),
+        'contenders': intervals(drawn),
+        'error_ratio': {name: interval(drawn[name]['mean_absolute_error'] / drawn[LEAST_ERROR]['mean_absolute_error'])
+                        for name in (MODEL, TYPICAL) if name in drawn and LEAST_ERROR in drawn},
+        'bins': [{'rows': len(rows), 'forecast': float(by_name[MODEL][rows].mean()), 'spent': float(truth[rows].mean())}
+                 for rows in by_forecast],
+    }
+
+
+def judge_tiers(by_name: Mapping[str, Scored], truth: np.ndarray, count: int, seed: int) -> dict:
+    """Figures of the tier: scores by name, float64 [n, tiers], MODEL among them, and the tier it was, int64 [n].
+
+    `confusion[i][j]`: rows of tier i that the model held likeliest to be of tier j.
+    """
+    samples = resamples(np.arange(len(truth)), count, seed)
+    model = by_name[MODEL].scores
+    tiers = model.shape[1]
+    confusion = np.bincount(truth * tiers + model.argmax(1), minlength=tiers * tiers).reshape(tiers, tiers)
+    return {'rows': len(truth), 'confusion': confusion.tolist(),
+            'contenders': beside_model({name: (scored.scores, CLASSES if scored.is_chance else CHOICE)
+                                        for name, scored in by_name.items()}, truth, samples)}
+
+
+def beside_model(by_name: Mapping[str, tuple[np.ndarray, Mapping[str, Metric]]], truth: np.ndarray,
+                 samples: list[np.ndarray]) -> dict[str, dict]:
+    """By contender, MODEL among them: `metrics` and `model_less`, intervals over the same resamples.
+
+    by_name   scores of each, and what they are judged by
+    samples   of `stream.learn.judging.quality.resamples`
+    """
+    return intervals({name: {metric: np.array([rule(scores[rows], truth[rows]) for rows in samples])
+                             for metric, rule in rules.items()} for name, (scores, rules) in by_name.items()})
+
+
+def intervals(drawn: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict]:
+    """`metrics` and `model_less` of each contender, MODEL among them, from its metrics on the same resamples."""
+    model = drawn[MODEL]
+    return {name: {'metrics': {metric: interval(values) for metric, values in numbers.items()},
+                   'model_less': {} if name == MODEL else {metric: interval(model[metric] - values)
+                                                           for metric, values in numbers.items()}}
+            for name, numbers in drawn.items()}
+
+
+def _verdict(difference: list[float]) -> str:
+    """Of an interval of the model's AUROC less another one's."""
+    _, low, high = difference
+    return 'better' if low > 0 else 'worse' if high < 0 else 'no difference shown'

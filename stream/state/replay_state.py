@@ -1,0 +1,113 @@
+"""Where a replay keeps its users: in memory, or in RocksDB for more users than memory holds.
+
+Both keep, beside the users, the index of due silence timers, written together with them.
+"""
+import heapq
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from stream.core.layout import NO_TIMER_MS
+from stream.core.user import User, change_of
+from stream.errors import UsageError
+from stream.state.store import Memory, Meta, PartitionStore
+
+_CACHE_MIB, _WRITE_BUFFERS_MIB = 256, 128
+
+
+class State(Protocol):
+    """Users by id, and users by due time."""
+
+    def load(self, user_ids: Iterable[str]) -> dict[str, User]:
+        """These users, in this order; one that is not known yet comes without events.
+
+        Whoever changes a user saves it before it is loaded again.
+        """
+        ...
+
+    def save(self, users: Iterable[User]) -> None:
+        """Keep these users and their timers, together."""
+        ...
+
+    def due(self, until_ms: int, users_max: int) -> list[str]:
+        """At most `users_max` users whose timer is due at or before `until_ms`, by due time, then id."""
+        ...
+
+    def users(self) -> Iterator[User]:
+        """All users that were saved."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class MemoryState:
+    """Everything in dictionaries; users stay decoded."""
+
+    def __init__(self) -> None:
+        self._users: dict[str, User] = {}
+        # The heap holds every timer at or before its time; an entry that is not the user's queued one is stale.
+        self._heap: list[tuple[int, str]] = []
+        self._queued_ms: dict[str, int] = {}
+
+    def load(self, user_ids: Iterable[str]) -> dict[str, User]:
+        users = self._users
+        return {user_id: users.get(user_id) or User(user_id) for user_id in user_ids}
+
+    def save(self, users: Iterable[User]) -> None:
+        for user in users:
+            self._users[user.user_id] = user
+            user.stored_due_ms = user.due_ms
+            if user.due_ms != NO_TIMER_MS and user.due_ms < self._queued_ms.get(user.user_id, user.due_ms + 1):
+                self._queue(user.due_ms, user.user_id)
+
+    def due(self, until_ms: int, users_max: int) -> list[str]:
+        heap, ready = self._heap, []
+        while heap and heap[0][0] <= until_ms and len(ready) < users_max:
+            queued_ms, user_id = heapq.heappop(heap)
+            if self._queued_ms.get(user_id) != queued_ms or (ready and ready[-1] == (queued_ms, user_id)):
+                continue        # stale, or queued twice for the same time
+            due_ms = self._users[user_id].stored_due_ms
+            if due_ms == queued_ms:
+                ready.append((due_ms, user_id))
+            elif due_ms == NO_TIMER_MS:
+                del self._queued_ms[user_id]
+            else:
+                self._queue(due_ms, user_id)
+        for entry in ready:     # asking changes nothing; `save` moves the timer
+            heapq.heappush(heap, entry)
+        return [user_id for _, user_id in ready]
+
+    def users(self) -> Iterator[User]:
+        return iter(self._users.values())
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _queue(self, due_ms: int, user_id: str) -> None:
+        heapq.heappush(self._heap, (due_ms, user_id))
+        self._queued_ms[user_id] = due_ms
+
+
+class RocksState:
+    """Records and timers in one directory: the store in which a worker keeps a partition, without a changelog."""
+
+    def __init__(self, directory: Path) -> None:
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise UsageError(f'The state directory {directory} is no folder, or not empty.',
+                             'name a new one: a replay begins with no history.')
+        self._store = PartitionStore(directory, Memory(_CACHE_MIB, _WRITE_BUFFERS_MIB))
+
+    def load(self, user_ids: Iterable[str]) -> dict[str, User]:
+        return self._store.load(user_ids)
+
+    def save(self, users: Iterable[User]) -> None:
+        self._store.write([change_of(user) for user in users], Meta())
+
+    def due(self, until_ms: int, users_max: int) -> list[str]:
+        return self._store.due(until_ms, users_max)
+
+    def users(self) -> Iterator[User]:
+        return self._store.users()
+
+    def close(self) -> None:
+        self._store.close()
