@@ -16,7 +16,7 @@ from stream.core.decide import ActionRule, Occasion, Policy
 from stream.core.events import EventRules
 from stream.core.layout import DAY_MS, MINUTE_MS, NO_TIER, WindowLimits
 from stream.core.partitioners import PartitionerName
-from stream.core.rules import Publish, ReplayRules
+from stream.core.rules import Publish, ReplayRules, StepRules
 from stream.errors import UsageError
 
 CONFIG_FILE = Path('stream.toml')
@@ -193,10 +193,16 @@ class Settings(BaseSettings):
         values = {name: getattr(self, name) for name in Policy.__struct_fields__ if name != 'actions'}
         return Policy(**values, actions=tuple(ActionRule(**action.model_dump()) for action in self.actions))
 
+    def step_rules(self) -> StepRules:
+        """What the step driver needs."""
+        return StepRules(limits=self.window_limits(), policy=self.policy(), publish=self.publish,
+                         reasons_rows_max=self.reasons_rows_max)
+
     def replay_rules(self) -> ReplayRules:
         """What a replay needs."""
-        return ReplayRules(self.event_rules(), self.window_limits(), self.policy(), self.publish,
-                           self.block_events_max, self.block_span_minutes_max * MINUTE_MS, self.reasons_rows_max)
+        return ReplayRules(
+            events=self.event_rules(), **msgspec.structs.asdict(self.step_rules()),
+            block_events_max=self.block_events_max, block_span_ms_max=self.block_span_minutes_max * MINUTE_MS)
 
 
 def load_settings(config: Path | None = None, **flags: Any) -> Settings:

@@ -122,7 +122,7 @@ def show_journal(
     overrides: Overrides = None,
 ) -> None:
     """Print what the worker's lanes did: blocks, sweeps and changes of owner, and how much of it came to be."""
-    from stream.replay.journal_replay import described, read_journal
+    from stream.replay.journal_file import described, read_journal
     settings = effective_settings(config, **parsed(overrides))
     journal = read_journal(file)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `stream journal FILE | head` is no error
@@ -187,7 +187,9 @@ def _replay(
     files: list[Path], format_name: str, out: Path, settings: Settings, with_report: bool, state_dir: Path | None,
     journal: Path | None = None,
 ) -> Outcome:
-    from stream.replay.journal_replay import JournalReplay, RecordedTopics, read_journal
+    from stream.replay.journal_file import read_journal
+    from stream.replay.journal_replay import JournalReplay
+    from stream.replay.recorded_topics import RecordedTopics
     from stream.replay.recording import Recording
     from stream.replay.replay import Replay
 
@@ -250,9 +252,10 @@ def _replay(
                 trained_on=scorer.trained_on,
                 tier_names=scorer.tier_names, intent_raise=settings.intent_raise, churn_raise=settings.churn_raise,
                 churn_clear=settings.churn_clear)
-            write_report(report, run.statistics, counts, scorer.model, about)
-    return Outcome(counts, run.statistics.alerts_shown, run.refused_scores, scorer.trained_on, out, dead_letters,
-                   report if with_report else None, seconds)
+            write_report(report, run.account.statistics, counts, scorer.model, about)
+    account = run.account
+    return Outcome(counts, account.statistics.alerts_shown, account.refused_scores, scorer.trained_on, out,
+                   dead_letters, report if with_report else None, seconds)
 
 
 def _scorer(settings: Settings) -> Any:

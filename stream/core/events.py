@@ -23,6 +23,7 @@ import re
 from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
+from itertools import accumulate
 from typing import Annotated, Any, Protocol
 
 import msgspec
@@ -287,6 +288,17 @@ def peek_order(value: bytes) -> int | None:
     if ts_ms is None or not TS_MS_MIN <= ts_ms <= TS_MS_MAX:
         return None
     return 2 * ts_ms + SOURCE_OF_TYPE[TYPE_CODES.get(place.type, _OTHER)]
+
+
+def time_order(clicks_ms: Sequence[int], carts_ms: Sequence[int]) -> list[int]:
+    """The order in which records of both topics are folded: by the records' times, clicks first of equal ones.
+
+    Shapes   indices into the records of clicks followed by those of carts, each once.
+    Promise  a topic's own order is kept, whatever its records' times: a record counts as no earlier than those before
+             it.
+    """
+    times = [*accumulate(clicks_ms, max), *accumulate(carts_ms, max)]
+    return sorted(range(len(times)), key=times.__getitem__)
 
 
 def parse_rfc3339_ms(text: str) -> int | None:

@@ -4,9 +4,9 @@ Windows do not depend on how blocks are cut, but scores do: a user is scored at 
 where the steps were cut. A lane's entries stand in the order of its steps, in one partition of the journal topic:
 
     events      the lane took the records of one input at fetch positions [start, stop). Where it folded blocks of both
-                inputs as one run, in the order of time, there are two entries with the same `step`. Cut by
-                `stream.core.steps.block_steps`, the run's steps are numbered from `step` upwards; a run without a valid
-                event is one step that changes nothing
+                inputs as one run, in the order of time, there are two entries with the same `step`. The run's steps, as
+                `StepDriver.run` cuts them, are numbered from `step` upwards; a run without a valid event is one step
+                that changes nothing
     timers      the lane fired the silence timers of `users`, in this order, in step `step`
     recovered   a new owner found step `step` to be the newest in the lane's state (0: there was none), and of that
                 step only `users` (null: all of them); nothing of later ones. The next step is `step` + 1
@@ -25,15 +25,14 @@ As JSON, in the order of the fields below:
     {"kind":"recovered","lane":3,"step":31,"users":null}
 """
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 from xxhash import xxh3_64_hexdigest
 
-from stream.core.decide import Policy
 from stream.core.events import EventRules
-from stream.core.layout import WindowLimits
+from stream.core.rules import StepRules
 from stream.errors import InputError
 
 Count = Annotated[int, Meta(ge=0)]
@@ -120,12 +119,10 @@ def steps_of(entries: Sequence[Entry]) -> Iterable[tuple[EventsEntry | TimersEnt
     return reversed(counted)
 
 
-def rules_digest(
-    events: EventRules, limits: WindowLimits, policy: Policy, publish: Literal['changes', 'all', 'events'],
-    reasons_rows_max: int,
-) -> str:
+def rules_digest(events: EventRules, steps: StepRules) -> str:
     """16 hex digits that change with every setting that decides what comes out of given blocks and a given model.
 
     Source   XXH3-64 of the settings as JSON with sorted keys.
     """
-    return xxh3_64_hexdigest(msgspec.json.encode([events, limits, policy, publish, reasons_rows_max], order='sorted'))
+    values = [events, steps.limits, steps.policy, steps.publish, steps.reasons_rows_max]
+    return xxh3_64_hexdigest(msgspec.json.encode(values, order='sorted'))

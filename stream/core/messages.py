@@ -13,6 +13,7 @@ from xxhash import xxh3_128_digest
 from stream.core.decide import Decision, Kind, Occasion, Policy
 from stream.core.events import Source
 from stream.core.layout import NO_TIER
+from stream.core.outbox import Message
 from stream.core.scores import Scores
 from stream.core.user import User
 
@@ -42,8 +43,8 @@ class Origin(msgspec.Struct, frozen=True):
 def decision_message(
     user: User, decision: Decision, occasion: Occasion, origin: Origin, row: int, scores: Scores, model: ModelInfo,
     policy: Policy, reasons: list[dict] | None,
-) -> bytes:
-    """The message of one decision, as JSON. Advances the user's chain of decisions.
+) -> Message:
+    """The message of one decision. Advances the user's chain of decisions.
 
     reasons   None: there are none for a first tier, or the budget for reasons was spent
     """
@@ -63,7 +64,8 @@ def decision_message(
         'expires_at_ms': origin.as_of_ms + policy.ttl_ms(decision.kind),
         'previous_id': previous.hex() if any(previous) else None,
     }
-    return orjson.dumps(value)
+    return Message(decision.kind, value['id'].encode(), user.user_id.encode(), origin.as_of_ms, orjson.dumps(value),
+                   value)
 
 
 def _identity(user: User, origin: Origin, model: ModelInfo, *what: str | int) -> bytes:

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""A user's outbox: the messages of the user's newest step, compact, from which each is made again byte for byte.
+"""Messages, and a user's outbox: those of the user's newest step, compact, from which each is made again byte for byte.
 
     message     u32 length, then the message as it is published: a decision
     scores      u32 length with its top bit set, then, little-endian: SHA-256 of the model, 32 bytes; as-of time and
@@ -12,6 +12,9 @@ Scores are what a worker says most often, and nearly everything in such a messag
 a tenth of it is kept, and there is one way to make it, the first time and whenever it has to be sent again.
 
 Numbers are kept in steps of the grid on which scores are published; what they look like in JSON is looked up.
+
+A `Message` carries its facts beside its bytes, so that nobody on its way reads them back from the JSON. Only a decision
+that comes out of a stored outbox is parsed: its bytes are all that the outbox has.
 """
 cdef extern from *:
     const char* _SOURCE_HASH "SOURCE_HASH"
@@ -28,15 +31,18 @@ from libc.string cimport memcpy
 from stream.core.parse cimport Event
 from stream.core.user cimport User
 
+import msgspec
 import orjson
 from xxhash import xxh3_128_digest
 
+from stream.core.decide import Kind
 from stream.core.scores import STEPS_PER_UNIT
 from stream.core.layout import NO_TIER
 from stream.errors import StateError
 
 cdef enum:
     GRID_MAX = 10000
+    ID_HEX_BYTES = 32
     SCORES_BIT = 0x80000000
 
 cdef packed struct ScoresItem:
@@ -64,6 +70,50 @@ for _step in range(GRID_MAX + 1):
     GRID_SIZE[_step] = len(_text)
 cdef bytes HEX = b'0123456789abcdef'
 cdef int NONE = NO_TIER
+cdef object SCORES = Kind.SCORES
+
+
+class Facts(msgspec.Struct):
+    """What a decision's JSON says of itself."""
+
+    id: str
+    type: Kind
+    as_of_ms: int
+
+cdef object decode_facts = msgspec.json.Decoder(Facts).decode
+
+
+@cython.final
+@cython.no_gc
+@cython.freelist(1024)
+cdef class Message:
+    """One message, as it is published, with what has to be known of it on the way.
+
+    kind        CloudEvents type, a `stream.core.decide.Kind`
+    message_id  32 hex digits
+    key         the user's id in UTF-8
+    as_of_ms    what it says is true as of this event time, Unix ms
+    value       the JSON
+    content     of a decision that was just taken, what the JSON was made of; None for others
+    """
+
+    def __init__(self, kind, bytes message_id not None, bytes key not None, int64_t as_of_ms, bytes value not None,
+                 dict content=None):
+        if PyBytes_GET_SIZE(message_id) != ID_HEX_BYTES:
+            raise ValueError(f'an id has {ID_HEX_BYTES} hex digits, not {message_id!r}')
+        self.kind, self.message_id, self.key, self.as_of_ms = kind, message_id, key, as_of_ms
+        self.value, self.content = value, content
+
+    def __eq__(self, other):
+        return (isinstance(other, Message) and self.value == (<Message> other).value
+                and self.key == (<Message> other).key and self.kind == (<Message> other).kind
+                and self.message_id == (<Message> other).message_id and self.as_of_ms == (<Message> other).as_of_ms)
+
+    def __hash__(self):
+        return hash(self.value)
+
+    def __repr__(self):
+        return f'Message({self.kind!r}, {self.message_id!r}, {self.key!r}, {self.as_of_ms}, {self.value!r:.200})'
 
 
 # ---- bytes as they grow ---------------------------------------------------------------------------------------------
@@ -146,7 +196,7 @@ cdef int put_hex(Buffer* into, const char* data, Py_ssize_t size) except -1:
 # ---- the outbox -----------------------------------------------------------------------------------------------------
 
 def pack_messages(messages):
-    """Messages as the outbox keeps them."""
+    """Decisions' messages as the outbox keeps them."""
     PACKED.size = 0
     pack_into(&PACKED, messages)
     return PyBytes_FromStringAndSize(PACKED.data, PACKED.size)
@@ -154,11 +204,11 @@ def pack_messages(messages):
 
 cdef int pack_into(Buffer* into, messages) except -1:
     cdef uint32_t size
-    cdef bytes message
+    cdef Message message
     for message in messages:
-        size = <uint32_t> PyBytes_GET_SIZE(message)
+        size = <uint32_t> PyBytes_GET_SIZE(message.value)
         put(into, <char*> &size, 4)
-        put_bytes(into, message)
+        put_bytes(into, message.value)
     return 0
 
 
@@ -222,7 +272,7 @@ cdef class ScoresPen:
         size = <uint32_t> (PACKED.size - before - 4) | <uint32_t> SCORES_BIT
         memcpy(PACKED.data + before, &size, 4)
         user.outbox = PyBytes_FromStringAndSize(PACKED.data, PACKED.size)
-        render(user, PACKED.data + before + 4, PACKED.size - before - 4, messages)
+        render(user, user.user_id.encode(), PACKED.data + before + 4, PACKED.size - before - 4, messages)
         return messages
 
 
@@ -237,6 +287,7 @@ def unpack_outbox(User user not None):
     cdef Py_ssize_t at = 0, end = PyBytes_GET_SIZE(outbox)
     cdef uint32_t size
     cdef list messages = []
+    cdef bytes key = user.user_id.encode()
     cdef bint scores
     while at < end:
         if end - at < 4:
@@ -249,13 +300,21 @@ def unpack_outbox(User user not None):
             raise damaged(user)
         if scores:
             try:
-                render(user, data + at, size, messages)
+                render(user, key, data + at, size, messages)
             except UnicodeDecodeError as error:
                 raise damaged(user) from error
         else:
-            messages.append(PyBytes_FromStringAndSize(data + at, size))
+            messages.append(read_decision(user, key, PyBytes_FromStringAndSize(data + at, size)))
         at += size
     return messages
+
+
+cdef Message read_decision(User user, bytes key, bytes value):
+    try:
+        facts = decode_facts(value)
+        return Message(facts.type, facts.id.encode(), key, facts.as_of_ms, value)
+    except (msgspec.DecodeError, ValueError) as error:      # ValueError: text that is no UTF-8, an id of another length
+        raise damaged(user) from error
 
 
 cdef damaged(User user):
@@ -263,7 +322,7 @@ cdef damaged(User user):
                       'move the state directory away: it is filled again from the changelog.')
 
 
-cdef int render(User user, const char* data, Py_ssize_t whole, list messages) except -1:
+cdef int render(User user, bytes key, const char* data, Py_ssize_t whole, list messages) except -1:
     """The messages of one scores item of `whole` bytes. Errors: StateError where it is not one."""
     cdef ScoresItem item
     cdef const uint16_t* tiers
@@ -289,7 +348,7 @@ cdef int render(User user, const char* data, Py_ssize_t whole, list messages) ex
     version = PyUnicode_DecodeUTF8(at, item.version_size, NULL)
     at += item.version_size
     if not item.events:
-        messages.append(render_one(user, &item, tiers, name, version, None))
+        messages.append(render_one(user, key, &item, tiers, name, version, None))
     for i in range(item.events):
         if end - at < 2:
             raise damaged(user)
@@ -297,15 +356,17 @@ cdef int render(User user, const char* data, Py_ssize_t whole, list messages) ex
         if end - at - 2 < size:
             raise damaged(user)
         event_id = PyUnicode_DecodeUTF8(at + 2, size, NULL)
-        messages.append(render_one(user, &item, tiers, name, version, event_id))
+        messages.append(render_one(user, key, &item, tiers, name, version, event_id))
         at += 2 + size
     if at != end:
         raise damaged(user)
     return 0
 
 
-cdef bytes render_one(User user, ScoresItem* item, const uint16_t* tiers, str name, str version, str event_id):
+cdef Message render_one(User user, bytes key, ScoresItem* item, const uint16_t* tiers, str name, str version,
+                        str event_id):
     cdef bytes identity
+    cdef Message message = Message.__new__(Message)
     cdef int i
     # The id: which user, in which state, by which model, about which event.
     NAME.size = 0
@@ -325,10 +386,13 @@ cdef bytes render_one(User user, ScoresItem* item, const uint16_t* tiers, str na
     put_hex(&NAME, item.sha256, sizeof(item.sha256))
     put(&NAME, b'"]', 2)
     identity = xxh3_128_digest(PyBytes_FromStringAndSize(NAME.data, NAME.size))
+    NAME.size = 0
+    put_hex(&NAME, PyBytes_AS_STRING(identity), PyBytes_GET_SIZE(identity))
+    message.message_id = PyBytes_FromStringAndSize(NAME.data, NAME.size)
 
     TEXT.size = 0
     put(&TEXT, b'{"id":"', 7)
-    put_hex(&TEXT, PyBytes_AS_STRING(identity), PyBytes_GET_SIZE(identity))
+    put_bytes(&TEXT, message.message_id)
     put(&TEXT, b'","type":"scores.updated","user_id":', 36)
     put_string(&TEXT, user.user_id)
     put(&TEXT, b',"as_of_ms":', 12)
@@ -376,4 +440,6 @@ cdef bytes render_one(User user, ScoresItem* item, const uint16_t* tiers, str na
     else:
         put_number(&TEXT, user.tier)
     put(&TEXT, b'}', 1)
-    return PyBytes_FromStringAndSize(TEXT.data, TEXT.size)
+    message.kind, message.key, message.as_of_ms = SCORES, key, item.as_of_ms
+    message.value = PyBytes_FromStringAndSize(TEXT.data, TEXT.size)
+    return message

@@ -11,8 +11,7 @@ from typing import Protocol, TypeVar
 
 from faust.types import TP
 
-from stream.core.events import Source
-from stream.core.steps import time_order
+from stream.core.events import Source, time_order
 from stream.engine.blocks import Block
 from stream.metrics import Metrics
 

@@ -4,8 +4,8 @@ One block's way, in order; the names are those of the methods:
 
     _next           what the intake has: blocks of both topics, as far as both reach in time
     _decode         bytes become events, or dead letters
-    _load, _take    the touched users' records; `block_steps` cuts the block into steps
-    _score          features, scores, decisions, reasons, messages into the outboxes
+    _load, _take    the touched users' records; the step driver cuts the run into steps
+    _score          the step driver scores, decides, explains, and puts messages into the outboxes
     _send_changelog the users' records and the lane's own, last
     _send_outputs   messages and dead letters
     _write          one RocksDB batch: records, timers, the changelog offset just acknowledged
@@ -27,25 +27,24 @@ from typing import Any, TypeVar
 import msgspec
 from faust.types import TP
 
-from stream.core.decide import Kind, Policy
+from stream.core.dead_letters import DeadLetter
+from stream.core.decide import Kind
+from stream.core.driver import Scored, Step, StepDriver
 from stream.core.events import Decoder, Event, Refusal, Source
 from stream.core.journal import EventsEntry, RecoveredEntry, TimersEntry, encode_entry
-from stream.core.layout import Fold, WindowLimits
-from stream.core.outbox import unpack_outbox
+from stream.core.outbox import Message, unpack_outbox
 from stream.core.partitioners import PartitionerName, misrouted
-from stream.core.rules import Publish
-from stream.core.steps import Folded, Touched, block_steps, fire
-from stream.core.user import Change, change_of, newest_ms, stamp
+from stream.core.rules import StepRules
+from stream.core.scorer import Scorer
+from stream.core.user import Change, change_of, newest_ms
 from stream.engine.blocks import Block, FetchedRecord
 from stream.engine.budget import Budget
 from stream.engine.intake import Intake, in_time_order
 from stream.engine.publisher import Publisher, Record
 from stream.engine.transport import Consumer
 from stream.errors import ModelError
-from stream.kafka.batch import MESSAGE_TYPE_AT, by_topic, source_header
+from stream.kafka.batch import source_header
 from stream.metrics import Metrics
-from stream.scoring.scorer import Scorer
-from stream.scoring.step import Scored, score_step
 from stream.state.cache import UserCache
 from stream.state.store import LANE_KEY, LaneRecord, Meta, PartitionStore
 
@@ -62,10 +61,7 @@ FETCH_FRESH_MS = 10_000     # an end that was heard of longer ago is no end
 class LaneRules:
     """Everything that decides what a lane does with its events."""
 
-    limits: WindowLimits
-    policy: Policy
-    publish: Publish
-    reasons_rows_max: int
+    steps: StepRules
     digest: str
     partitioner: PartitionerName
     partitions: int
@@ -98,15 +94,16 @@ class Tools:
     budget: Budget
 
 
-class Step(msgspec.Struct):
-    """What one step has led to.
+class Outgoing(msgspec.Struct):
+    """Everything that leaves the lane with one step.
 
+    number  the step's
     done    where the sources' positions move when the step is durable; None for a step within a run
     """
 
     number: int
     changes: list[Change]
-    messages: list[tuple[bytes, list[bytes]]]       # user id, messages
+    messages: list[Message]
     letters: list[Record]
     lane: LaneRecord
     journal: list[bytes]
@@ -157,7 +154,7 @@ class Lane:
                              tools.rules.merge_wait_ms, self._wake.set, tools.metrics)
         self.done = list(self.intake.expected)
         self._stopping = False
-        self._step = 0
+        self._driver = StepDriver(tools.rules.steps, tools.scorer, generation)
         self._stream_ms = [0, 0]
         self._record_ms = 0             # newest timestamp of a block's first record
         self._signed: LaneRecord | None = None      # of the newest step that is done
@@ -226,19 +223,19 @@ class Lane:
     async def _take_over(self) -> None:
         """Send again what the newest step may not have sent, before anything else."""
         meta = self.store.meta
-        self._step = max(meta.newest, meta.lane.step)
+        self._driver.number = max(meta.newest, meta.lane.step)
         self._stream_ms = list(meta.lane.stream_ms)
         if self._rules.journal:
             parts = [meta.unsent[at:at + ENTRY_USERS_MAX] for at in range(0, len(meta.unsent), ENTRY_USERS_MAX)]
-            entries = [RecoveredEntry(self.number, self._step, part) for part in parts or [None]]
+            entries = [RecoveredEntry(self.number, self._driver.number, part) for part in parts or [None]]
             await self._send(self._rules.journal, [(b'%d' % self.number, encode_entry(entry), [])
                                                    for entry in entries])
         if meta.unsent:
             users = await in_thread(self.store.load, meta.unsent)
-            again = [(user_id.encode(), unpack_outbox(user)) for user_id, user in users.items() if user.outbox]
+            outboxes = [unpack_outbox(user) for user in users.values() if user.outbox]
             log.info('lane %d: sending the messages of step %d again, of %d users.', self.number, meta.newest,
-                     len(again))
-            await self._send_messages(again)
+                     len(outboxes))
+            await self._send_messages([message for outbox in outboxes for message in outbox])
             await in_thread(self.store.write, [], Meta(meta.changelog, meta.lane, meta.newest, []))
 
     async def _sign_off(self) -> None:
@@ -314,17 +311,16 @@ class Lane:
         journal = []
         if self._rules.journal:
             journal = [encode_entry(EventsEntry(
-                self.number, self._step + 1, self.intake.source(block.topic), block.start, block.stop,
+                self.number, self._driver.number + 1, self.intake.source(block.topic), block.start, block.stop,
                 self._tools.scorer.model.sha256, self._rules.digest)) for block in blocks]
         oldest_ms = min((block.first_ms for block in blocks if block.records), default=0)
-        steps = block_steps(users, events, self._rules.limits) if events else iter([Folded([], [0] * len(Fold), [])])
-        for folded in steps:
+        for step in self._driver.run(users, events):
             done = None
-            metrics.folded(folded.counts)
-            if not folded.rest:
+            metrics.folded(step.counts)
+            if not step.waiting:
                 done = {self.intake.source(block.topic): block.stop for block in blocks}
                 self._stream_ms = [max(pair) for pair in zip(self._stream_ms, newest_ms(events), strict=True)]
-            await self._take(folded.touched, journal, letters if done else [], oldest_ms, done)
+            await self._take(step, journal, letters if done else [], oldest_ms, done)
             journal = []
         self._record_ms = max(self._record_ms, *(block.first_ms for block in blocks))
 
@@ -354,14 +350,8 @@ class Lane:
 
     def _letter(self, block: Block, record: FetchedRecord, refusal: Refusal) -> Record:
         self._tools.metrics.dead_letters.labels(refusal.reason).inc()
-        place = f'{block.topic}-{block.partition}-{record.offset}'
-        headers = [*record.headers, ('stream_topic', block.topic.encode()),
-                   ('stream_partition', b'%d' % block.partition), ('stream_offset', b'%d' % record.offset),
-                   ('stream_timestamp_ms', b'%d' % record.timestamp), ('stream_reason', str(refusal.reason).encode()),
-                   ('stream_detail', refusal.detail.encode('utf-8', 'backslashreplace'))]
-        if record.key is not None:
-            headers.append(('stream_key', record.key))
-        return place.encode(), record.value, headers
+        return DeadLetter(refusal, record.value, block.topic, block.partition, record.offset, record.key,
+                          record.timestamp, record.headers).as_record()
 
     async def _load(self, users: dict[str, Any]) -> None:
         """Read those of the users who are not kept decoded: who is None becomes a user."""
@@ -371,16 +361,13 @@ class Lane:
 
     # ---- one step --------------------------------------------------------------------------------------------------
 
-    async def _take(self, touched: Sequence[Touched], journal: list[bytes], letters: list[Record], oldest_ms: int,
+    async def _take(self, step: Step, journal: list[bytes], letters: list[Record], oldest_ms: int,
                     done: dict[Source, int] | None) -> None:
         """Score a step and hand it over to be published, after the one before it."""
-        self._step += 1
-        number, users = self._step, [entry.user for entry in touched]
-        new = stamp(users, number, self._generation)
-        scored = await self._score(touched)
-        changes = list(map(change_of, users, new))
+        number, users = step.number, [entry.user for entry in step.touched]
+        scored = await self._score(step)
+        changes = list(map(change_of, users, step.new))
         self._users.keep(users, changes)
-        messages = [(user.user_id.encode(), of_user) for user, of_user in scored.outboxes]
         self._tools.metrics.scored_rows.inc(len(scored.rows) - scored.refused)
         self._tools.metrics.refused_rows.inc(scored.refused)
         await self._published()
@@ -388,22 +375,21 @@ class Lane:
         for source, stop in (done or {}).items():
             positions[source] = stop
         lane = LaneRecord(number, self._generation, positions, list(self._stream_ms), number - 1)
-        step = Step(number, changes, messages, letters, lane, journal, oldest_ms, done)
-        self._publishing = asyncio.create_task(self._publish(step), name=f'lane {self.number} step {number}')
+        outgoing = Outgoing(number, changes, scored.messages, letters, lane, journal, oldest_ms, done)
+        self._publishing = asyncio.create_task(self._publish(outgoing), name=f'lane {self.number} step {number}')
         self._publishing.add_done_callback(lambda _: self._wake.set())
         if done is not None:
             size = self._run_size       # this step is the last one of its run
             self._publishing.add_done_callback(lambda _: self._leave(size))
 
-    async def _score(self, touched: Sequence[Touched]) -> Scored:
+    async def _score(self, step: Step) -> Scored:
         """Score, decide, explain. While the scorer is away the lane holds: it asks again until it is back."""
-        tools, rules, held = self._tools, self._rules, False
+        tools, held = self._tools, False
         started = time.perf_counter()
         try:
             while True:
                 try:
-                    scored = await score_step(touched, tools.scorer, rules.policy, rules.publish,
-                                              rules.reasons_rows_max)
+                    scored = await self._driver.score(step)
                 except ModelError as error:
                     if not held:
                         log.warning('lane %d holds its events: %s', self.number, error)
@@ -436,7 +422,7 @@ class Lane:
             publishing, self._publishing = self._publishing, None
             await publishing
 
-    async def _publish(self, step: Step) -> None:
+    async def _publish(self, step: Outgoing) -> None:
         stage, clock = self._tools.metrics.stage, time.perf_counter
         times = [clock()]
         if step.journal:
@@ -454,7 +440,7 @@ class Lane:
         stage('write', times[3] - times[2])
         self._done(step)
 
-    async def _send_changelog(self, step: Step) -> int:
+    async def _send_changelog(self, step: Outgoing) -> int:
         """Send the users' records, and the lane's own last; return the changelog offset after it."""
         if not step.changes:
             return self.store.meta.changelog
@@ -462,7 +448,7 @@ class Lane:
         records.append((LANE_KEY, msgspec.json.encode(step.lane), []))
         return await self._send(self._rules.changelog, records)
 
-    async def _send_outputs(self, step: Step) -> None:
+    async def _send_outputs(self, step: Outgoing) -> None:
         sends = []
         if step.messages:
             sends.append(self._send_messages(step.messages))
@@ -470,27 +456,27 @@ class Lane:
             sends.append(self._send(self._rules.dead_letters, step.letters))
         await asyncio.gather(*sends)
 
-    async def _send_messages(self, messages: Sequence[tuple[bytes, list[bytes]]]) -> None:
+    async def _send_messages(self, messages: Sequence[Message]) -> None:
         """Decisions go to the topic of alerts, scores to that of scores; a user's in order."""
         rules, metrics = self._rules, self._tools.metrics
-        decisions, scores = by_topic(messages)
+        decisions = [message for message in messages if message.kind is not Kind.SCORES]
+        scores = [message for message in messages if message.kind is Kind.SCORES]
         send = self._tools.publisher.send_messages
         await asyncio.gather(send(rules.alerts, self.number, decisions, self._source),
                              send(rules.scores, self.number, scores, self._source))
         metrics.messages.labels(Kind.SCORES).inc(len(scores))
-        kinds = Counter([message[MESSAGE_TYPE_AT:message.index(b'"', MESSAGE_TYPE_AT)] for _, message in decisions])
-        for kind, count in kinds.items():
-            metrics.messages.labels(kind.decode()).inc(count)
+        for kind, count in Counter([message.kind for message in decisions]).items():
+            metrics.messages.labels(kind).inc(count)
 
     async def _send(self, topic: str, records: list[Record]) -> int:
         return await self._tools.publisher.send(topic, self.number, records)
 
-    async def _write(self, step: Step, changelog: int) -> None:
+    async def _write(self, step: Outgoing, changelog: int) -> None:
         """Make the step durable here."""
         if step.changes:
             await in_thread(self.store.write, step.changes, Meta(changelog, step.lane, step.number, []))
 
-    def _done(self, step: Step) -> None:
+    def _done(self, step: Outgoing) -> None:
         self._users.trim(step.number)
         for source, stop in (step.done or {}).items():
             self.done[source] = stop
@@ -516,9 +502,9 @@ class Lane:
         journal = []
         if self._rules.journal:
             journal = [encode_entry(TimersEntry(
-                self.number, self._step + 1, due, self._tools.scorer.model.sha256, self._rules.digest))]
+                self.number, self._driver.number + 1, due, self._tools.scorer.model.sha256, self._rules.digest))]
         self._tools.metrics.timers_fired.inc(len(due))
-        await self._take(fire(users.values(), self._rules.limits), journal, [], 0, None)
+        await self._take(self._driver.sweep(users.values()), journal, [], 0, None)
 
     def clock_ms(self) -> int:
         """How far time has come for this lane, in ms of event time.

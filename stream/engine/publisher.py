@@ -7,6 +7,7 @@ from typing import Any
 from aiokafka.errors import KafkaError as DriverError
 from aiokafka.errors import MessageSizeTooLargeError
 
+from stream.core.outbox import Message
 from stream.engine.transport import BATCH_BYTES_MAX, Producer
 from stream.errors import KafkaError
 from stream.kafka.batch import Batch
@@ -30,9 +31,9 @@ class Publisher:
         """
         return await self._send(topic, partition, len(records), lambda batch, at: batch.add_records(records, at))
 
-    async def send_messages(self, topic: str, partition: int, messages: list[tuple[bytes, bytes]],
+    async def send_messages(self, topic: str, partition: int, messages: list[Message],
                             source: bytes) -> int:
-        """The same, of pairs of a user's id and a message, with CloudEvents headers.
+        """The same for messages, with CloudEvents headers.
 
         source   as `batch.source_header` writes it
         """

@@ -16,6 +16,7 @@ from typing import Any
 from stream.config import Settings
 from stream.core.events import Decoder
 from stream.core.journal import rules_digest
+from stream.core.scorer import Scorer
 from stream.engine.admin import AdminServer
 from stream.engine.app import create_app, user_store
 from stream.engine.assignment import VERSION, Lanes
@@ -29,7 +30,6 @@ from stream.kafka.topics import changelog_topic, ensure_topics
 from stream.metrics import Metrics
 from stream.native import stale_modules
 from stream.scoring.make import make_scorer
-from stream.scoring.scorer import Scorer
 
 log = logging.getLogger(__name__)
 STOP_MORE_S = 8.0       # beyond `drain_timeout_ms`: for the last commit and for leaving the group
@@ -86,10 +86,9 @@ def _owned(state_dir: Path) -> Iterator[None]:
 
 
 def _lanes(settings: Settings, partitions: int, app: Any, scorer: Scorer, metrics: Metrics) -> Lanes:
-    limits, policy, events = settings.window_limits(), settings.policy(), settings.event_rules()
+    steps, events = settings.step_rules(), settings.event_rules()
     rules = LaneRules(
-        limits=limits, policy=policy, publish=settings.publish, reasons_rows_max=settings.reasons_rows_max,
-        digest=rules_digest(events, limits, policy, settings.publish, settings.reasons_rows_max),
+        steps=steps, digest=rules_digest(events, steps),
         partitioner=settings.partitioner, partitions=partitions, wall_clock=settings.clock == 'wall',
         clock_grace_ms=settings.clock_grace_ms, clock_idle_ms_max=settings.clock_idle_ms_max,
         merge_wait_ms=settings.merge_wait_ms, blocks_ahead_max=settings.blocks_ahead_max,

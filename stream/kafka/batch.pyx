@@ -2,7 +2,7 @@
 """A producer batch that is written as bytes at once, in Kafka's record format 2.
 
 It stands where aiokafka's own builder would (`AIOKafkaProducer.send_batch` takes either), which makes an object of every
-record; a message's CloudEvents headers are written from the message's own bytes.
+record; a message's CloudEvents headers are written from the facts that it carries.
 
 Source   Kafka protocol guide, "Record Batch"; CloudEvents 1.0.2, Kafka protocol binding, binary mode.
 """
@@ -14,8 +14,11 @@ SOURCE_HASH = _SOURCE_HASH.decode()
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndSize, PyByteArray_Resize
+from cpython.unicode cimport PyUnicode_AsUTF8AndSize
 from libc.stdint cimport int16_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
-from libc.string cimport memchr, memcmp, memcpy
+from libc.string cimport memcpy
+
+from stream.core.outbox cimport Message
 
 from aiokafka.record.util import calc_crc32c
 
@@ -58,11 +61,6 @@ cdef enum:
     BATCH_HEADER_BYTES = 61
     FROM_CRC = 21           # what the checksum is of begins here
     RECORD_HEADER_BYTES = 32        # more than length, attributes and deltas of a record take
-    ID_AT = 7               # in a message: {"id":"<32 hex digits>","type":"<type>","user_id":"...","as_of_ms":<number>
-    ID_SIZE = 32
-    TYPE_AT = 49
-
-MESSAGE_TYPE_AT = TYPE_AT
 
 
 cdef inline char* varint(char* at, int64_t value) noexcept:
@@ -212,59 +210,40 @@ cdef class Batch:
         memcpy(at, PyBytes_AS_STRING(written), size)
         return True
 
-    def add_messages(self, list pairs not None, Py_ssize_t at, bytes source not None):
+    def add_messages(self, list messages not None, Py_ssize_t at, bytes source not None):
         """Add messages from the one at index `at` on; return the index of the first that does not fit any more.
 
-        pairs    ids of users in UTF-8, each with a message of `stream.core.messages` about that user
-        source   the header `ce_source`, as `source_header` writes it
+        messages  `stream.core.outbox.Message`
+        source    the header `ce_source`, as `source_header` writes it
         """
-        while at < len(pairs):
-            key, message = <tuple> pairs[at]
-            if not self._add_message(key, message, source):
+        while at < len(messages):
+            if not self._add_message(messages[at], source):
                 break
             at += 1
         return at
 
-    cdef bint _add_message(self, bytes key, bytes message, bytes source) except -1:
+    cdef bint _add_message(self, Message message, bytes source) except -1:
         """Add a message with its CloudEvents headers; False where it does not fit any more."""
-        cdef const char* data = PyBytes_AS_STRING(message)
-        cdef Py_ssize_t size = PyBytes_GET_SIZE(message), key_size = PyBytes_GET_SIZE(key), type_size, body
-        cdef const char* end = data + size
-        cdef const char* quote = <const char*> memchr(data + TYPE_AT, 34, size - TYPE_AT) if size > TYPE_AT else NULL
-        cdef const char* number
-        cdef int64_t as_of_ms = 0
-        cdef char* at
-        if quote == NULL or end - quote < 14 or memcmp(data, b'{"id":"', 7) or memcmp(quote, b'","user_id":"', 13):
-            raise ValueError(f'no message: {message!r:.200}')
-        type_size = quote - (data + TYPE_AT)
-        number = quote + 13
-        while number < end and number[0] != 34:     # to the end of the user's id
-            number += 2 if number[0] == 92 else 1
-        if end - number < 14 or memcmp(number, b'","as_of_ms":', 13):
-            raise ValueError(f'no message: {message!r:.200}')
-        number += 13
-        while number < end and 48 <= number[0] <= 57:
-            as_of_ms = as_of_ms * 10 + (number[0] - 48)
-            number += 1
-        body = (1 + PyBytes_GET_SIZE(SPEC_VERSION) + PyBytes_GET_SIZE(ID_NAME) + 1 + ID_SIZE
-                + PyBytes_GET_SIZE(TYPE_NAME) + varint_size(type_size) + type_size + PyBytes_GET_SIZE(source)
-                + PyBytes_GET_SIZE(TIME_NAME) + 1 + TIME_SIZE + PyBytes_GET_SIZE(SUBJECT_NAME) + varint_size(key_size)
-                + key_size + PyBytes_GET_SIZE(CONTENT_TYPE))
-        at = self._open(body, key, message)
+        cdef Py_ssize_t type_size, id_size = PyBytes_GET_SIZE(message.message_id), key_size = PyBytes_GET_SIZE(message.key)
+        cdef const char* kind = PyUnicode_AsUTF8AndSize(message.kind, &type_size)
+        cdef Py_ssize_t body = (
+            1 + PyBytes_GET_SIZE(SPEC_VERSION) + PyBytes_GET_SIZE(ID_NAME) + varint_size(id_size) + id_size
+            + PyBytes_GET_SIZE(TYPE_NAME) + varint_size(type_size) + type_size + PyBytes_GET_SIZE(source)
+            + PyBytes_GET_SIZE(TIME_NAME) + 1 + TIME_SIZE + PyBytes_GET_SIZE(SUBJECT_NAME) + varint_size(key_size)
+            + key_size + PyBytes_GET_SIZE(CONTENT_TYPE))
+        cdef char* at = self._open(body, message.key, message.value)
         if at == NULL:
             return False
         at = varint(at, HEADERS)
         at = copied(at, SPEC_VERSION)
-        at = varint(copied(at, ID_NAME), ID_SIZE)
-        memcpy(at, data + ID_AT, ID_SIZE)
-        at = varint(copied(at + ID_SIZE, TYPE_NAME), type_size)
-        memcpy(at, data + TYPE_AT, type_size)
+        at = copied(varint(copied(at, ID_NAME), id_size), message.message_id)
+        at = varint(copied(at, TYPE_NAME), type_size)
+        memcpy(at, kind, type_size)
         at = copied(at + type_size, source)
         at = varint(copied(at, TIME_NAME), TIME_SIZE)
-        put_time(at, as_of_ms)
+        put_time(at, message.as_of_ms)
         at = varint(copied(at + TIME_SIZE, SUBJECT_NAME), key_size)
-        memcpy(at, PyBytes_AS_STRING(key), key_size)
-        copied(at + key_size, CONTENT_TYPE)
+        copied(copied(at, message.key), CONTENT_TYPE)
         return True
 
     # ---- what aiokafka asks of a builder -----------------------------------------------------------------------------
@@ -316,24 +295,6 @@ cdef class Batch:
 cdef inline char* copied(char* at, bytes data) noexcept:
     memcpy(at, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
     return at + PyBytes_GET_SIZE(data)
-
-
-def by_topic(messages):
-    """Decisions and scores apart: pairs of a user's id and a message, in order.
-
-    messages   pairs of a user's id in UTF-8 and that user's messages
-    """
-    cdef list decisions = [], scores = []
-    cdef bytes message
-    for key, of_user in messages:
-        for message in of_user:
-            pair = (key, message)
-            if (PyBytes_GET_SIZE(message) > TYPE_AT + 15
-                    and memcmp(PyBytes_AS_STRING(message) + TYPE_AT, b'scores.updated"', 15) == 0):
-                scores.append(pair)
-            else:
-                decisions.append(pair)
-    return decisions, scores
 
 
 def source_header(str source not None):

@@ -22,7 +22,7 @@ from stream.core.layout import DAY_MS
 from stream.core.messages import ModelInfo
 from stream.core.rules import Publish
 from stream.page import INK, SCORE, WIDE, Draw, render
-from stream.replay.replay import Counts
+from stream.replay.account import Counts
 from stream.replay.statistics import SCORE_BINS, Statistics
 
 TIME_BINS_MAX = 140

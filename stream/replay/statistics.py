@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import orjson
 
 from stream.core.decide import Kind
 from stream.core.events import TYPE_NAMES, Event
 from stream.core.layout import HOUR_MS, NO_TIER
+from stream.core.outbox import Message
 from stream.core.scores import STEPS_PER_UNIT, Scores
 
 SCORE_BINS = 50
@@ -56,10 +56,11 @@ class Statistics:
                               SCORE_BINS - 1)
             histogram += np.bincount(bins, minlength=SCORE_BINS)
 
-    def add_alerts(self, messages: Sequence[bytes]) -> None:
+    def add_decisions(self, messages: Sequence[Message]) -> None:
         """Count decisions by hour and label; remember who is at risk."""
         for message in messages:
-            value = orjson.loads(message)
+            value = message.content
+            assert value is not None        # the decisions of a replay have just been taken
             label = ' '.join(filter(None, (value['type'], value.get('state'))))
             self.alerts_per_hour[value['as_of_ms'] // HOUR_MS][label] += 1
             if value['type'] == Kind.CHURN:

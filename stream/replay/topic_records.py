@@ -130,19 +130,6 @@ class RecordTimes:
         return time_ms
 
 
-def readable(value: bytes | None) -> dict[str, str | None]:
-    """A dead letter's value for a line of JSON: as text, or in base64 where it is none."""
-    try:
-        return {'value': None if value is None else value.decode()}
-    except UnicodeDecodeError:
-        return {'value_base64': b64encode(value or b'').decode()}
-
-
-def escaped(text: str) -> str:
-    """Text that JSON can hold: names and quoted bytes may carry what was no UTF-8."""
-    return text.encode('utf-8', 'backslashreplace').decode()
-
-
 def decoder(rules: EventRules, inputs: Inputs) -> Callable[[bytes], Event | Refusal]:
     """Lines to events that know their source and offset, or refusals, by the rules of the worker."""
     decode = Decoder(rules)

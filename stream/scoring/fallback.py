@@ -3,9 +3,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from stream.core.features import Batch
+from stream.core.scorer import Scorer
 from stream.core.scores import Outputs
 from stream.errors import ModelError, ScorerUnavailable
-from stream.scoring.scorer import Scorer
 
 if TYPE_CHECKING:
     from stream.scoring.triton import Statistics

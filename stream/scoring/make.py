@@ -3,8 +3,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stream.config import SHIPPED_MODEL, Settings
+from stream.core.scorer import Scorer
 from stream.scoring.artefact import Manifest
-from stream.scoring.scorer import ConstantScorer, Scorer
+from stream.scoring.constant import ConstantScorer
 
 ROOT = Path(__file__).parents[2]
 

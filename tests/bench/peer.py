@@ -13,21 +13,22 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import orjson
 
 from stream.cli.shared import collect_seldom
 from stream.config import load_settings
-from stream.core.outbox import pack_messages
-from stream.core.steps import Touched
+from stream.core.decide import Kind
+from stream.core.driver import Scored, Step, StepDriver
+from stream.core.outbox import Message, pack_messages
 from stream.engine import lane as lane_module
 from stream.engine import worker
 from stream.engine.blocks import Block
-from stream.engine.lane import Lane, Step
-from stream.scoring.step import Scored
+from stream.engine.lane import Lane, Outgoing
 
 JOB, APP, EVENTS = os.environ['JOB'], os.environ['APP_ID'], int(os.environ['EVENTS'])
+NO_ID = b'0' * 32       # the peers' message has none
 PUBLISH = {'full': 'all', 'events': 'events', 'peers': 'all'}[JOB]
 
 
@@ -41,7 +42,7 @@ class TellingLane(Lane):
         self.tell('first')
         super().admit(block)
 
-    def _done(self, step: Step) -> None:
+    def _done(self, step: Outgoing) -> None:
         before = sum(self.done)
         super()._done(step)
         TellingLane.handled += sum(self.done) - before
@@ -58,26 +59,29 @@ class TellingLane(Lane):
 class PeersLane(TellingLane):
     """Sends the peers' message as it is, without headers."""
 
-    async def _send_messages(self, messages: Sequence[tuple[bytes, list[bytes]]]) -> None:
-        await self._send(self._rules.scores, [(key, message, ()) for key, of_user in messages for message in of_user])
+    async def _send_messages(self, messages: Sequence[Message]) -> None:
+        await self._send(self._rules.scores, [(message.key, message.value, ()) for message in messages])
 
 
-async def peers_message(touched: Sequence[Touched], *_: Any) -> Scored:
-    """In the place of `score_step`: what the peers say of a window."""
-    outboxes = []
-    for entry in touched:
-        user = entry.user
-        messages = [orjson.dumps({'user_id': user.user_id, 'n': len(user.ids) // 8, 'last_ts': user.last_seen_ms})]
-        user.outbox = pack_messages(messages)
-        outboxes.append((user, messages))
-    return Scored([], None, outboxes, [], 0)
+class PeersDriver(StepDriver):
+    """Says what the peers say of a window, and scores nobody."""
+
+    async def score(self, step: Step) -> Scored:
+        outboxes = []
+        for entry in step.touched:
+            user = entry.user
+            value = orjson.dumps({'user_id': user.user_id, 'n': len(user.ids) // 8, 'last_ts': user.last_seen_ms})
+            messages = [Message(Kind.SCORES, NO_ID, user.user_id.encode(), user.last_seen_ms, value)]
+            user.outbox = pack_messages(messages)
+            outboxes.append((user, messages))
+        return Scored([], None, outboxes, 0)
 
 
 def main() -> None:
     from stream.engine import assignment as lanes
     lanes.Lane = PeersLane if JOB == 'peers' else TellingLane
     if JOB == 'peers':
-        lane_module.score_step = peers_message
+        lane_module.StepDriver = PeersDriver
     settings = load_settings(
         brokers=os.environ['KAFKA'], group=APP, clicks_topic='bench.clicks', carts_topic='bench.carts',
         alerts_topic=f'{APP}-alerts', scores_topic='bench.updates', dead_letters_topic=f'{APP}-dead', scorer='constant',

@@ -20,11 +20,12 @@ from tempfile import TemporaryDirectory
 from stream.config import SHIPPED_MODEL
 from stream.core.features import Batch
 from stream.core.rules import ReplayRules
+from stream.core.scorer import Scorer
 from stream.core.scores import Outputs
 from stream.replay.recording import Recording
 from stream.replay.replay import Replay
+from stream.scoring.constant import ConstantScorer
 from stream.scoring.embedded import EmbeddedScorer
-from stream.scoring.scorer import ConstantScorer, Scorer
 from stream.simulator.shop import SimulatorOptions, simulate
 from stream.state.replay_state import MemoryState
 

@@ -35,6 +35,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import onnxruntime
 from rich.console import Console
+from stream.scoring.step import PADDING_SLOTS_MAX
 
 from stream.core.events import EventRules
 from stream.core.features import LENGTHS, SLOTS_MAX, Batch, Features, batches, padded
@@ -51,7 +52,6 @@ from stream.learn.quantize import quantize
 from stream.learn.served import score
 from stream.learn.train import split
 from stream.scoring.artefact import MANIFEST, ROWS_MAX, WEIGHTS, sha256
-from stream.scoring.step import PADDING_SLOTS_MAX
 from stream.simulator.shop import SimulatorOptions, simulate
 from tests.bench.common import Report, main, parser, say
 

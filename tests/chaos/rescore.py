@@ -5,12 +5,12 @@ see: rows that changed places, another model, scores of another moment.
 """
 from collections.abc import Iterable, Sequence
 
+from stream.core.driver import Touched, snapshot
 from stream.core.features import batches, features
 from stream.core.messages import Origin
+from stream.core.scorer import Scorer
 from stream.core.scores import collect
-from stream.core.steps import Touched, snapshot
 from stream.core.user import decode
-from stream.scoring.scorer import Scorer
 
 GRID_STEPS = 3      # floating point differs in the last bits with the batch, so a score may fall on the next step
 SPEND_SHARE = 1e-3

@@ -12,17 +12,16 @@ from datetime import UTC, datetime
 import numpy as np
 import orjson
 
-from stream.core.decide import Policy
+from stream.core.decide import Kind
+from stream.core.driver import Step, StepDriver
 from stream.core.events import Decoder, Event, EventRules
 from stream.core.features import Batch
 from stream.core.layout import DAY_MS, NO_TIMER_MS, WindowLimits
 from stream.core.messages import ModelInfo
-from stream.core.outbox import unpack_outbox
-from stream.core.rules import Publish
+from stream.core.outbox import Message, unpack_outbox
+from stream.core.rules import Publish, StepRules
 from stream.core.scores import Outputs
-from stream.core.steps import Touched, block_steps, fire
 from stream.core.user import User, decode, encode
-from stream.scoring.step import score_step
 from tests.chaos.log import SOURCES, Record, Run, Sample, Topic
 from tests.chaos.reference import partition_of
 from tests.chaos.workload import Input
@@ -189,7 +188,8 @@ class _Lane:
             if step > newest:
                 newest, unsent = step, {}
             unsent[record.key] = record.value
-        self._step = max(lane['step'], newest)
+        self._driver = StepDriver(StepRules(limits=toy.limits, publish=toy._publish, reasons_rows_max=0), self._scorer)
+        self._driver.number = max(lane['step'], newest)
         self._stream_ms = lane['stream_ms']
         self._lane_positions = lane['positions']
         self._positions = [toy._committed.get((topic, partition), 0) for topic in SOURCES]
@@ -230,9 +230,9 @@ class _Lane:
             for user in users.values():
                 user.next_offset = [0, 0]
         self._send_letters()
-        for folded in self._steps(users, events):
-            await self._take(folded.touched, None)
-        await self._take([], stops)
+        for step in self._steps(users, events):
+            await self._take(step, None)
+        await self._take(next(self._driver.run({}, [])), stops)
         toy.crash()
         self._commit(stops)
         toy.crash()
@@ -245,7 +245,7 @@ class _Lane:
         if self._toy.bug('wrong_timer'):
             for user in users.values():
                 user.due_ms = NO_TIMER_MS
-        return block_steps(users, events, self._toy.limits)
+        return self._driver.run(users, events) if events else iter(())
 
     def _decode(self, records: list[tuple[Record, int]]) -> list[Event]:
         events = []
@@ -287,15 +287,13 @@ class _Lane:
             if not due:
                 return
             users = self._load(key[8:].decode() for key in due[:50])
-            await self._take(fire(users.values(), self._toy.limits), None)
+            await self._take(self._driver.sweep(users.values()), None)
 
-    async def _take(self, touched: list[Touched], done: list[int] | None) -> None:
+    async def _take(self, step: Step, done: list[int] | None) -> None:
         """One step. `done`: the positions of a run that ends with it."""
         toy, log, partition = self._toy, self._log, self._partition
-        self._step += 1
-        for entry in touched:
-            entry.user.step = self._step
-        scored = await score_step(touched, self._scorer, Policy(), toy._publish, 0)
+        touched = step.touched
+        scored = await self._driver.score(step)
         toy.crash()
         if touched and toy.bug('forget_counters', 90):
             touched[0].user.applied -= 1
@@ -327,14 +325,14 @@ class _Lane:
     def _lane_record(self, done: list[int] | None) -> None:
         self._lane_positions = done or self._lane_positions
         self._log.append('changelog', self._partition, LANE_KEY, orjson.dumps(
-            {'step': self._step, 'generation': 1, 'positions': self._lane_positions, 'stream_ms': self._stream_ms}))
+            {'step': self._driver.number, 'generation': 1, 'positions': self._lane_positions,
+             'stream_ms': self._stream_ms}))
 
-    def _send(self, messages: Iterable[bytes]) -> None:
+    def _send(self, messages: Iterable[Message]) -> None:
         for message in messages:
-            value = orjson.loads(message)
-            topic: Topic = 'scores' if value['type'] == 'scores.updated' else 'alerts'
-            self._log.append(topic, self._partition, value['user_id'].encode(), message,
-                             cloudevents_headers(message, f'/stream/{GROUP}'))
+            topic: Topic = 'scores' if message.kind is Kind.SCORES else 'alerts'
+            self._log.append(topic, self._partition, message.key, message.value,
+                             cloudevents_headers(message.value, f'/stream/{GROUP}'))
             if self._rng.random() < 0.2:
                 self._toy.crash()
 

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from stream.core.features import COUNTERS, LENGTHS, SLOT_NUMBERS, TYPE_VOCABULARY, Batch
+from stream.core.scorer import Scorer
 from stream.core.scores import Outputs, collect
 from stream.errors import ModelError
+from stream.scoring.constant import ConstantScorer
 from stream.scoring.embedded import EmbeddedScorer
 from stream.scoring.fallback import FallbackScorer
-from stream.scoring.scorer import ConstantScorer, Scorer
 from stream.scoring.triton import TritonScorer
 from tests.scoring.stub_triton import StubTriton
 

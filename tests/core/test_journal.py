@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import msgspec
 import pytest
@@ -17,6 +18,7 @@ from stream.core.journal import (
     steps_of,
 )
 from stream.core.layout import WindowLimits
+from stream.core.rules import StepRules
 from stream.errors import InputError
 
 MODEL, RULES = '9c' * 32, '5d' * 8
@@ -129,25 +131,28 @@ def test_an_entry_in_parts_is_one():
 
 def test_the_digest_of_the_rules_is_pinned():
     # It is in journals that are kept: a change here makes every one of them unreadable.
-    assert rules_digest(EventRules(), WindowLimits(), Policy(), 'changes', 2048) == 'd271d33b7117952b'
+    assert rules_digest(EventRules(), StepRules()) == 'd271d33b7117952b'
 
 
 def test_every_rule_is_in_the_digest():
-    base = (EventRules(), WindowLimits(), Policy(), 'changes', 2048)
-    digests = {rules_digest(*base), rules_digest(*base[:3], 'all', 2048), rules_digest(*base[:3], 'changes', 2047)}
-    expected = 3
-    for at in range(3):
-        for name in type(base[at]).__struct_fields__:
-            changed = list(base)
-            changed[at] = msgspec.structs.replace(base[at], **{name: {
-                'currency': 'USD', 'rates': {'USD': 0.9}, 'silence_ms': (1,),
-                'actions': (ActionRule('intent', 'coupon'),)}.get(name, 0.123)})
-            digests.add(rules_digest(*changed))
-            expected += 1
-    assert len(digests) == expected
+    def changed(struct: Any, name: str) -> Any:
+        return msgspec.structs.replace(struct, **{name: {
+            'currency': 'USD', 'rates': {'USD': 0.9}, 'silence_ms': (1,),
+            'actions': (ActionRule('intent', 'coupon'),)}.get(name, 0.123)})
+
+    events, steps = EventRules(), StepRules()
+    digests = [rules_digest(events, steps), rules_digest(events, StepRules(publish='all')),
+               rules_digest(events, StepRules(reasons_rows_max=2047))]
+    digests += [rules_digest(changed(events, name), steps) for name in EventRules.__struct_fields__]
+    digests += [rules_digest(events, StepRules(limits=changed(steps.limits, name)))
+                for name in WindowLimits.__struct_fields__]
+    digests += [rules_digest(events, StepRules(policy=changed(steps.policy, name)))
+                for name in Policy.__struct_fields__]
+    assert StepRules.__struct_fields__ == ('limits', 'policy', 'publish', 'reasons_rows_max')   # none is forgotten here
+    assert len(set(digests)) == len(digests)
 
 
 def test_the_order_in_which_rates_were_given_is_no_rule():
-    one, two = (rules_digest(EventRules(rates={first: 0.5, second: 0.5}), WindowLimits(), Policy(), 'all', 1)
+    one, two = (rules_digest(EventRules(rates={first: 0.5, second: 0.5}), StepRules())
                 for first, second in (('USD', 'CHF'), ('CHF', 'USD')))
     assert one == two

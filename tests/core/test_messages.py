@@ -13,7 +13,7 @@ from stream.core.decide import Decision, Kind, Policy
 from stream.core.events import Event
 from stream.core.layout import NO_TIER
 from stream.core.messages import ModelInfo, Origin, decision_message
-from stream.core.outbox import ScoresPen, pack_messages, unpack_outbox
+from stream.core.outbox import Message, ScoresPen, pack_messages, unpack_outbox
 from stream.core.scores import Scores
 from stream.core.user import User
 from stream.errors import StateError
@@ -33,7 +33,7 @@ def shopper() -> User:
     return user
 
 
-def messages() -> list[bytes]:
+def messages() -> list[Message]:
     """One of each kind, in one user's order."""
     user = shopper()
     return [
@@ -51,20 +51,41 @@ def messages() -> list[bytes]:
 
 
 def scores_messages(user: User, origin: Origin = ORIGIN, events: Sequence[str] = (),
-                    scores: Scores = SCORES) -> list[bytes]:
+                    scores: Scores = SCORES) -> list[Message]:
     named = [Event(user.user_id, event_id, 0, 0, 1, 0, 0, 0, 0.0, 0) for event_id in events]
     messages = ScoresPen(MODEL, scores).write(user, None, 0, origin.as_of_ms, origin.timer_ms, named)
     assert unpack_outbox(user) == messages
     return messages
 
 
+def test_a_message_carries_what_its_json_says():
+    user = shopper()
+    for message in messages():
+        value = json.loads(message.value)
+        assert (message.kind, message.message_id, message.key, message.as_of_ms) == (
+            value['type'], value['id'].encode(), user.user_id.encode(), value['as_of_ms'])
+        assert (message.content is None) == (message.kind is Kind.SCORES)
+        if message.content is not None:
+            user.outbox = pack_messages([message])
+            assert unpack_outbox(user) == [message]
+
+
+@pytest.mark.parametrize('value', [b'', b'{}', b'{"id":"ab","type":"churn.alert","as_of_ms":1}', b'\xff',
+                                   b'{"id":"%s","type":"no.kind","as_of_ms":1}' % (b'ab' * 16)])
+def test_an_outbox_with_something_else_than_decisions_is_refused(value: bytes):
+    user = shopper()
+    user.outbox = len(value).to_bytes(4, 'little') + value
+    with pytest.raises(StateError, match='damaged'):
+        unpack_outbox(user)
+
+
 def test_messages_are_byte_for_byte_the_recorded_ones():
     """Subscribers parse these. A change here is a change of the contract: say so in the README."""
-    assert b'\n'.join(messages()) + b'\n' == GOLDEN.read_bytes()
+    assert b'\n'.join(message.value for message in messages()) + b'\n' == GOLDEN.read_bytes()
 
 
 def test_ids_are_distinct_and_chain():
-    values = [json.loads(message) for message in messages()]
+    values = [json.loads(message.value) for message in messages()]
     assert len({value['id'] for value in values}) == len(values)
     assert values[0]['previous_id'] is None
     assert [value['previous_id'] for value in values[1:4]] == [value['id'] for value in values[:3]]
@@ -72,7 +93,7 @@ def test_ids_are_distinct_and_chain():
 
 def test_an_id_depends_on_the_cause():
     def identity(user: User, origin: Origin = ORIGIN) -> str:
-        return json.loads(scores_messages(user, origin)[0])['id']
+        return json.loads(scores_messages(user, origin)[0].value)['id']
 
     ahead, other = shopper(), shopper()
     ahead.next_offset = [31, 4]
@@ -82,7 +103,7 @@ def test_an_id_depends_on_the_cause():
 
 
 def test_expiry_and_action_come_from_the_policy():
-    value = json.loads(messages()[1])
+    value = json.loads(messages()[1].value)
     assert value['expires_at_ms'] - value['as_of_ms'] == Policy().intent_ttl_ms
     assert value['action'] == 'recommendation'
 
@@ -97,22 +118,28 @@ def test_scores_are_the_json_that_a_library_writes(user_id: str, events: list[st
     scores = Scores(np.array([True]), np.array([step / 10_000]), np.array([0.0]), np.array([(10_000 - step) / 10_000]),
                     np.array([[step / 10_000, 0.0]]), np.array([spend]))
     messages = scores_messages(user, Origin(1_700_000_000_123, timer_ms), events, scores)
-    assert [orjson.dumps(orjson.loads(message)) for message in messages] == messages
+    assert [orjson.dumps(orjson.loads(message.value)) for message in messages] == [
+        message.value for message in messages]
     for message, event_id in zip(messages, events or [None], strict=True):
-        value = orjson.loads(message)
+        value = orjson.loads(message.value)
         identity = [user_id, 'scores.updated', event_id or '', timer_ms, 2**40, 3, 7, MODEL.sha256]
         assert value['id'] == xxh3_128_hexdigest(orjson.dumps(identity))
         assert (value['user_id'], value.get('event_id')) == (user_id, event_id)
+        assert (message.message_id, message.key) == (value['id'].encode(), user_id.encode())
         assert value['scores'] == {'purchase_intent': step / 10_000, 'purchase_power': (10_000 - step) / 10_000,
                                    'churn': 0.0, 'expected_spend_90d': spend}
         assert value['tier'] == (None if tier < 0 else tier)
         assert value['cause'] == {'clicks_offset': 2**40, 'carts_offset': 3, 'timer_ms': timer_ms or None}
 
 
+FIRST = Message(Kind.CHURN, b'01' * 16, shopper().user_id.encode(), 5,
+                b'{"id":"%s","type":"churn.alert","as_of_ms":5}' % (b'01' * 16))
+
+
 def outbox_of_everything() -> User:
     user = shopper()
     scores_messages(user, events=('e9', 'e10'))
-    user.outbox = pack_messages([b'{"first":1}']) + user.outbox
+    user.outbox = pack_messages([FIRST]) + user.outbox
     return user
 
 
@@ -121,8 +148,8 @@ def test_an_outbox_that_is_cut_is_refused():
     for size in range(1, len(whole)):
         user = shopper()
         user.outbox = whole[:size]
-        if size == 15:      # behind the first message
-            assert unpack_outbox(user) == [b'{"first":1}']
+        if size == 4 + len(FIRST.value):
+            assert unpack_outbox(user) == [FIRST]
         else:
             with pytest.raises(StateError, match='damaged'):
                 unpack_outbox(user)
@@ -139,7 +166,7 @@ def test_a_damaged_outbox_never_gives_what_is_not_in_it(data: st.DataObject):
         messages = unpack_outbox(user)
     except StateError:
         return
-    assert sum(map(len, messages)) < 10 * len(whole) + 1_000
+    assert sum(len(message.value) for message in messages) < 10 * len(whole) + 1_000
 
 
 def test_more_events_than_sixteen_bits_count_have_a_message_each():

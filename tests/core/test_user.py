@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stream.core.decide import Kind
 from stream.core.events import Event, EventType, Source
 from stream.core.layout import (
     DAY_DTYPE,
@@ -18,7 +19,7 @@ from stream.core.layout import (
     Fold,
     WindowLimits,
 )
-from stream.core.outbox import pack_messages, unpack_outbox
+from stream.core.outbox import Message, pack_messages, unpack_outbox
 from stream.core.user import User, clock_ms, decode, encode, fire_timer, fold, pack_header
 from stream.errors import StateError
 
@@ -100,7 +101,7 @@ def test_a_run_at_once_is_the_same_as_one_by_one(events: list[Event]):
 @given(event_lists)
 def test_a_record_survives_its_codec(events: list[Event]):
     user, _ = folded(events)
-    user.outbox = pack_messages([b'one', b'', b'three'])
+    user.outbox = pack_messages([decision(1), decision(22)])
     user.decision_id, user.model = bytes(range(16)), bytes(range(8))
     user.tier, user.power_grid, user.alerting, user.generation, user.step = 3, 777, 3, 5, 1 << 40
     record = encode(user)
@@ -221,8 +222,13 @@ def test_timers_fire_in_turn_and_an_event_starts_them_anew():
     assert user.due_ms == T0_MS + 11 * DAY_MS
 
 
-@given(st.lists(st.binary(max_size=40), max_size=5))
-def test_an_outbox_keeps_its_messages(messages: list[bytes]):
+def decision(as_of_ms: int, user_id: str = 'u') -> Message:
+    value = b'{"id":"%032x","type":"churn.alert","as_of_ms":%d}' % (as_of_ms, as_of_ms)
+    return Message(Kind.CHURN, b'%032x' % as_of_ms, user_id.encode(), as_of_ms, value)
+
+
+@given(st.lists(st.builds(decision, st.integers(0, 2**60)), max_size=5))
+def test_an_outbox_keeps_its_messages(messages: list[Message]):
     user = User('u')
     user.outbox = pack_messages(messages)
     assert unpack_outbox(user) == messages

@@ -11,10 +11,11 @@ import pytest
 from aiokafka import ConsumerRecord
 from faust.types import TP
 
-from stream.core.decide import Policy
 from stream.core.events import Decoder, EventRules
 from stream.core.layout import DAY_MS, WindowLimits
+from stream.core.outbox import Message
 from stream.core.partitioners import partition
+from stream.core.rules import StepRules
 from stream.core.user import Change, User, encode
 from stream.engine.blocks import Block
 from stream.engine.budget import Budget
@@ -22,13 +23,13 @@ from stream.engine.lane import Lane, LaneRules, Tools
 from stream.engine.publisher import Record
 from stream.errors import ScorerUnavailable
 from stream.metrics import Metrics
-from stream.scoring.scorer import ConstantScorer
+from stream.scoring.constant import ConstantScorer
 from stream.state.store import LaneRecord, Memory, Meta, PartitionStore
 
 CLICKS, CARTS = TP('clicks', 0), TP('carts', 0)
 NOW_MS = 1_770_000_000_000
 RULES = LaneRules(
-    limits=WindowLimits(silence_ms=(DAY_MS,)), policy=Policy(), publish='all', reasons_rows_max=0, digest='',
+    steps=StepRules(limits=WindowLimits(silence_ms=(DAY_MS,)), publish='all', reasons_rows_max=0), digest='',
     partitioner='none', partitions=1, wall_clock=False, clock_grace_ms=0, clock_idle_ms_max=0, merge_wait_ms=0,
     blocks_ahead_max=100, block_events_max=1, users_cached_bytes=1 << 20, sweep_users_max=3,
     changelog='changelog', alerts='alerts', scores='scores',
@@ -59,9 +60,10 @@ class FakeKafka:
         return len(self.topics[topic])
 
     async def send_messages(
-        self, topic: str, partition: int, messages: list[tuple[bytes, bytes]], source: bytes,
+        self, topic: str, partition: int, messages: list[Message], source: bytes,
     ) -> int:
-        return await self.send(topic, partition, [(*pair, []) for pair in messages]) if messages else 0
+        return await self.send(topic, partition, [(message.key, message.value, []) for message in messages]
+                               ) if messages else 0
 
 
 def record(offset: int, user: str, ts_ms: int, value: bytes | None = None) -> ConsumerRecord:

@@ -27,7 +27,7 @@ from stream.replay.formats import kafka_format
 from stream.replay.recording import Recording
 from stream.replay.replay import Counts, Replay
 from stream.replay.topic_records import Inputs, TopicRecord, decode_record
-from stream.scoring.scorer import ConstantScorer
+from stream.scoring.constant import ConstantScorer
 from stream.simulator.shop import SimulatorOptions, simulate, write
 from stream.state.replay_state import MemoryState
 from tests.integration.running import wait_for

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from stream.core.decide import Policy
+from stream.core.driver import Step, StepDriver
 from stream.core.events import Event, Source
 from stream.core.features import COUNTER_NAMES, Batch
 from stream.core.journal import (
@@ -31,13 +32,13 @@ from stream.core.outbox import unpack_outbox
 from stream.core.partitioners import partition
 from stream.core.rules import Publish, ReplayRules
 from stream.core.scores import Outputs
-from stream.core.steps import Folded, Touched, block_steps, fire
 from stream.core.user import User, decode, encode
 from stream.errors import InputError, UsageError
-from stream.replay.journal_replay import Journal, JournalReplay, RecordedTopics, described, read_journal
+from stream.replay.journal_file import Journal, described, read_journal
+from stream.replay.journal_replay import JournalReplay
+from stream.replay.recorded_topics import RecordedTopics
 from stream.replay.topic_records import Inputs, TopicRecord, decoder, encode_record
-from stream.scoring.scorer import ConstantScorer
-from stream.scoring.step import score_step
+from stream.scoring.constant import ConstantScorer
 from stream.state.replay_state import MemoryState, RocksState, State
 
 STREAM = Path(sys.executable).with_name('stream')
@@ -140,8 +141,8 @@ class StandIn:
         self._draw = draw
         self._kill_chance = kills
         self._decode = decoder(rules.events, INPUTS)
-        self._digest = rules_digest(rules.events, rules.limits, rules.policy, rules.publish, rules.reasons_rows_max)
-        self._step = 0
+        self._digest = rules_digest(rules.events, rules)
+        self._driver = StepDriver(rules, SCORER)
         self._clock_ms = 0
         self._generation = 0
         self._partial = False
@@ -174,9 +175,10 @@ class StandIn:
         names = [user.user_id for user in unsent] if self._partial or self._draw.random() < 0.5 else None
         self.entries.append(RecoveredEntry(self.lane, newest, names if newest else None))
         self._partial = False
-        self._step = newest
+        self._driver = StepDriver(self._rules, SCORER, self._generation)
+        self._driver.number = newest
         for user in unsent:
-            self.published |= dict.fromkeys(unpack_outbox(user))
+            self.published |= dict.fromkeys(message.value for message in unpack_outbox(user))
 
     def _block(self) -> bool:
         """Fold a block of one input, or one of each as one run in the order of the records' times."""
@@ -201,13 +203,13 @@ class StandIn:
         outcomes = [(row, self._decode(row[2])) for row in rows]
         events = [outcome for _, outcome in outcomes if isinstance(outcome, Event)]
         self._maybe_killed()
-        self.entries += [EventsEntry(self.lane, self._step + 1, source, self.positions[source], stops[source],
+        self.entries += [EventsEntry(self.lane, self._driver.number + 1, source, self.positions[source], stops[source],
                                      SCORER.model.sha256, self._digest) for source in sources]
         self.runs_of_both += len(sources) > 1
         self._maybe_killed()
         users = {event.user_id: self._user(event.user_id) for event in events}
-        for folded in block_steps(users, events, self._rules.limits) if events else [Folded([], [], [])]:
-            self._take(folded.touched)
+        for step in self._driver.run(users, events):
+            self._take(step)
         self.letters |= {(TOPICS[source], decode_offset(line)) for (_, source, line), outcome in outcomes
                          if not isinstance(outcome, Event)}
         self._clock_ms = max([self._clock_ms, *[event.ts_ms for event in events]])
@@ -222,18 +224,14 @@ class StandIn:
                          key=lambda user: (user.due_ms, user.user_id))[:5]
             if not due:
                 return
-            self.entries.append(TimersEntry(self.lane, self._step + 1, [user.user_id for user in due],
+            self.entries.append(TimersEntry(self.lane, self._driver.number + 1, [user.user_id for user in due],
                                             SCORER.model.sha256, self._digest))
             self._maybe_killed()
-            self._take(fire(due, self._rules.limits))
+            self._take(self._driver.sweep(due))
 
-    def _take(self, touched: Sequence[Touched]) -> None:
-        self._step += 1
-        for entry in touched:
-            entry.user.step, entry.user.generation = self._step, self._generation
-        rules = self._rules
-        asyncio.run(score_step(touched, SCORER, rules.policy, rules.publish, rules.reasons_rows_max))
-        for place, entry in enumerate(touched):
+    def _take(self, step: Step) -> None:
+        asyncio.run(self._driver.score(step))
+        for place, entry in enumerate(step.touched):
             try:
                 self._maybe_killed()
             except Killed:
@@ -243,8 +241,8 @@ class StandIn:
             self.changelog.pop(entry.user.user_id, None)        # so that it stands in the order of the last writes
             self.changelog[entry.user.user_id] = encode(entry.user)
         self._maybe_killed()
-        for entry in touched:
-            self.published |= dict.fromkeys(unpack_outbox(entry.user))
+        for entry in step.touched:
+            self.published |= dict.fromkeys(message.value for message in unpack_outbox(entry.user))
         self._maybe_killed()
 
     def _user(self, user_id: str) -> User:
@@ -368,7 +366,7 @@ def block(lane: int, step: int, start: int, stop: int) -> EventsEntry:
     return EventsEntry(lane, step, 0, start, stop, SCORER.model.sha256, DIGEST)
 
 
-DIGEST = rules_digest(RULES.events, RULES.limits, RULES.policy, 'all', RULES.reasons_rows_max)
+DIGEST = rules_digest(RULES.events, msgspec.structs.replace(RULES, publish='all'))
 EVERYTHING = msgspec.structs.replace(RULES, publish='all')
 
 

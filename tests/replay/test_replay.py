@@ -16,12 +16,13 @@ from stream.core.features import COUNTER_NAMES, Batch
 from stream.core.layout import DAY_MS, WindowLimits
 from stream.core.outbox import unpack_outbox
 from stream.core.rules import ReplayRules
+from stream.core.scorer import Scorer
 from stream.core.scores import Outputs
 from stream.core.user import User, decode, encode, fire_timer, fold
 from stream.errors import UsageError
 from stream.replay.recording import Recording
 from stream.replay.replay import Counts, Replay
-from stream.scoring.scorer import ConstantScorer, Scorer
+from stream.scoring.constant import ConstantScorer
 from stream.simulator.shop import SimulatorOptions, simulate, write
 from stream.state.replay_state import MemoryState, RocksState, State
 

@@ -5,12 +5,13 @@ from functools import cache
 from itertools import pairwise
 
 import numpy as np
-import orjson
 import pytest
 
+from stream.core.decide import Kind
 from stream.core.events import Reason
 from stream.core.layout import DAY_MS
 from stream.core.messages import ModelInfo
+from stream.core.outbox import Message
 from stream.replay.replay import Counts
 from stream.replay.report import (
     REASON_WORDS,
@@ -34,14 +35,15 @@ SECTIONS = ['Where every row went', 'Events over time', 'Scores', 'Expected spen
 NASTY = '''<script>alert("1")</script>'&amp;'''
 
 
-def alert(user_id='u7', **changes) -> bytes:
-    return orjson.dumps({
+def alert(user_id='u7', **changes) -> Message:
+    content = {
         'type': 'churn.alert', 'state': 'raised', 'user_id': user_id, 'as_of_ms': (DAY + 9) * DAY_MS,
         'expires_at_ms': (DAY + 16) * DAY_MS,
         'scores': {'churn': 0.9123, 'expected_spend_90d': 1234.5}, 'tier': 2, 'action': 'service_call',
         'reasons': [{'name': 'silence', 'text': 'nothing for 31 days', 'effect': 0.4},
                     {'name': 'orders', 'text': '4 orders', 'effect': -0.25}],
-    } | changes)
+    } | changes
+    return Message(Kind(content['type']), b'ab' * 16, user_id.encode(), content['as_of_ms'], b'', content)
 
 
 def full() -> Statistics:
@@ -51,7 +53,7 @@ def full() -> Statistics:
     rng = np.random.default_rng(2)
     for name in statistics.score_histograms:
         statistics.score_histograms[name] += rng.integers(1, 90, 50)
-    statistics.add_alerts([alert(), alert('u8', type='purchase_intent.alert'), alert('u9', tier=None, action=None,
+    statistics.add_decisions([alert(), alert('u8', type='purchase_intent.alert'), alert('u9', tier=None, action=None,
                                                                                     reasons=[])])
     for tier in (-1, 0, 0, 2):
         statistics.add_final_tier(tier)
@@ -141,13 +143,13 @@ def test_a_shopper_at_risk_in_words():
 
 def test_reasons_that_were_not_worked_out_say_so():
     statistics = Statistics()
-    statistics.add_alerts([alert(reasons=None)])
+    statistics.add_decisions([alert(reasons=None)])
     assert 'not worked out' in page(statistics)
 
 
 def test_more_shoppers_at_risk_than_fit():
     statistics = Statistics()
-    statistics.add_alerts([alert(f'u{number}') for number in range(1_500)])
+    statistics.add_decisions([alert(f'u{number}') for number in range(1_500)])
     assert 'The 20 of 1,500 shoppers whose alert' in Outline(page(statistics)).text
 
 
@@ -192,7 +194,7 @@ def test_a_spike_puts_the_counts_on_a_log_axis():
 
 def test_what_users_and_files_are_called_is_text():
     statistics = full()
-    statistics.add_alerts([alert(NASTY, action=NASTY, reasons=[{'name': 'x', 'text': NASTY, 'effect': 0.5}])])
+    statistics.add_decisions([alert(NASTY, action=NASTY, reasons=[{'name': 'x', 'text': NASTY, 'effect': 0.5}])])
     statistics.dead[NASTY] = 1
     about = replace(ABOUT, sources=[NASTY], tier_names=(NASTY, '$x^2$', NASTY), format=NASTY, currency=NASTY)
     html = page(statistics, about=about)

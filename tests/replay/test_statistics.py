@@ -1,9 +1,10 @@
 import numpy as np
-import orjson
 import pytest
 
+from stream.core.decide import Kind
 from stream.core.events import TYPE_CODES, Event
 from stream.core.layout import DAY_MS, HOUR_MS, NO_TIER
+from stream.core.outbox import Message
 from stream.core.scores import Scores
 from stream.replay.statistics import SCORE_BINS, Statistics
 
@@ -18,10 +19,11 @@ def scores(intent, churn, power, usable=None) -> Scores:
                   np.array(churn, float), np.array(power, float), np.ones((rows, 1)), np.zeros(rows))
 
 
-def alert(user_id='u', kind='churn.alert', state: str | None = 'raised', day=0, churn=0.9, spend=10.0) -> bytes:
+def alert(user_id='u', kind='churn.alert', state: str | None = 'raised', day=0, churn=0.9, spend=10.0) -> Message:
     value = {'type': kind, 'user_id': user_id, 'as_of_ms': day * DAY_MS, 'expires_at_ms': (day + 7) * DAY_MS,
              'scores': {'churn': churn, 'expected_spend_90d': spend}}
-    return orjson.dumps(value | ({'state': state} if state else {}))
+    value |= {'state': state} if state else {}
+    return Message(Kind(kind), b'ab' * 16, user_id.encode(), day * DAY_MS, b'', value)
 
 
 # ---- events by hour -------------------------------------------------------------------------------------------------
@@ -74,7 +76,7 @@ def test_a_score_on_an_edge_belongs_to_the_bin_above_it(step):
 
 def test_alerts_are_counted_by_hour_kind_and_state():
     statistics = Statistics()
-    statistics.add_alerts([alert(day=3), alert(day=3, user_id='v'), alert(day=4, state='cleared'),
+    statistics.add_decisions([alert(day=3), alert(day=3, user_id='v'), alert(day=4, state='cleared'),
                            alert(day=4, kind='purchase_intent.alert'),
                            alert(day=4, kind='purchase_power.updated', state=None)])
     assert statistics.alerts_per_hour == {
@@ -84,21 +86,21 @@ def test_alerts_are_counted_by_hour_kind_and_state():
 
 def test_whose_alert_was_cleared_is_no_longer_at_risk():
     statistics = Statistics()
-    statistics.add_alerts([alert('gone', churn=0.95), alert('back'), alert('back', state='cleared'),
+    statistics.add_decisions([alert('gone', churn=0.95), alert('back'), alert('back', state='cleared'),
                            alert('wants', kind='purchase_intent.alert')])
     assert [value['user_id'] for value in statistics.users_at_risk()] == ['gone']
 
 
 def test_the_spend_at_risk_orders_the_users_and_ids_break_ties():
     statistics = Statistics()
-    statistics.add_alerts([alert('b', churn=0.8, spend=100), alert('a', churn=0.8, spend=100),
+    statistics.add_decisions([alert('b', churn=0.8, spend=100), alert('a', churn=0.8, spend=100),
                            alert('c', churn=1.0, spend=79), alert('d', churn=0.9, spend=100)])
     assert [value['user_id'] for value in statistics.users_at_risk()] == ['d', 'a', 'b', 'c']
 
 
 def test_an_expired_alert_is_about_somebody_lost():
     statistics = Statistics()
-    statistics.add_alerts([alert('long ago', day=1), alert('now', day=20)])
+    statistics.add_decisions([alert('long ago', day=1), alert('now', day=20)])
     assert {value['user_id'] for value in statistics.users_at_risk()} == {'long ago', 'now'}
     statistics.clock_ms = 20 * DAY_MS
     assert [value['user_id'] for value in statistics.users_at_risk()] == ['now']
@@ -106,7 +108,7 @@ def test_an_expired_alert_is_about_somebody_lost():
 
 def test_the_newest_alerts_of_each_kind_are_shown():
     statistics = Statistics()
-    statistics.add_alerts([alert(f'u{number}') for number in range(50)] + [alert(kind='purchase_intent.alert')])
+    statistics.add_decisions([alert(f'u{number}') for number in range(50)] + [alert(kind='purchase_intent.alert')])
     shown = [(value['type'], value['user_id']) for value in statistics.alerts_shown]
     assert shown[-1] == ('purchase_intent.alert', 'u')
     assert shown[-2] == ('churn.alert', 'u49')

@@ -25,7 +25,7 @@ from stream.replay.topic_records import (
     encode_record,
     event_bytes,
 )
-from stream.scoring.scorer import ConstantScorer
+from stream.scoring.constant import ConstantScorer
 from stream.state.replay_state import MemoryState
 
 T0 = 1_700_000_000_000

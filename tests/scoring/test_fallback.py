@@ -8,8 +8,8 @@ import pytest
 from stream.core.features import COUNTERS, SLOT_NUMBERS, Batch
 from stream.core.scores import Outputs
 from stream.errors import ModelError, ResponseRefused, ScorerUnavailable, StreamError
+from stream.scoring.constant import ConstantScorer
 from stream.scoring.fallback import FallbackScorer
-from stream.scoring.scorer import ConstantScorer
 
 BATCH = Batch(np.ones((3, 8, 3), np.int32), np.ones((3, 8, SLOT_NUMBERS), np.float32),
               np.ones((3, COUNTERS), np.float32), np.arange(3)[:, None])

@@ -4,10 +4,10 @@ import pytest
 
 from stream.config import load_settings
 from stream.errors import ModelError
+from stream.scoring.constant import ConstantScorer
 from stream.scoring.embedded import EmbeddedScorer
 from stream.scoring.fallback import FallbackScorer
 from stream.scoring.make import make_scorer
-from stream.scoring.scorer import ConstantScorer
 from stream.scoring.triton import TritonScorer
 
 

@@ -1,6 +1,5 @@
-"""What every scorer must do; one contract test runs over all of them."""
+"""The scorer without a model: it shows what everything else costs."""
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -9,25 +8,8 @@ from stream.core.messages import ModelInfo
 from stream.core.scores import Outputs
 
 
-class Scorer(Protocol):
-    """Answers batches with the outputs of one pinned model.
-
-    Outputs come in the order of the batches, rows in the order of a batch, `row_id_out` equal to `row_id`.
-    Errors   ModelError where the model cannot answer.
-    """
-
-    model: ModelInfo
-    tier_names: tuple[str, ...]
-    trained_on: str
-    rows_max: int       # the largest batch that it takes
-
-    async def score(self, batches: Sequence[Batch]) -> list[Outputs]: ...
-
-    async def close(self) -> None: ...
-
-
 class ConstantScorer:
-    """The same scores for everybody: what the pipeline costs without a model."""
+    """The same scores for everybody."""
 
     def __init__(self, tiers: int = 5, rows_max: int = 256) -> None:
         self.model = ModelInfo('constant', '1', '0' * 64)

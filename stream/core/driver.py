@@ -1,0 +1,225 @@
+"""The step driver: the one way from events and due timers to messages.
+
+Whoever has events calls it: a lane of the worker, a replay of files, a replay of a journal. They read and decode, load
+the users, keep what comes out and send it. What happens in between is here, and is the same for all:
+
+    run      cut a run of events into steps
+    sweep    make a step of due silence timers
+    score    score a step's users; decide, explain, and put the messages into the users' outboxes
+
+A step is events, or timers, whose users are scored, decided and written together. Two rules cut a run into steps, so
+that a timer fires at its due time and before the user's next later event is folded:
+
+    before the run    timers due at or before a user's first event of the run fire first, as a sweep
+    within the run    a user's events at or after the due time that earlier events of the run have set wait for the next
+                      step; users do not wait for one another
+
+The scorer is handed in. No clock, network or file is touched here.
+"""
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import attrgetter
+
+import msgspec
+import numpy as np
+
+from stream.core.decide import Decision, Kind, apply, decide
+from stream.core.events import Event
+from stream.core.features import Features, Snapshots, batches, features
+from stream.core.layout import Fold
+from stream.core.messages import Origin, decision_message
+from stream.core.outbox import Message, ScoresPen, pack_messages
+from stream.core.reasons import explain, occlude, variants
+from stream.core.rules import StepRules
+from stream.core.scorer import Scorer
+from stream.core.scores import Scores, collect
+from stream.core.user import User, clock_ms, fire_timer, fold_runs, join, overdue, stamp
+
+PADDING_SLOTS_MAX = 256         # that few windows of a length may cost, to save a request of their own
+
+# Who is explained first when the budget is short: the alerts that cost money before the news. A first tier is neither.
+_PRIORITY = {Kind.CHURN: 0, Kind.INTENT: 1, Kind.POWER: 2}
+
+Silent = Callable[[], Iterable[User]]
+_by_due_time = attrgetter('due_ms', 'user_id')
+
+
+def nobody() -> Iterable[User]:
+    """No other user has a timer to fire."""
+    return ()
+
+
+class Touched(msgspec.Struct, gc=False):
+    """One user of a step: scored as of `origin`; `origin` is None where nothing was applied and nothing is scored.
+
+    applied     the events applied in this step, in order (none for a timer)
+    """
+
+    user: User
+    origin: Origin | None
+    applied: list[Event]
+
+
+class Step(msgspec.Struct):
+    """Events or timers of some users, which are scored and written together.
+
+    number   counts the steps of one driver; users carry it in their records
+    touched  the step's users
+    new      of each touched user, whether there was no record before
+    counts   what became of the events, by `stream.core.layout.Fold`
+    waiting  events of the same run that come in later steps
+    """
+
+    number: int
+    touched: list[Touched]
+    new: list[bool]
+    counts: list[int]
+    waiting: list[Event]
+
+
+class Scored(msgspec.Struct):
+    """What a step leads to.
+
+    rows      the touched users that were scored, in the order of `scores`
+    outboxes  everything to publish, user by user, in order
+    refused   rows whose scores are not numbers in range; they decide nothing
+    """
+
+    rows: list[Touched]
+    scores: Scores | None
+    outboxes: list[tuple[User, list[Message]]]
+    refused: int
+
+    @property
+    def messages(self) -> list[Message]:
+        """Everything to publish, in order."""
+        return [message for _, messages in self.outboxes for message in messages]
+
+
+class StepDriver:
+    """Drives one serial stream of steps.
+
+    number      of the newest step
+    generation  of the owner, as the users' records name it; 0 where there is only one
+    """
+
+    def __init__(self, rules: StepRules, scorer: Scorer, generation: int = 0) -> None:
+        self.number = 0
+        self._rules = rules
+        self._scorer = scorer
+        self._generation = generation
+
+    def run(self, users: dict[str, User], events: list[Event], silent: Silent = nobody) -> Iterator[Step]:
+        """Cut a run of events into its steps. Each is made when it is asked for; the one before is decided by then.
+
+        users    has every user of `events`; they are changed in place
+        silent   who else has a timer to fire before the events that are left; asked until there is nobody
+        Yields   at least one step: a run without events is one step that changes nothing.
+        Promise  every event is counted exactly once; in a run that is delivered again nobody is scored.
+        """
+        if not events:
+            yield self._step([], [0] * len(Fold), [])
+        while events:
+            while due := sorted([*silent(), *overdue(users, events)], key=_by_due_time):
+                yield self.sweep(due, events)
+            runs, counts, waiting = fold_runs(users, events, self._rules.limits)
+            touched = [Touched(user, Origin(clock_ms(user, self._rules.limits), 0) if applied else None, applied)
+                       for user, applied in runs]
+            yield self._step(touched, counts, waiting)
+            events = waiting
+
+    def sweep(self, users: Iterable[User], waiting: list[Event] | None = None) -> Step:
+        """Fire the due timer of each user, in this order. They are scored as of the time it was due."""
+        touched = [Touched(user, Origin(due_ms := fire_timer(user, self._rules.limits), due_ms), []) for user in users]
+        return self._step(touched, [0] * len(Fold), waiting or [])
+
+    async def score(self, step: Step) -> Scored:
+        """Score, decide, explain, and write the messages into the users' outboxes.
+
+        Errors   ModelError from the scorer. The users' alert state is untouched then, and the step can be scored again.
+        """
+        rows = [entry for entry in step.touched if entry.origin is not None]
+        for entry in step.touched:
+            entry.user.outbox = b''
+        if not rows:
+            return Scored([], None, [], 0)
+        snapshots = snapshot(rows)
+        inputs = features(snapshots)
+        scores = await _score(inputs, self._scorer)
+        decisions = decide(snapshots.headers, snapshots.as_of_ms, scores, self._rules.policy, self._scorer.model.tag)
+        reasons = await _reasons(decisions, snapshots, inputs, scores, self._scorer, self._rules.reasons_rows_max)
+        decided = self._decided(rows, decisions, scores, reasons)
+        return Scored(rows, scores, self._outboxes(rows, decided, scores), int(np.sum(~scores.usable)))
+
+    def _step(self, touched: list[Touched], counts: list[int], waiting: list[Event]) -> Step:
+        self.number += 1
+        new = stamp([entry.user for entry in touched], self.number, self._generation)
+        return Step(self.number, touched, new, counts, waiting)
+
+    def _decided(
+        self, rows: Sequence[Touched], decisions: Sequence[Decision], scores: Scores,
+        reasons: Mapping[Decision, list[dict]],
+    ) -> dict[int, list[Message]]:
+        """Apply the decisions to the users; give the messages about them, by row."""
+        model, decided = self._scorer.model, dict[int, list[Message]]()
+        for decision in decisions:
+            user, origin = rows[decision.row].user, rows[decision.row].origin
+            assert origin is not None
+            apply(user, decision, float(scores.power[decision.row]), origin.as_of_ms, model.tag)
+            if decision.occasion:
+                decided.setdefault(decision.row, []).append(decision_message(
+                    user, decision, decision.occasion, origin, decision.row, scores, model, self._rules.policy,
+                    reasons.get(decision)))
+        return decided
+
+    def _outboxes(
+        self, rows: Sequence[Touched], decided: Mapping[int, list[Message]], scores: Scores,
+    ) -> list[tuple[User, list[Message]]]:
+        """Put into each user's outbox what is to be published, and give it."""
+        outboxes: list[tuple[User, list[Message]]] = []
+        if self._rules.publish == 'changes':
+            for row, messages in decided.items():
+                rows[row].user.outbox = pack_messages(messages)
+                outboxes.append((rows[row].user, messages))
+            return outboxes
+        write, by_event = ScoresPen(self._scorer.model, scores).write, self._rules.publish == 'events'
+        usable = scores.usable.tolist()
+        for row, entry in enumerate(rows):
+            user, origin, messages = entry.user, entry.origin, decided.get(row)
+            if usable[row] and origin is not None:
+                messages = write(user, messages, row, origin.as_of_ms, origin.timer_ms,
+                                 entry.applied if by_event else None)
+            elif messages:
+                user.outbox = pack_messages(messages)
+            if messages:
+                outboxes.append((user, messages))
+        return outboxes
+
+
+async def _score(inputs: Features, scorer: Scorer) -> Scores:
+    cut = list(batches(inputs, scorer.rows_max, PADDING_SLOTS_MAX))
+    return collect(cut, await scorer.score(cut), len(inputs.counters))
+
+
+async def _reasons(
+    decisions: Sequence[Decision], snapshots: Snapshots, inputs: Features, scores: Scores, scorer: Scorer,
+    rows_max: int,
+) -> dict[Decision, list[dict]]:
+    """The reasons of the alerts and tier changes that the budget allows, the most urgent first."""
+    alerts = [decision for decision in decisions if decision.occasion not in (None, 'power_first')]
+    by_priority = sorted(alerts, key=lambda decision: (_PRIORITY[decision.kind], decision.row))
+    unique = np.array(list(dict.fromkeys(decision.row for decision in by_priority)), np.int64)
+    rows = sorted(unique[np.cumsum(variants(inputs, unique)) <= rows_max].tolist())
+    if not rows:
+        return {}
+    occlusions = occlude(snapshots, rows, inputs)
+    occluded = await _score(occlusions.inputs, scorer)
+    explained = set(rows)
+    return {decision: explain(occlusions, occluded, decision.row, decision.kind, scores)
+            for decision in alerts if decision.row in explained}
+
+
+def snapshot(touched: Sequence[Touched]) -> Snapshots:
+    """The scored users' records as the model's input sees them; one row per entry, all of which have an origin."""
+    headers, days, rows = join([entry.user for entry in touched])
+    return Snapshots.join([headers], [days], [rows],
+                          [entry.origin.as_of_ms for entry in touched if entry.origin is not None])
