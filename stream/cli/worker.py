@@ -12,7 +12,7 @@ from stream.cli.shared import ConfigFile, Overrides, collect_seldom, effective_s
 app = typer.Typer()
 
 # What these have to say about every service and partition is for their developers.
-_QUIET = ('faust', 'mode', 'aiokafka', 'stream.engine.app', 'stream.engine.tables', 'stream.engine.transport')
+_QUIET = ('faust', 'mode', 'aiokafka', 'stream.engine.faust_app', 'stream.engine.consumer')
 
 
 @app.command()

@@ -11,15 +11,15 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 
-from faust.types import TP
+from aiokafka import TopicPartition
 
 from stream.core.events import Source
 from stream.engine.admin import LaneState, LaneStatus, Status
 from stream.engine.blocks import Block
 from stream.engine.changelog import ChangelogReader, Follower
 from stream.engine.lane import FETCH_FRESH_MS, Lane, Tools
-from stream.engine.tables import UserStore
 from stream.errors import StateError
+from stream.state.partition_stores import PartitionStores
 
 log = logging.getLogger(__name__)
 VERSION = importlib.metadata.version('stream-scoring')
@@ -27,15 +27,15 @@ WATCH_S = 1.0
 JOIN_S_MAX = 240.0          # for the group to answer: its members may drain, or be given up, first
 
 
-class Lanes:
+class Assignment:
     """The lanes of the partitions that this worker owns, and the stores of those that it stands by for."""
 
-    def __init__(self, topics: tuple[str, str], users: UserStore, reader: ChangelogReader, tools: Tools, group: str,
-                 drain_timeout_ms: int, stuck_timeout_ms: int) -> None:
+    def __init__(self, topics: tuple[str, str], stores: PartitionStores, reader: ChangelogReader, tools: Tools,
+                 group: str, drain_timeout_ms: int, stuck_timeout_ms: int) -> None:
         self.failure: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self.joined = False
         self._topics = topics
-        self._users = users
+        self._stores = stores
         self._reader = reader
         self._tools = tools
         self._group = group
@@ -50,7 +50,7 @@ class Lanes:
         self._stopping = False
         self._tasks: set[asyncio.Task] = set()
 
-    # ---- blocks and positions (the transport's `Owner`) --------------------------------------------------------------
+    # ---- blocks and positions (the consumer's `Owner`) ---------------------------------------------------------------
 
     def admit(self, block: Block) -> None:
         """Bring a block to its lane; one without a lane is of an assignment that is gone."""
@@ -58,19 +58,19 @@ class Lanes:
         if lane is not None:
             lane.admit(block)
 
-    def wants(self, tp: TP) -> bool:
+    def wants(self, tp: TopicPartition) -> bool:
         lane = self._lanes.get(tp.partition)
         return lane is None or lane.intake.wants(lane.intake.source(tp.topic))
 
-    def committable(self) -> dict[TP, int]:
+    def committable(self) -> dict[TopicPartition, int]:
         return {tp: lane.done[source] for lane in self._lanes.values() for source, tp in enumerate(lane.tps)}
 
-    def committed(self, offsets: Mapping[TP, int], ok: bool) -> None:
+    def committed(self, offsets: Mapping[TopicPartition, int], ok: bool) -> None:
         metrics = self._tools.metrics
         (metrics.commits if ok else metrics.commits_failed).inc()
         self._commit_failed = not ok
 
-    def skipped(self, tp: TP, start: int, stop: int) -> None:
+    def skipped(self, tp: TopicPartition, start: int, stop: int) -> None:
         self._tools.metrics.events_lost.inc(stop - start)
         lane = self._lanes.get(tp.partition)
         if lane is not None:
@@ -94,14 +94,14 @@ class Lanes:
         owned, copies = set(active), set(standby) - set(active)
         await self.drain()
         self._lanes, self._standbys = {}, copies        # nobody asks a store while it is closed
-        for number in set(self._users.open_partitions()) - owned - copies:
-            await asyncio.to_thread(self._users.release, number)
+        for number in set(self._stores.open_partitions()) - owned - copies:
+            await asyncio.to_thread(self._stores.release, number)
             self._tools.metrics.revoked(self._topics, number)
         followers = {}
         for number in sorted(owned | copies):
-            store = await asyncio.to_thread(self._users.take, number)
+            store = await asyncio.to_thread(self._stores.take, number)
             if number in owned:
-                tps = (TP(self._topics[0], number), TP(self._topics[1], number))
+                tps = (TopicPartition(self._topics[0], number), TopicPartition(self._topics[1], number))
                 lane = self._lanes[number] = Lane(number, generation, store, self._tools, tps)
                 followers[number] = Follower(store, False, self._starter(lane))
             else:
@@ -138,8 +138,8 @@ class Lanes:
         await self.drain()
         await self._reader.close()
         self._lanes = {}
-        for number in self._users.open_partitions():
-            await asyncio.to_thread(self._users.release, number)
+        for number in self._stores.open_partitions():
+            await asyncio.to_thread(self._stores.release, number)
 
     # ---- how it is doing (the admin server's `Health`) ---------------------------------------------------------------
 

@@ -4,12 +4,10 @@ One Faust message carries one block, so that an agent's `async for` sees blocks 
 folding alone. A block names the fetch positions that it spans. Positions, not record offsets: transaction markers,
 aborted and compacted records leave gaps between offsets that are no loss.
 """
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
-import faust
 import msgspec
-from faust.types import AppT, Message
 
 from stream.core.events import KafkaRecord
 
@@ -73,13 +71,3 @@ def cut(block: Block, events_max: int) -> Iterator[Block]:
         yield Block(block.topic, block.partition, block.epoch, start, stop, part,
                     block.times_ms[at:at + events_max])
         start = stop
-
-
-class BlockSchema(faust.Schema):
-    """Nothing to decode: the message's value is the block. Headers of the records steer nothing."""
-
-    def loads_key(self, app: AppT, message: Message, *, loads: Callable | None = None, serializer: Any = None) -> None:
-        return None
-
-    def loads_value(self, app: AppT, message: Message, *, loads: Callable | None = None, serializer: Any = None) -> Any:
-        return message.value

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
-from faust.types import TP
+from aiokafka import TopicPartition
 
 from stream.core.events import Source, time_order
 from stream.engine.blocks import Block
@@ -24,14 +24,14 @@ class Fetches(Protocol):
     """What the intake needs of the group's consumer."""
 
     @property
-    def starts(self) -> Mapping[TP, int]: ...
+    def starts(self) -> Mapping[TopicPartition, int]: ...
 
     @property
-    def epochs(self) -> Mapping[TP, int]: ...
+    def epochs(self) -> Mapping[TopicPartition, int]: ...
 
-    def seek_now(self, tp: TP, position: int) -> None: ...
+    def seek_now(self, tp: TopicPartition, position: int) -> None: ...
 
-    def end_offset(self, tp: TP) -> int | None: ...
+    def end_offset(self, tp: TopicPartition) -> int | None: ...
 
 
 class Intake:
@@ -43,8 +43,8 @@ class Intake:
     arrived         called when a block was taken
     """
 
-    def __init__(self, tps: tuple[TP, TP], fetches: Fetches, ahead_max: int, events_max: int, merge_wait_ms: int,
-                 arrived: Callable[[], None], metrics: Metrics) -> None:
+    def __init__(self, tps: tuple[TopicPartition, TopicPartition], fetches: Fetches, ahead_max: int, events_max: int,
+                 merge_wait_ms: int, arrived: Callable[[], None], metrics: Metrics) -> None:
         self.expected = [fetches.starts[tp] for tp in tps]
         self._tps = tps
         self._fetches = fetches

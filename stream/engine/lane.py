@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
-from faust.types import TP
+from aiokafka import TopicPartition
 
 from stream.core.dead_letters import DeadLetter
 from stream.core.decide import Kind
@@ -39,9 +39,9 @@ from stream.core.scorer import Scorer
 from stream.core.user import Change, change_of, newest_ms
 from stream.engine.blocks import Block, FetchedRecord
 from stream.engine.budget import Budget
+from stream.engine.consumer import BlockConsumer
 from stream.engine.intake import Intake, in_time_order
 from stream.engine.publisher import Publisher, Record
-from stream.engine.transport import Consumer
 from stream.errors import ModelError
 from stream.kafka.batch import source_header
 from stream.metrics import Metrics
@@ -90,7 +90,7 @@ class Tools:
     scorer: Scorer
     publisher: Publisher
     metrics: Metrics
-    consumer: Consumer
+    consumer: BlockConsumer
     budget: Budget
 
 
@@ -136,7 +136,7 @@ class Lane:
     """
 
     def __init__(self, number: int, generation: int, store: PartitionStore, tools: Tools,
-                 tps: tuple[TP, TP]) -> None:
+                 tps: tuple[TopicPartition, TopicPartition]) -> None:
         self.number = number
         self.store = store
         self.tps = tps

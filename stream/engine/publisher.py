@@ -4,24 +4,49 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError as DriverError
 from aiokafka.errors import MessageSizeTooLargeError
 
+from stream.config import Settings
 from stream.core.outbox import Message
-from stream.engine.transport import BATCH_BYTES_MAX, Producer
 from stream.errors import KafkaError
 from stream.kafka.batch import Batch
+from stream.kafka.clients import client_arguments
+
+BATCH_BYTES_MAX = 900_000       # below the broker's default for one batch, 1 MiB
+REQUEST_BYTES_MAX = 4 << 20
 
 Header = tuple[str, bytes | None]
 Record = tuple[bytes, bytes | None, Sequence[Header]]       # key, value, headers
 
 
 class Publisher:
-    """Sends runs of records to one topic partition, in order."""
+    """Sends runs of records to one topic partition, in order. Call `start` first, `stop` at the end."""
 
-    def __init__(self, producer: Producer) -> None:
-        self._producer = producer
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._producer: AIOKafkaProducer | None = None
         self._partitions: dict[str, int] = {}
+
+    @property
+    def _driver(self) -> AIOKafkaProducer:
+        if self._producer is None:
+            raise RuntimeError('start() comes first')
+        return self._producer
+
+    async def start(self) -> None:
+        """Connect: idempotent, all replicas acknowledge. Errors: those of aiokafka."""
+        self._producer = AIOKafkaProducer(
+            **client_arguments(self._settings), acks='all', enable_idempotence=True, linger_ms=0,
+            max_batch_size=BATCH_BYTES_MAX, max_request_size=REQUEST_BYTES_MAX,
+            request_timeout_ms=self._settings.send_timeout_ms)
+        await self._producer.start()
+
+    async def stop(self) -> None:
+        """Send what was handed over, and leave."""
+        if self._producer is not None:
+            await self._producer.stop()
 
     async def send(self, topic: str, partition: int, records: list[Record]) -> int:
         """Send the records; return the offset after the last one, once all of them are acknowledged (0 for none).
@@ -63,10 +88,10 @@ class Publisher:
 
     async def _hand_over(self, batch: Any, topic: str, partition: int) -> asyncio.Future:
         batch.close()
-        return await self._producer.driver.send_batch(batch, topic, partition=partition)
+        return await self._driver.send_batch(batch, topic, partition=partition)
 
     async def _partitions_of(self, topic: str) -> int:
         count = self._partitions.get(topic)
         if count is None:
-            count = self._partitions[topic] = len(await self._producer.driver.partitions_for(topic))
+            count = self._partitions[topic] = len(await self._driver.partitions_for(topic))
         return count

@@ -11,17 +11,16 @@ import signal
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from stream.config import Settings
 from stream.core.events import Decoder
 from stream.core.journal import rules_digest
-from stream.core.scorer import Scorer
 from stream.engine.admin import AdminServer
-from stream.engine.app import create_app, user_store
-from stream.engine.assignment import VERSION, Lanes
+from stream.engine.assignment import VERSION, Assignment
 from stream.engine.budget import Budget
 from stream.engine.changelog import ChangelogReader
+from stream.engine.consumer import BlockConsumer
+from stream.engine.faust_app import App, create_app
 from stream.engine.lane import LaneRules, Tools
 from stream.engine.publisher import Publisher
 from stream.errors import StateError, StreamError, UsageError
@@ -30,6 +29,8 @@ from stream.kafka.topics import changelog_topic, ensure_topics
 from stream.metrics import Metrics
 from stream.native import stale_modules
 from stream.scoring.make import make_scorer
+from stream.state.partition_stores import PartitionStores
+from stream.state.store import Memory
 
 log = logging.getLogger(__name__)
 STOP_MORE_S = 8.0       # beyond `drain_timeout_ms`: for the last commit and for leaving the group
@@ -57,16 +58,24 @@ async def run(settings: Settings) -> None:
         stack.push_async_callback(scorer.close)
         metrics = Metrics()
         metrics.built(VERSION, scorer.model.name, scorer.model.version, scorer.model.sha256)
-        app = create_app(settings, partitions)
-        lanes = _lanes(settings, partitions, app, scorer, metrics)
-        app.runtime.owner = lanes
-        admin = AdminServer(settings.admin_host, settings.admin_port, lanes, metrics)
+        consumer, publisher = BlockConsumer(settings), Publisher(settings)
+        stores = PartitionStores(settings.state_dir, Memory(settings.rocksdb_cache_mib,
+                                                            settings.rocksdb_write_buffers_mib))
+        rules = _rules(settings, partitions)
+        tools = Tools(rules, Decoder(settings.event_rules()), scorer, publisher, metrics, consumer,
+                      Budget(settings.events_in_flight_max))
+        assignment = Assignment(
+            (settings.clicks_topic, settings.carts_topic), stores, ChangelogReader(settings, rules.changelog, metrics),
+            tools, settings.group, settings.drain_timeout_ms, settings.stuck_timeout_ms)
+        consumer.owner = assignment
+        app = create_app(settings, partitions, consumer, stores)
+        admin = AdminServer(settings.admin_host, settings.admin_port, assignment, metrics)
         await admin.start()
         stack.push_async_callback(admin.stop)
-        watchdog = asyncio.create_task(lanes.watchdog())
+        watchdog = asyncio.create_task(assignment.watchdog())
         stack.callback(watchdog.cancel)
-        stack.push_async_callback(_stop, app, lanes, settings.drain_timeout_ms / 1000 + STOP_MORE_S)
-        await _until(stop, lanes, app, watchdog)
+        stack.push_async_callback(_stop, app, assignment, publisher, settings.drain_timeout_ms / 1000 + STOP_MORE_S)
+        await _until(stop, assignment, publisher, app, watchdog)
     for number in (signal.SIGTERM, signal.SIGINT):      # once the loop is gone a second signal must not kill
         loop.remove_signal_handler(number)
         signal.signal(number, signal.SIG_IGN)
@@ -85,10 +94,10 @@ def _owned(state_dir: Path) -> Iterator[None]:
         yield
 
 
-def _lanes(settings: Settings, partitions: int, app: Any, scorer: Scorer, metrics: Metrics) -> Lanes:
-    steps, events = settings.step_rules(), settings.event_rules()
-    rules = LaneRules(
-        steps=steps, digest=rules_digest(events, steps),
+def _rules(settings: Settings, partitions: int) -> LaneRules:
+    steps = settings.step_rules()
+    return LaneRules(
+        steps=steps, digest=rules_digest(settings.event_rules(), steps),
         partitioner=settings.partitioner, partitions=partitions, wall_clock=settings.clock == 'wall',
         clock_grace_ms=settings.clock_grace_ms, clock_idle_ms_max=settings.clock_idle_ms_max,
         merge_wait_ms=settings.merge_wait_ms, blocks_ahead_max=settings.blocks_ahead_max,
@@ -97,18 +106,18 @@ def _lanes(settings: Settings, partitions: int, app: Any, scorer: Scorer, metric
         sweep_users_max=settings.sweep_users_max, changelog=changelog_topic(settings),
         alerts=settings.alerts_topic, scores=settings.scores_topic, dead_letters=settings.dead_letters_topic,
         journal=settings.journal_topic, source=f'/stream/{settings.group}')
-    tools = Tools(rules, Decoder(events), scorer, Publisher(app.producer), metrics, app.consumer,
-                  Budget(settings.events_in_flight_max))
-    reader = ChangelogReader(settings, rules.changelog, metrics)
-    return Lanes((settings.clicks_topic, settings.carts_topic), user_store(app), reader, tools, settings.group,
-                 settings.drain_timeout_ms, settings.stuck_timeout_ms)
 
 
-async def _until(stop: asyncio.Event, lanes: Lanes, app: Any, watchdog: asyncio.Task) -> None:
+async def _until(stop: asyncio.Event, assignment: Assignment, publisher: Publisher, app: App,
+                 watchdog: asyncio.Task) -> None:
     """Start the app, and wait until told to stop. Errors: the first thing that failed."""
+    async def start() -> None:
+        await publisher.start()
+        await app.start()
+
     told = asyncio.create_task(stop.wait())
-    starting = asyncio.create_task(app.start())
-    ends = [told, lanes.failure, watchdog]
+    starting = asyncio.create_task(start())
+    ends = [told, assignment.failure, watchdog]
     await asyncio.wait([*ends, starting], return_when=asyncio.FIRST_COMPLETED)
     if starting.done():
         with kafka_errors('Joining the group'):
@@ -119,7 +128,7 @@ async def _until(stop: asyncio.Event, lanes: Lanes, app: Any, watchdog: asyncio.
     else:
         starting.cancel()
     told.cancel()
-    error = lanes.failure.result() if lanes.failure.done() else app.crash_reason
+    error = assignment.failure.result() if assignment.failure.done() else app.crash_reason
     if error is None and watchdog.done():
         error = watchdog.exception()
     if isinstance(error, StreamError):
@@ -129,11 +138,12 @@ async def _until(stop: asyncio.Event, lanes: Lanes, app: Any, watchdog: asyncio.
                           'start it again: it goes on where it stopped; report this with the log.') from error
 
 
-async def _stop(app: Any, lanes: Lanes, timeout_s: float) -> None:
+async def _stop(app: App, assignment: Assignment, publisher: Publisher, timeout_s: float) -> None:
     """End within the time, whatever a service of the app waits for."""
     async def end() -> None:
         await app.stop()
-        await lanes.close()
+        await assignment.close()
+        await publisher.stop()
 
     log.info('stopping')
     ending = asyncio.create_task(end())

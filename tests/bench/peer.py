@@ -78,8 +78,8 @@ class PeersDriver(StepDriver):
 
 
 def main() -> None:
-    from stream.engine import assignment as lanes
-    lanes.Lane = PeersLane if JOB == 'peers' else TellingLane
+    from stream.engine import assignment
+    assignment.Lane = PeersLane if JOB == 'peers' else TellingLane
     if JOB == 'peers':
         lane_module.StepDriver = PeersDriver
     settings = load_settings(

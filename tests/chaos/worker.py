@@ -26,7 +26,7 @@ POINTS = {
     'outputs': ('stream.engine.lane', 'Lane', '_send_outputs'),
     'write': ('stream.engine.lane', 'Lane', '_write'),
     'done': ('stream.engine.lane', 'Lane', '_done'),
-    'commit': ('stream.engine.transport', 'Consumer', '_commit'),
+    'commit': ('stream.engine.consumer', 'BlockConsumer', '_commit'),
 }
 
 

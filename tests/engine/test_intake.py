@@ -3,15 +3,14 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
-from aiokafka import ConsumerRecord
-from faust.types import TP
+from aiokafka import ConsumerRecord, TopicPartition
 
 from stream.core.events import Source
 from stream.engine.blocks import Block, cut
 from stream.engine.intake import Intake, in_time_order
 from stream.metrics import Metrics
 
-CLICKS, CARTS = TP('clicks', 0), TP('carts', 0)
+CLICKS, CARTS = TopicPartition('clicks', 0), TopicPartition('carts', 0)
 
 
 class FakeFetches:
@@ -20,14 +19,14 @@ class FakeFetches:
     def __init__(self) -> None:
         self.starts = {CLICKS: 0, CARTS: 0}
         self.epochs = {CLICKS: 1, CARTS: 1}
-        self.ends: dict[TP, int | None] = {CLICKS: 0, CARTS: 0}
-        self.sought: list[tuple[TP, int]] = []
+        self.ends: dict[TopicPartition, int | None] = {CLICKS: 0, CARTS: 0}
+        self.sought: list[tuple[TopicPartition, int]] = []
 
-    def seek_now(self, tp: TP, position: int) -> None:
+    def seek_now(self, tp: TopicPartition, position: int) -> None:
         self.sought.append((tp, position))
         self.epochs[tp] += 1
 
-    def end_offset(self, tp: TP) -> int | None:
+    def end_offset(self, tp: TopicPartition) -> int | None:
         return self.ends[tp]
 
 
@@ -35,7 +34,7 @@ def record(topic: str, offset: int, ts_ms: int) -> ConsumerRecord:
     return ConsumerRecord(topic, 0, offset, ts_ms, 0, None, None, None, -1, -1, ())
 
 
-def block(tp: TP, start: int, times: Sequence[int], stop: int | None = None, epoch: int = 1) -> Block:
+def block(tp: TopicPartition, start: int, times: Sequence[int], stop: int | None = None, epoch: int = 1) -> Block:
     records = [record(tp.topic, start + index, ts_ms) for index, ts_ms in enumerate(times)]
     return Block(tp.topic, 0, epoch, start, start + len(times) if stop is None else stop, records)
 

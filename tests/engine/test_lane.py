@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiokafka import ConsumerRecord
-from faust.types import TP
+from aiokafka import ConsumerRecord, TopicPartition
 
 from stream.core.events import Decoder, EventRules
 from stream.core.layout import DAY_MS, WindowLimits
@@ -26,7 +25,7 @@ from stream.metrics import Metrics
 from stream.scoring.constant import ConstantScorer
 from stream.state.store import LaneRecord, Memory, Meta, PartitionStore
 
-CLICKS, CARTS = TP('clicks', 0), TP('carts', 0)
+CLICKS, CARTS = TopicPartition('clicks', 0), TopicPartition('carts', 0)
 NOW_MS = 1_770_000_000_000
 RULES = LaneRules(
     steps=StepRules(limits=WindowLimits(silence_ms=(DAY_MS,)), publish='all', reasons_rows_max=0), digest='',
@@ -46,10 +45,10 @@ class FakeKafka:
         self.sends: list[str] = []
         self.gates: dict[str, asyncio.Event] = {}
 
-    def seek_now(self, tp: TP, position: int) -> None:
+    def seek_now(self, tp: TopicPartition, position: int) -> None:
         raise AssertionError('nothing gets lost on the way here')
 
-    def end_offset(self, tp: TP) -> int:
+    def end_offset(self, tp: TopicPartition) -> int:
         return 0
 
     async def send(self, topic: str, partition: int, records: list[Record]) -> int:

@@ -6,14 +6,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from faust.types import TP
+from aiokafka import TopicPartition
 
 from stream.config import Settings
 from stream.engine import worker
-from stream.engine.transport import Consumer
+from stream.engine.consumer import BlockConsumer
 from stream.errors import KafkaError, StateError
 
-CLICKS = TP('clicks', 0)
+CLICKS = TopicPartition('clicks', 0)
 
 
 class FakeDriver:
@@ -42,12 +42,10 @@ class FakeDriver:
         self.sought.append(position)
 
 
-def consumer_on(driver: FakeDriver, owner: Any) -> Consumer:
-    made: Any = Consumer.__new__(Consumer)
-    made._driver = driver
-    made.app = SimpleNamespace(runtime=SimpleNamespace(owner=owner))
+def consumer_on(driver: FakeDriver, owner: Any) -> BlockConsumer:
+    made: Any = BlockConsumer(Settings())
+    made._driver, made.owner = driver, owner
     made.positions, made.starts, made.epochs = {CLICKS: 10}, {CLICKS: 10}, {CLICKS: 1}
-    made._epoch, made._last_commit, made._committing = 1, {}, asyncio.Lock()
     return made
 
 

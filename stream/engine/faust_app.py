@@ -1,0 +1,335 @@
+"""Faust's part of the worker, all of it.
+
+What Faust does: one app with one agent, which consumes both input topics. Faust's assignor gives out the inputs, the
+table of users and its standby copies together, and Faust starts, stops and supervises these services.
+
+What Faust does not do: fetch, track and commit (`consumer` does, by blocks), fold or send records (`lane`), read state
+back (`changelog`), serve the web, or reply to whatever a record's headers ask for. Its per-message path is 50 times
+slower, and loses events: see the README beside this file.
+
+The agent's `async for` sees blocks, one Faust message each. A class here either connects one of Faust's interfaces to
+ours, or switches off something that Faust would do by itself; the methods of the latter kind say so in one line.
+"""
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from typing import Any, cast
+
+import faust
+from aiokafka import TopicPartition
+from aiokafka.errors import ConsumerStoppedError
+from faust.app.base import BootStrategy
+from faust.exceptions import ConsumerNotStarted
+from faust.stores.base import Store
+from faust.tables.manager import TableManager as FaustTableManager
+from faust.transport.consumer import Consumer as FaustConsumer
+from faust.transport.consumer import Fetcher as FaustFetcher
+from faust.transport.drivers import aiokafka as driver
+from faust.types import TP, AppT, CollectionT, Message
+from faust.types.tuples import ConsumerMessage
+from mode import Service
+from mode.types import ServiceT
+
+from stream.config import Settings
+from stream.core.user import User
+from stream.engine.blocks import Block
+from stream.engine.consumer import BlockConsumer
+from stream.kafka.clients import bootstrap_servers
+from stream.state.partition_stores import PartitionStores
+
+TABLE = 'users'
+
+
+# ---- the app --------------------------------------------------------------------------------------------------------
+
+class Boot(BootStrategy):
+    """Only what the worker needs: no web server, no leader topic, no producer, no consumer of replies."""
+
+    def server(self) -> Iterable[ServiceT]:
+        app = cast(Any, self.app)
+        return [app.consumer, app.agents, app.topics, app.tables]
+
+
+class App(faust.App):
+    """A Faust app with the worker's own consumer and stores."""
+
+    BootStrategy = Boot
+    settings: Settings
+    blocks: BlockConsumer
+    stores: PartitionStores
+
+    def _create_directories(self) -> None:
+        """Switched off: the stores make their own."""
+
+    async def _on_agent_error(self, agent: Any, exc: BaseException) -> None:
+        self.blocks.owner.fail(exc)     # Faust would start the agent anew, for ever
+
+
+def create_app(settings: Settings, partitions: int, consumer: BlockConsumer, stores: PartitionStores) -> App:
+    """The app for these settings.
+
+    partitions   of each input topic
+    consumer     has to have its owner before the app starts
+    """
+    app = App(
+        settings.group,
+        broker=f'blocks://{bootstrap_servers(settings)[0]}',
+        store='users://',
+        web_enabled=False,
+        canonical_url=f'http://{settings.instance_id or settings.group}',
+        topic_disable_leader=True,
+        stream_wait_empty=True,         # has Faust call the consumer's `wait_empty`, which is bounded
+        broker_commit_interval=settings.commit_interval_ms / 1000,
+        broker_session_timeout=settings.session_timeout_ms / 1000,
+        table_standby_replicas=settings.standbys,
+        TableManager=TableManager,
+        autodiscover=False,
+        logging_config={'version': 1, 'disable_existing_loggers': False},
+        loghandlers=[],
+    )
+    app.settings, app.blocks, app.stores = settings, consumer, stores
+    blocks = app.topic(settings.clicks_topic, settings.carts_topic, schema=BlockSchema())
+    app.Table(TABLE, partitions=partitions)
+
+    @app.agent(blocks, name='blocks')
+    async def bring(stream: Any) -> None:
+        async for event in stream.noack().events():
+            consumer.owner.admit(event.value)
+
+    return app
+
+
+class BlockSchema(faust.Schema):
+    """Nothing to decode: the message's value is the block. Headers of the records steer nothing."""
+
+    def loads_key(self, app: AppT, message: Message, *, loads: Callable | None = None, serializer: Any = None) -> None:
+        return None
+
+    def loads_value(self, app: AppT, message: Message, *, loads: Callable | None = None, serializer: Any = None) -> Any:
+        return message.value
+
+
+# ---- the transport `blocks://` --------------------------------------------------------------------------------------
+
+class Consumer(FaustConsumer):
+    """What Faust takes for its consumer: `BlockConsumer` does the work. It is also that consumer's `Membership`."""
+
+    consumer_stopped_errors = (ConsumerStoppedError,)
+
+    @property
+    def _blocks(self) -> BlockConsumer:
+        return cast(App, self.app).blocks
+
+    async def on_start(self) -> None:
+        await self._blocks.start(self.app.assignor)
+
+    async def on_stop(self) -> None:
+        await self._blocks.stop()
+
+    async def subscribe(self, topics: Iterable[str]) -> None:
+        self._blocks.subscribe(topics, self)
+
+    def rebalance_begins(self) -> None:
+        self.app.on_rebalance_start()
+
+    async def revoked(self, partitions: set[TopicPartition]) -> None:
+        await self.on_partitions_revoked(_faust_tps(partitions))
+
+    async def assigned(self, partitions: set[TopicPartition], generation: int) -> None:
+        self.app.consumer_generation_id = generation
+        await self.on_partitions_assigned(_faust_tps(partitions), generation)
+
+    def rebalance_ends(self) -> None:
+        self.app.on_rebalance_end()
+
+    async def deliver(self, fetcher: Any) -> None:
+        """Bring every block to the agent."""
+        await self._blocks.deliver(lambda block: self.callback(self._message(block)),
+                                   lambda: self.should_stop or fetcher.should_stop)
+
+    def _message(self, block: Block) -> ConsumerMessage:
+        carried: Any = block        # where Faust expects bytes; `BlockSchema` takes it out again
+        message = ConsumerMessage(
+            block.topic, block.partition, block.start, 0.0, 0, None, None, carried, None, 0, 0,
+            TP(block.topic, block.partition), generation_id=self.app.consumer_generation_id)
+        message.tracked = True      # tracked by the lane that admits it, not by Faust
+        return message
+
+    async def commit(self, topics: Any = None, start_new_transaction: bool = True) -> bool:
+        return await self._blocks.commit()
+
+    async def wait_empty(self) -> None:
+        """Called by Faust when partitions are taken away: end what is in flight, commit it."""
+        await self._blocks.owner.drain()
+        await self._blocks.commit()
+
+    def assignment(self) -> set[TP]:
+        """Errors: ConsumerNotStarted, which Faust knows what to do with."""
+        try:
+            return _faust_tps(self._blocks.driver.assignment())
+        except ConsumerStoppedError as error:
+            raise ConsumerNotStarted(str(error)) from error
+
+    def topic_partitions(self, topic: str) -> int | None:
+        return len(self._blocks.driver.partitions_for_topic(topic) or ()) or None
+
+    # Switched off.
+
+    def close(self) -> None:
+        """Everything is closed in `on_stop`."""
+
+    async def verify_all_partitions_active(self) -> None:
+        """Faust only logs what it finds; the assignment has a watchdog that exits."""
+
+    async def create_topic(self, *args: Any, **kwargs: Any) -> None:
+        """Topics are made and checked before the app starts."""
+
+    # Never called: Faust's base class asks for them, its own loop and recovery would use them.
+
+    async def position(self, tp: TP) -> int | None:
+        raise NotImplementedError('positions are those of the block consumer')
+
+    async def _seek(self, partition: TP, offset: int) -> None:
+        raise NotImplementedError('positions are those of the block consumer')
+
+    async def perform_seek(self) -> None:
+        raise NotImplementedError('positions are those of the block consumer')
+
+    async def seek_to_committed(self) -> Mapping[TP, int]:
+        raise NotImplementedError('positions are those of the block consumer')
+
+    async def seek_wait(self, partitions: Mapping[TP, int]) -> None:
+        raise NotImplementedError('positions are those of the block consumer')
+
+    async def _commit(self, offsets: Mapping[TP, int]) -> bool:
+        raise NotImplementedError('the block consumer commits')
+
+    async def _getmany(self, active_partitions: set[TP] | None, timeout: float) -> Any:
+        raise NotImplementedError('the block consumer fetches')
+
+    def _to_message(self, tp: TP, record: Any) -> ConsumerMessage:
+        raise NotImplementedError('records travel in blocks')
+
+    def _new_topicpartition(self, topic: str, partition: int) -> TP:
+        return TP(topic, partition)
+
+    def highwater(self, tp: TP) -> int:
+        raise NotImplementedError('changelogs have a reader of their own')
+
+    async def highwaters(self, *partitions: TP) -> MutableMapping[TP, int]:
+        raise NotImplementedError('changelogs have a reader of their own')
+
+    async def earliest_offsets(self, *partitions: TP) -> MutableMapping[TP, int]:
+        raise NotImplementedError('changelogs have a reader of their own')
+
+    def key_partition(self, topic: str, key: bytes | None, partition: int | None = None) -> int | None:
+        raise NotImplementedError('lanes send to the partition that they own')
+
+
+class Fetcher(FaustFetcher):
+    """Runs the consumer's loop, and ends with it, whether the group rebalances or not."""
+
+    @Service.task
+    async def _fetcher(self) -> None:
+        try:
+            await cast(Consumer, cast(Any, self.app).consumer).deliver(self)
+        finally:
+            self.set_shutdown()
+
+
+class Transport(driver.Transport):
+    """Registered as `blocks` among Faust's transports."""
+
+    Consumer = Consumer
+    Fetcher = Fetcher
+
+
+def _faust_tps(partitions: Iterable[TopicPartition]) -> set[TP]:
+    return {TP(tp.topic, tp.partition) for tp in partitions}
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+class TableManager(FaustTableManager):
+    """Tells the owner which partitions are this worker's, and lets the fetches go on at once: lanes wait by themselves.
+
+    Faust's recovery is switched off. It shares the group's consumer, loses blocks while it seeks, and logs what should
+    stop it.
+    """
+
+    async def on_start(self) -> None:
+        self._tables_finalized.set()
+        for table in self.values():
+            await table.maybe_start()
+        self._tables_registered.set()
+
+    async def on_stop(self) -> None:
+        await self.app._fetcher.stop()      # type: ignore[attr-defined]
+        for table in self.values():
+            await table.stop()
+
+    def on_partitions_revoked(self, revoked: set[TP]) -> None:
+        """The lanes are drained in `Consumer.wait_empty`."""
+
+    async def on_rebalance(self, assigned: set[TP], revoked: set[TP], newly_assigned: set[TP],
+                           generation_id: int = 0) -> None:
+        app: Any = self.app
+        self._recovery_started.set()
+        clicks = app.settings.clicks_topic
+        active = {tp.partition for tp in assigned if tp.topic == clicks}
+        standby = {tp.partition for tp in app.assignor.assigned_standbys() if tp.topic == clicks}
+        await app.blocks.owner.assign(active, standby, generation_id)
+        app.consumer.resume_partitions(assigned)
+        app.flow_control.resume()
+        app.consumer.resume_flow()
+        await app._fetcher.maybe_start()
+        self.on_actives_ready()
+        self.on_standbys_ready()
+
+    async def wait_until_recovery_completed(self) -> bool:
+        return False
+
+
+class UserStore(Store):
+    """Registered as `users` among Faust's stores: the users of this worker's partitions, to read.
+
+    The lanes write them, step by step, with the changelog.
+    """
+
+    def __init__(self, url: Any, app: AppT, table: CollectionT, **kwargs: Any) -> None:
+        super().__init__(url, app, table, **kwargs)
+        self._stores = cast(App, app).stores
+
+    def __getitem__(self, key: str) -> User:
+        for store in self._stores.open_stores():
+            user = store.load([key])[key]
+            if user.applied or user.late:
+                return user
+        raise KeyError(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return (user.user_id for store in self._stores.open_stores() for user in store.users())
+
+    def __len__(self) -> int:
+        return sum(store.meta.users for store in self._stores.open_stores())
+
+    def __setitem__(self, key: str, value: User) -> None:
+        raise TypeError('users are written by the lanes')
+
+    def __delitem__(self, key: str) -> None:
+        raise TypeError('users are written by the lanes')
+
+    # Never called: they belong to Faust's recovery.
+
+    def persisted_offset(self, tp: TP) -> int | None:
+        raise NotImplementedError('changelogs are read by `stream.engine.changelog`')
+
+    def apply_changelog_batch(self, batch: Iterable[Any], to_key: Any, to_value: Any) -> None:
+        raise NotImplementedError('changelogs are read by `stream.engine.changelog`')
+
+    def reset_state(self) -> None:
+        raise NotImplementedError('changelogs are read by `stream.engine.changelog`')
+
+    async def backup_partition(self, tp: Any, flush: bool = True, purge: bool = False, keep: int = 1) -> None:
+        raise NotImplementedError('the changelog is the backup')
+
+    def restore_backup(self, tp: Any, latest: bool = True, backup_id: int = 0) -> None:
+        raise NotImplementedError('the changelog is the backup')
