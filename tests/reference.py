@@ -126,7 +126,8 @@ def settings_page() -> str:
     lines = ['# Settings', '',
              'A setting is read from `stream.toml`, then from its environment variable, then from `--set NAME=VALUE` '
              'or its own flag. The later one wins. In the environment and with `--set`, lists and tables are JSON. '
-             '`stream config` prints the settings in effect.']
+             '`stream config` prints the settings in effect. A variable '
+             '`STREAM_...` that is no setting causes a warning.']
     for name, field in Settings.model_fields.items():
         if name in PARTS:
             lines += ['', f'## {PARTS[name]}', '', '| Setting | Type | Default | Meaning |', '|---|---|---|---|']
@@ -170,7 +171,7 @@ def metrics_page() -> str:
              'key.', '', '| Metric | Kind | Labels | Meaning |', '|---|---|---|---|']
     for metric in vars(Metrics()).values():
         if isinstance(metric, MetricWrapperBase):
-            family = metric.describe()[0]
+            family = next(iter(metric.describe()))
             labels = metric._labelnames         # the library tells them nowhere else before a series exists
             lines.append(_row(f'`{_series(family.name, family.type)}`', _kind(family.type),
                               ', '.join(f'`{label}`' for label in labels), family.documentation))
@@ -204,7 +205,7 @@ def commands_page() -> str:
              *_option_table(option for identity, option in by_identity.items() if identity in shared)]
     for name, command in group.commands.items():
         arguments = [param for param in command.params if isinstance(param, TyperArgument)]
-        usage = ' '.join(['stream', name, *(param.metavar or param.human_readable_name for param in arguments),
+        usage = ' '.join(['stream', name, *(param.metavar or str(param.name).upper() for param in arguments),
                           '[OPTIONS]'])
         lines += ['', f'## stream {name}', '', f'    {usage}', '', _words(command.help)]
         own = [option for option in _options(command) if _identity(option) not in shared]
@@ -219,7 +220,7 @@ def commands_page() -> str:
 def exit_codes() -> Iterator[tuple[int, str]]:
     """Each exit code with its meaning."""
     yield 0, 'Done.'
-    yield StreamError.exit_code, 'The file system: a path, its rights, or the disk.'
+    yield StreamError.exit_code, 'The file system (a path, its rights, or the disk), or an unexpected failure.'
     kinds = [kind for kind in StreamError.__subclasses__() if 'exit_code' in vars(kind)]
     for kind in sorted(kinds, key=lambda kind: kind.exit_code):
         yield kind.exit_code, re.sub(r'\s+', ' ', kind.__doc__ or '').strip()
@@ -231,8 +232,8 @@ def _options(command: Any) -> list[TyperOption]:
     return [param for param in command.params if isinstance(param, TyperOption)]
 
 
-def _identity(option: TyperOption) -> tuple[str, str]:
-    return option.opts[0], option.help or ''
+def _identity(option: TyperOption) -> tuple[str, str, str]:
+    return option.opts[0], option.help or '', str(option.default)
 
 
 def _option_table(params: Iterable[TyperArgument | TyperOption]) -> list[str]:
@@ -240,7 +241,7 @@ def _option_table(params: Iterable[TyperArgument | TyperOption]) -> list[str]:
     for param in params:
         help_text = _words(getattr(param, 'help', '') or '')
         if isinstance(param, TyperArgument):
-            lines.append(_row(f'`{param.metavar or param.human_readable_name}`', 'required' if param.required else '',
+            lines.append(_row(f'`{param.metavar or str(param.name).upper()}`', 'required' if param.required else '',
                               help_text))
             continue
         name = '/'.join([*param.opts, *param.secondary_opts])

@@ -196,8 +196,8 @@ def golden() -> list[dict[str, Any]]:
 
 
 def test_the_event_is_an_event():
-    assert examples(README)[0] == examples(CORE)[0]
-    assert isinstance(Decoder(EventRules())(json.dumps(examples(README)[0]).encode()), Event)
+    for example in (examples(README)[0], examples(CORE)[0]):
+        assert isinstance(Decoder(EventRules())(json.dumps(example).encode()), Event)
     assert all(name in CORE for name in TYPE_CODES)
 
 
