@@ -1,6 +1,6 @@
 """The plain, slow reference: what a log of events must have made of each user, by the documented rules.
 
-Written from the README and the docstrings of `stream/core`, and it imports nothing of `stream`: a defect of the
+Written from the guides and the docstrings of `stream/core`, and it imports nothing of `stream`: a defect of the
 product's decoder, fold, codec or partitioner shows as a difference. Slowness is welcome here, cleverness is not.
 """
 import functools
