@@ -121,11 +121,9 @@ class StepDriver:
         while events:
             while due := sorted([*silent(), *overdue(users, events)], key=_by_due_time):
                 yield self.sweep(due, events)
-            runs, counts, waiting = fold_runs(users, events, self._rules.limits)
-            touched = [Touched(user, Origin(clock_ms(user, self._rules.limits), 0) if applied else None, applied)
-                       for user, applied in runs]
-            yield self._step(touched, counts, waiting)
-            events = waiting
+            step = self._fold(users, events)
+            yield step
+            events = step.waiting
 
     def sweep(self, users: Iterable[User], waiting: list[Event] | None = None) -> Step:
         """Fire the due timer of each user, in this order. They are scored as of the time it was due."""
@@ -149,6 +147,13 @@ class StepDriver:
         reasons = await _reasons(decisions, snapshots, inputs, scores, self._scorer, self._rules.reasons_rows_max)
         decided = self._decided(rows, decisions, scores, reasons)
         return Scored(rows, scores, self._outboxes(rows, decided, scores), int(np.sum(~scores.usable)))
+
+    def _fold(self, users: dict[str, User], events: list[Event]) -> Step:
+        limits = self._rules.limits
+        runs, counts, waiting = fold_runs(users, events, limits)
+        touched = [Touched(user, Origin(clock_ms(user, limits), 0) if applied else None, applied)
+                   for user, applied in runs]
+        return self._step(touched, counts, waiting)
 
     def _step(self, touched: list[Touched], counts: list[int], waiting: list[Event]) -> Step:
         self.number += 1
