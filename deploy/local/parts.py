@@ -1,16 +1,10 @@
 """A real Kafka 4 broker and a real Triton server without Docker, on free ports of 127.0.0.1.
 
 `Kafka(folder)` and `Triton(folder)` start, stop, pause, are killed and start again on the same ports and data; the
-command line is stack.py beside this file. What they need is fetched once into build/parts, as pom.xml and
-triton-constraints.txt say; callers at the same time wait for each other.
+command line is stack.py beside this file.
 """
 import contextlib
-import fcntl
-import hashlib
 import os
-import platform
-import random
-import re
 import shutil
 import signal
 import socket
@@ -18,198 +12,27 @@ import struct
 import subprocess
 import sys
 import sysconfig
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
-from stream.errors import StreamError
+from deploy.local.install import HERE, ROOT, install_kafka, install_triton
+from deploy.local.processes import (
+    HOST,
+    OR_DOCKER,
+    PartError,
+    answers,
+    free_ports,
+    run_to_end,
+    started_at,
+    stop_process,
+    tail,
+    until,
+)
 from stream.scoring.repository import render
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-PARTS = ROOT / 'build' / 'parts'
 SHIPPED = ROOT / 'triton_models' / 'shopper' / '1'
-HOST = '127.0.0.1'
-OR_DOCKER = ', or use Docker instead: docker compose up.'
 START_SECONDS_MAX = 90.0
-STOP_SECONDS_MAX = 20.0
-INSTALL_SECONDS_MAX = 900
-JAVA_MIN = 17
-
-
-class PartError(StreamError):
-    """A local part cannot be fetched, started or stopped."""
-
-
-# ---- fetching -------------------------------------------------------------------------------------------------------
-
-def install_kafka() -> Path:
-    """The folder of the broker's jars; fetched on the first call, whoever calls meanwhile waits for that.
-
-    Errors   PartError without Java or Maven, or where Maven fails.
-    """
-    java = shutil.which('java')
-    if java is None:
-        raise PartError('Kafka needs Java, and there is none.',
-                        f'install it (Debian: apt-get install openjdk-17-jre-headless maven){OR_DOCKER}')
-    pom = HERE / 'pom.xml'
-
-    def fetch(target: Path) -> None:
-        version = subprocess.run([java, '-version'], capture_output=True, text=True, check=False).stderr
-        found = re.search(r'version "(\d+)', version)
-        if not found or int(found[1]) < JAVA_MIN:
-            raise PartError(f'Kafka 4 needs Java {JAVA_MIN} or newer, `java -version` says: {version.strip()}.',
-                            f'install it (Debian: apt-get install openjdk-17-jre-headless){OR_DOCKER}')
-        if shutil.which('mvn') is None:
-            raise PartError('Fetching Kafka needs Maven, and there is none.',
-                            f'install it (Debian: apt-get install maven){OR_DOCKER}')
-        _run(['mvn', '-q', '-B', '-f', str(pom), 'dependency:copy-dependencies', f'-DoutputDirectory={target}'],
-             'Maven cannot fetch Kafka', f'check that Maven reaches its repository{OR_DOCKER}')
-
-    return _installed('kafka', pom.read_bytes(), fetch)
-
-
-def install_triton() -> Path:
-    """A folder with the server (`server`) and its Python backend with onnxruntime (`backends`); see `install_kafka`.
-
-    The image of Triton is made of it too: deploy/docker/Dockerfile.
-    """
-    pins = HERE / 'triton-constraints.txt'
-    python = f'{sys.version_info.major}.{sys.version_info.minor}'
-    uv = shutil.which('uv', path=f'{ROOT / ".venv" / "bin"}{os.pathsep}{os.environ.get("PATH", "")}')
-
-    def fetch(target: Path) -> None:
-        if uv is None:
-            raise PartError('Fetching Triton needs uv, and there is none.', 'run `make` targets, which install it.')
-        install = [uv, 'pip', 'install', '--quiet', '--python', sys.executable, '--constraint', str(pins), '--target']
-        do = f'check that uv reaches the package index, on Linux with Python 3.11 or 3.12{OR_DOCKER}'
-        backend = target / 'backends' / 'python'
-        _run([*install, str(target / 'server'), '--no-deps', 'nvidia-pytriton'], 'uv cannot fetch Triton', do)
-        _run([*install, str(backend), 'onnxruntime', 'numpy'], "uv cannot fetch the Python backend's packages", do)
-        served = target / 'server' / 'pytriton' / 'tritonserver'
-        stub = served / 'python_backend_stubs' / python / 'triton_python_backend_stub'
-        if not stub.is_file():
-            raise PartError(f'This Triton has no backend for Python {python}.', f'use Python 3.11 or 3.12{OR_DOCKER}')
-        shutil.copytree(served / 'backends' / 'python', backend, dirs_exist_ok=True)
-        for program in (Path(shutil.copy2(stub, backend)), served / 'bin' / 'tritonserver'):
-            program.chmod(0o755)
-
-    return _installed('triton', f'{python} {platform.machine()}'.encode() + pins.read_bytes(), fetch)
-
-
-def _installed(name: str, pins: bytes, fetch: Callable[[Path], None]) -> Path:
-    """`build/parts/<name>-<hash of the pins>`: complete where it exists, since it is renamed into place."""
-    target = PARTS / f'{name}-{hashlib.sha256(pins).hexdigest()[:12]}'
-    if target.exists():
-        return target
-    PARTS.mkdir(parents=True, exist_ok=True)
-    with (PARTS / f'{name}.lock').open('w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            part = target.with_name(target.name + '.part')
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir()
-            try:
-                fetch(part)
-                part.rename(target)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
-    return target
-
-
-def _run(command: Sequence[str], problem: str, do: str) -> None:
-    try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              text=True, errors='replace', timeout=INSTALL_SECONDS_MAX, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise PartError(f'{problem}: no end within {INSTALL_SECONDS_MAX} s.', do) from error
-    if done.returncode:
-        raise PartError(f'{problem}:\n{_tail(done.stdout)}\n', do)
-
-
-# ---- processes ------------------------------------------------------------------------------------------------------
-
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on, below those that the system gives to outgoing connections: a client
-    that tries again and again while its server is away could otherwise be given the server's own port, and keep it."""
-    try:
-        end = int(Path('/proc/sys/net/ipv4/ip_local_port_range').read_text().split()[0])
-    except (OSError, ValueError):
-        end = 32_768
-    for _ in range(200):
-        port = random.randrange(10_000, end) if end > 11_000 else 0
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind((HOST, port))
-            return probe.getsockname()[1]
-    raise PartError('There is no free port on 127.0.0.1.', 'stop what listens there.')
-
-
-def free_ports(count: int) -> list[int]:
-    """So many different ones."""
-    ports: set[int] = set()
-    while len(ports) < count:       # ends: `free_port` draws from thousands, or raises
-        ports.add(free_port())
-    return list(ports)
-
-
-def answers(url: str) -> bool:
-    """Whether a server of this machine says 200, whatever proxy the environment names."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(url, timeout=2) as answer:
-            return answer.status == 200
-    except (OSError, urllib.error.URLError):
-        return False
-
-
-def started_at(pid: int) -> int | None:
-    """When a running process started, in clock ticks since boot; None where there is none. With the pid it names a
-    process for good: pids come again."""
-    try:
-        state, *fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
-    except OSError:
-        return None
-    return None if state in 'ZX' else int(fields[18])
-
-
-def stop_process(pid: int, started: int, seconds_max: float = STOP_SECONDS_MAX) -> bool:
-    """SIGTERM, and SIGKILL to its whole group when it has not ended in time; False where it was gone already."""
-    if started_at(pid) != started:
-        return False
-    for number, bound in ((signal.SIGTERM, seconds_max), (signal.SIGKILL, 10.0)):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
-            os.killpg(pid, number) if number == signal.SIGKILL else os.kill(pid, number)
-        if _until(lambda: started_at(pid) != started, bound):
-            with contextlib.suppress(ProcessLookupError):       # children that outlived it
-                os.killpg(pid, signal.SIGKILL)
-            return True
-    raise PartError(f'Process {pid} does not end.', 'look at what it waits for (ps, /proc).')
-
-
-def recorded(pid_file: Path) -> tuple[int, int] | None:
-    """pid and start of the process that a part's pid file names, where it still runs."""
-    try:
-        pid, started = map(int, pid_file.read_text().split())
-    except (FileNotFoundError, ValueError):
-        return None
-    return (pid, started) if started_at(pid) == started else None
-
-
-def _until(condition: Callable[[], bool], seconds_max: float) -> bool:
-    deadline = time.monotonic() + seconds_max
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
-
-
-def _tail(text: str, lines: int = 30) -> str:
-    return '\n'.join(text.strip().splitlines()[-lines:])
 
 
 # Waits until its standard input says that all is well, or ends because the caller was killed: then it cleans up.
@@ -273,7 +96,7 @@ class Part:
         """SIGKILL to all of its group, as a crash would; data and ports stay."""
         if self.running:
             os.killpg(self.pid, signal.SIGKILL)
-            self._reaping(lambda: _until(lambda: not self.running, 10))
+            self._reaping(lambda: until(lambda: not self.running, 10))
         self._ended()
 
     def pause(self) -> None:
@@ -337,7 +160,7 @@ class Part:
                 ['sh', '-c', _GUARD, 'guard', str(self.pid), str(self.folder), self._shared_memory()],
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         try:
-            if not _until(lambda: process.poll() is not None or self._answers(), START_SECONDS_MAX):
+            if not until(lambda: process.poll() is not None or self._answers(), START_SECONDS_MAX):
                 self._failed(f'does not answer within {START_SECONDS_MAX:.0f} s', begin)
             if process.poll() is not None:
                 self._failed(f'ended with {process.returncode}', begin)
@@ -348,8 +171,8 @@ class Part:
     def _failed(self, what: str, begin: int) -> None:
         with self.log.open('rb') as log:
             log.seek(begin)
-            tail = _tail(log.read().decode(errors='replace'))
-        raise PartError(f'{self.name} {what}. The end of {self.log}:\n{tail}\n', f'mend what the log names{OR_DOCKER}')
+            end = tail(log.read().decode(errors='replace'))
+        raise PartError(f'{self.name} {what}. The end of {self.log}:\n{end}\n', f'mend what the log names{OR_DOCKER}')
 
     def _reaping(self, wait: Callable[[], object]) -> None:
         wait()
@@ -420,8 +243,8 @@ class Kafka(Part):
                 '-Dorg.slf4j.simpleLogger.showDateTime=true',
                 '-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd HH:mm:ss.SSS', '-cp', f'{self._libs}/*']
         if not (data / 'meta.properties').exists():
-            _run([*java, 'kafka.tools.StorageTool', 'format', '-t', 'c3RyZWFtLWxvY2FsLWthZg', '-c', str(config)],
-                 "Kafka's data folder cannot be formatted", f'check that {self.folder} can be written{OR_DOCKER}')
+            run_to_end([*java, 'kafka.tools.StorageTool', 'format', '-t', 'c3RyZWFtLWxvY2FsLWthZg', '-c', str(config)],
+                       "Kafka's data folder cannot be formatted", f'check that {self.folder} can be written{OR_DOCKER}')
         return [*java, 'kafka.Kafka', str(config)], {}
 
     def _answers(self) -> bool:
@@ -481,7 +304,7 @@ class Triton(Part):
             'disable-auto-complete-config': None, 'exit-timeout-secs': 10, 'log-info': 'false',
             'backend-config': f'python,shm-region-prefix-name={self._shared_memory()}',
         }
-        libraries = f'{_libpython()}:{server / "nvidia_pytriton.libs"}'
+        libraries = f'{libpython()}:{server / "nvidia_pytriton.libs"}'
         return ([str(server / 'pytriton' / 'tritonserver' / 'bin' / 'tritonserver'),
                  *(f'--{key}' if value is None else f'--{key}={value}' for key, value in arguments.items())],
                 {'LD_LIBRARY_PATH': libraries})
@@ -493,7 +316,7 @@ class Triton(Part):
         return f'stream-triton-{self.port}-'
 
 
-def _libpython() -> Path:
+def libpython() -> Path:
     """The folder of this Python's shared library, which the Python backend needs."""
     name = f'libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0'
     for folder in (sysconfig.get_config_var('LIBDIR'), f'/usr/lib/{sysconfig.get_config_var("MULTIARCH")}',

@@ -19,27 +19,13 @@ from typing import Any
 from aiokafka import AIOKafkaConsumer
 from aiokafka.errors import KafkaError
 
-from deploy.local.parts import (
-    HERE,
-    HOST,
-    PARTS,
-    ROOT,
-    Kafka,
-    Part,
-    PartError,
-    Triton,
-    answers,
-    free_port,
-    install_kafka,
-    install_triton,
-    recorded,
-    stop_process,
-)
+from deploy.local.install import HERE, PARTS, ROOT, install_kafka, install_triton
+from deploy.local.parts import SHIPPED, Kafka, Part, Triton
+from deploy.local.processes import HOST, PartError, answers, free_port, recorded, stop_process
 from stream.errors import StreamError
 from stream.scoring.repository import VARIANTS, render
 
 LOCAL = ROOT / 'build' / 'local'
-SHIPPED = ROOT / 'triton_models' / 'shopper' / '1'
 RANKING = SHIPPED.parents[1] / 'shopper_next' / '1'     # what is bought next: for whoever asks Triton, not the worker
 STREAM = Path(sys.executable).with_name('stream')
 ORDER = ('kafka', 'triton', 'worker', 'publisher')     # of starting; stopped the other way round

@@ -33,7 +33,8 @@ from typing import Any
 from tritonclient.grpc import InferInput, InferRequestedOutput
 from tritonclient.grpc.aio import InferenceServerClient
 
-from deploy.local.parts import HOST, SHIPPED, Kafka, Part, Triton, answers
+from deploy.local.parts import SHIPPED, Kafka, Part, Triton
+from deploy.local.processes import HOST, answers
 from stream.config import Settings
 from stream.core.features import Batch
 from stream.core.scores import OUTPUT_NAMES, Outputs

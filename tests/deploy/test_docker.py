@@ -17,7 +17,8 @@ import pytest
 import typer
 import yaml
 
-from deploy.local.parts import HOST, Kafka, Triton, _libpython, free_port
+from deploy.local.parts import Kafka, Triton, libpython
+from deploy.local.processes import HOST, free_port
 from stream.cli.main import app
 from stream.config import Settings, load_settings
 from stream.core.scores import OUTPUT_NAMES
@@ -164,7 +165,7 @@ class ImagesTriton(Triton):
         super().__init__(folder)
         code, = re.findall(r"python -c '(.*?)'", STAGES['parts'][1])
         self._folders = {
-            '/opt/triton': self._printed('-c', code), '/models': str(models), '/usr/local/lib': str(_libpython())}
+            '/opt/triton': self._printed('-c', code), '/models': str(models), '/usr/local/lib': str(libpython())}
 
     @staticmethod
     def _printed(*arguments: str) -> str:

@@ -14,8 +14,9 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
-from deploy.local import parts
-from deploy.local.parts import Kafka, Part, PartError, Triton, free_port, recorded, started_at, stop_process
+from deploy.local import install, parts
+from deploy.local.parts import Kafka, Part, Triton
+from deploy.local.processes import PartError, free_port, recorded, started_at, stop_process
 
 ROOT = Path(__file__).parents[2]
 
@@ -148,11 +149,11 @@ def test_free_ports_are_not_those_of_outgoing_connections():
 
 @pytest.mark.parametrize(('missing', 'package'), [('java', 'openjdk-17-jre-headless'), ('mvn', 'maven')])
 def test_without_java_or_maven_it_says_what_to_install(tmp_path, monkeypatch, missing: str, package: str):
-    monkeypatch.setattr(parts, 'PARTS', tmp_path)
-    which = parts.shutil.which
-    monkeypatch.setattr(parts.shutil, 'which', lambda name, **options: None if name == missing else which(name))
+    monkeypatch.setattr(install, 'PARTS', tmp_path)
+    which = install.shutil.which
+    monkeypatch.setattr(install.shutil, 'which', lambda name, **options: None if name == missing else which(name))
     with pytest.raises(PartError, match=f'apt-get install .*{package}.*docker compose up'):
-        parts.install_kafka()
+        install.install_kafka()
     assert not list(tmp_path.glob('kafka-*'))
 
 
@@ -160,28 +161,28 @@ def test_an_old_java_is_refused(tmp_path, monkeypatch):
     java = tmp_path / 'java'
     java.write_text('#!/bin/sh\necho \'openjdk version "11.0.2" 2019-01-15\' >&2\n')
     java.chmod(0o755)
-    monkeypatch.setattr(parts, 'PARTS', tmp_path / 'parts')
+    monkeypatch.setattr(install, 'PARTS', tmp_path / 'parts')
     monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
     with pytest.raises(PartError, match='Java 17 or newer'):
-        parts.install_kafka()
+        install.install_kafka()
 
 
 def test_a_failing_install_shows_its_output_and_is_tried_again(tmp_path, monkeypatch):
     maven = tmp_path / 'mvn'
-    monkeypatch.setattr(parts, 'PARTS', tmp_path / 'parts')
+    monkeypatch.setattr(install, 'PARTS', tmp_path / 'parts')
     monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
     maven.write_text('#!/bin/sh\necho no route to the repository; exit 1\n')
     maven.chmod(0o755)
     with pytest.raises(PartError, match=r'(?s)no route to the repository.*Do: '):
-        parts.install_kafka()
+        install.install_kafka()
     maven.write_text('#!/bin/sh\nfor last; do :; done; touch "${last#-DoutputDirectory=}/kafka.jar"\n')
-    assert [path.name for path in parts.install_kafka().iterdir()] == ['kafka.jar']
+    assert [path.name for path in install.install_kafka().iterdir()] == ['kafka.jar']
     maven.write_text('#!/bin/sh\nexit 1\n')
-    assert parts.install_kafka().exists()
+    assert install.install_kafka().exists()
 
 
 def test_two_callers_fetch_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(parts, 'PARTS', tmp_path)
+    monkeypatch.setattr(install, 'PARTS', tmp_path)
     calls = []
 
     def fetch(target: Path) -> None:
@@ -189,14 +190,14 @@ def test_two_callers_fetch_once(tmp_path, monkeypatch):
         time.sleep(0.2)
         (target / 'file').write_text('whole')
 
-    threads = [threading.Thread(target=parts._installed, args=('thing', b'1', fetch)) for _ in range(3)]
+    threads = [threading.Thread(target=install._installed, args=('thing', b'1', fetch)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(calls) == 1
     assert [path.name for path in tmp_path.glob('thing-*/*')] == ['file']
-    assert parts._installed('thing', b'2', fetch) != parts._installed('thing', b'1', fetch)
+    assert install._installed('thing', b'2', fetch) != install._installed('thing', b'1', fetch)
 
 
 def test_the_pins_are_names_and_versions():

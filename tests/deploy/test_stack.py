@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.local.parts import recorded, started_at
+from deploy.local.processes import recorded, started_at
 
 ROOT = Path(__file__).parents[2]
 NAMES = ['kafka', 'triton', 'worker', 'publisher']
