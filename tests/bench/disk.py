@@ -13,24 +13,10 @@ import time
 from pathlib import Path
 
 from stream.state.store import Memory, PartitionStore
-from tests.bench.common import (
-    MIB,
-    Pool,
-    Report,
-    Shoppers,
-    Templates,
-    broker,
-    cpu_s,
-    disk_bytes,
-    drain_s,
-    fill_changelog,
-    main,
-    make_topics,
-    memory_mib,
-    parser,
-    say,
-    shop,
-)
+from tests.bench.changelog import Pool, fill_changelog
+from tests.bench.figures import MIB, Report, main, parser, say
+from tests.bench.live import broker, cpu_s, disk_bytes, make_topics, memory_mib, shop
+from tests.bench.load import Shoppers, Templates, drain_s
 
 WINDOW = 128
 

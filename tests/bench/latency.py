@@ -26,30 +26,11 @@ from stream.core.features import Batch, Snapshots, batches, features
 from stream.core.scores import OUTPUT_NAMES
 from stream.core.user import User, pack_header
 from stream.scoring.make import ROOT
-from tests.bench.common import (
-    APPEND_TIME,
-    Output,
-    Pool,
-    Report,
-    Sent,
-    Shoppers,
-    Templates,
-    broker,
-    cpu_s,
-    drain_s,
-    drive,
-    fill_changelog,
-    latencies_ms,
-    main,
-    make_topics,
-    memory_mib,
-    output_topics,
-    parser,
-    read_outputs,
-    say,
-    shop,
-    wait_done,
-)
+from tests.bench.changelog import Pool, fill_changelog
+from tests.bench.figures import Report, main, parser, say
+from tests.bench.live import APPEND_TIME, broker, cpu_s, make_topics, memory_mib, output_topics, shop, wait_done
+from tests.bench.load import Shoppers, Templates, drain_s
+from tests.bench.open_loop import Output, Sent, drive, latencies_ms, read_outputs
 from tests.integration.running import Shop
 
 BACKLOG = {'constant': 200_000, 'embedded': 20_000, 'triton': 20_000}

@@ -11,22 +11,9 @@ import asyncio
 import statistics
 import time
 
-from tests.bench.common import (
-    MIB,
-    Lag,
-    Report,
-    Shoppers,
-    Templates,
-    broker,
-    disk_bytes,
-    main,
-    make_topics,
-    memory_mib,
-    parser,
-    producing,
-    say,
-    shop,
-)
+from tests.bench.figures import MIB, Report, main, parser, say
+from tests.bench.live import Lag, broker, disk_bytes, make_topics, memory_mib, shop
+from tests.bench.load import Shoppers, Templates, producing
 from tests.integration.running import Shop, Worker
 
 ROUNDS_IN_FLIGHT_MAX = 4

@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.bench.common import ROOT, Report, broker, main, parser, say
+from tests.bench.figures import ROOT, Report, main, parser, say
+from tests.bench.live import broker
 
 STREAMS = ('kstreams-1t-nocache', 'kstreams-1t-cache', 'kstreams-2t-nocache', 'kstreams-2t-cache',
            'kstreams-2t-dsl-cache')

@@ -10,21 +10,10 @@ import shutil
 import time
 from pathlib import Path
 
-from tests.bench.common import (
-    MIB,
-    Pool,
-    Report,
-    Shoppers,
-    broker,
-    cpu_s,
-    fill_changelog,
-    main,
-    make_topics,
-    memory_mib,
-    parser,
-    say,
-    shop,
-)
+from tests.bench.changelog import Pool, fill_changelog
+from tests.bench.figures import MIB, Report, main, parser, say
+from tests.bench.live import broker, cpu_s, make_topics, memory_mib, shop
+from tests.bench.load import Shoppers
 from tests.integration.running import Worker, wait_for
 
 

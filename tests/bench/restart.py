@@ -12,24 +12,11 @@ import asyncio
 import time
 from typing import Any
 
-from tests.bench.common import (
-    APPEND_TIME,
-    Pool,
-    Report,
-    Shoppers,
-    broker,
-    drive,
-    fill_changelog,
-    main,
-    make_topics,
-    output_topics,
-    parser,
-    read_outputs,
-    say,
-    shop,
-    wait_balanced,
-    wait_done,
-)
+from tests.bench.changelog import Pool, fill_changelog
+from tests.bench.figures import Report, main, parser, say
+from tests.bench.live import APPEND_TIME, broker, make_topics, output_topics, shop, wait_balanced, wait_done
+from tests.bench.load import Shoppers
+from tests.bench.open_loop import drive, read_outputs
 from tests.integration.running import Shop, Worker
 
 # name, settings of both workers, whether each has an instance_id

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.bench.common import ROOT, say
+from tests.bench.figures import ROOT, say
 
 BENCHES: dict[str, tuple[str, ...]] = {
     'skew': ('skew',),

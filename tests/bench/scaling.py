@@ -8,19 +8,9 @@ with fewer cores than workers the rate says little; the cost says what each even
 """
 import argparse
 
-from tests.bench.common import (
-    Report,
-    Shoppers,
-    Templates,
-    broker,
-    drain_s,
-    main,
-    make_topics,
-    parser,
-    say,
-    shop,
-    wait_balanced,
-)
+from tests.bench.figures import Report, main, parser, say
+from tests.bench.live import broker, make_topics, shop, wait_balanced
+from tests.bench.load import Shoppers, Templates, drain_s
 
 
 def bench(options: argparse.Namespace) -> int:

@@ -7,19 +7,9 @@ fewer events of a step are of one user, so that more users are scored, written a
 """
 import argparse
 
-from tests.bench.common import (
-    Report,
-    Shoppers,
-    Templates,
-    broker,
-    drain_s,
-    main,
-    make_topics,
-    parser,
-    say,
-    shop,
-    wait_balanced,
-)
+from tests.bench.figures import Report, main, parser, say
+from tests.bench.live import broker, make_topics, shop, wait_balanced
+from tests.bench.load import Shoppers, Templates, drain_s
 
 SKEW = 0.9
 

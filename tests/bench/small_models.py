@@ -53,7 +53,7 @@ from stream.learn.served import score
 from stream.learn.train import split
 from stream.scoring.artefact import MANIFEST, ROWS_MAX, WEIGHTS, sha256
 from stream.simulator.shop import SimulatorOptions, simulate
-from tests.bench.common import Report, main, parser, say
+from tests.bench.figures import Report, main, parser, say
 
 SMALL = EncoderOptions(hidden=32, layers=1, heads=2, intermediate=64)
 TIMED_WINDOWS = 1024

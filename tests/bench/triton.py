@@ -43,7 +43,7 @@ from stream.scoring.embedded import EmbeddedScorer
 from stream.scoring.repository import LABELS_FILE, WARMUP_FOLDER
 from stream.scoring.triton import TritonScorer
 from stream.simulator.shop import SimulatorOptions, simulate
-from tests.bench.common import Report, main, parser, say
+from tests.bench.figures import Report, main, parser, say
 from tests.integration.running import Shop, Worker, wait_for
 from tests.scoring.stub_triton import StubTriton
 

@@ -12,27 +12,21 @@ import time
 
 import numpy as np
 
-from tests.bench.common import (
+from tests.bench.changelog import Pool, fill_changelog
+from tests.bench.figures import Report, main, parser, say
+from tests.bench.live import (
     APPEND_TIME,
-    Pool,
-    Report,
-    Shoppers,
     broker,
     cpu_s,
     disk_bytes,
-    drive,
-    fill_changelog,
-    latencies_ms,
-    main,
     make_topics,
     memory_mib,
     output_topics,
-    parser,
-    read_outputs,
-    say,
     shop,
     wait_done,
 )
+from tests.bench.load import Shoppers
+from tests.bench.open_loop import drive, latencies_ms, read_outputs
 
 
 def with_users(count: int, options: argparse.Namespace, report: Report) -> float:

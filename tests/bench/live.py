@@ -1,0 +1,147 @@
+"""A real broker and `stream worker` processes, started and stopped by a bench, and what can be measured of them."""
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Self
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+
+from stream.config import Settings
+from stream.kafka.topics import changelog_topic, wanted_topics
+from tests.integration.running import Shop, Worker, wait_for
+
+APPEND_TIME = {'message.timestamp.type': 'LogAppendTime'}
+_TICKS_A_SECOND = os.sysconf('SC_CLK_TCK')
+
+
+@contextlib.contextmanager
+def broker(properties: Mapping[str, str] | None = None) -> Iterator[tuple[str, Path]]:
+    """A broker of its own: its address, and a folder for what else a bench writes."""
+    from deploy.local.parts import Kafka
+    with TemporaryDirectory(prefix='stream-bench-') as folder, \
+            Kafka(Path(folder) / 'kafka', properties=properties) as kafka:
+        yield kafka.brokers, Path(folder)
+
+
+def shop(brokers: str, folder: Path, options: argparse.Namespace, **settings: Any) -> Shop:
+    """A shop whose workers have the defaults of the settings, but what is given here and on the command line."""
+    kept = ('partitions', 'session_timeout_ms', 'commit_interval_ms', 'merge_wait_ms')
+    defaults = {name: Settings.model_fields[name].default for name in kept}
+    given = {}
+    for text in options.settings:
+        name, _, value = text.partition('=')
+        try:
+            given[name] = json.loads(value)
+        except ValueError:
+            given[name] = value
+    return Shop(brokers, 'bench', folder, **defaults | settings | given)
+
+
+def changelog_of(of: Shop) -> str:
+    """Name of the shop's changelog."""
+    return changelog_topic(Settings(**of.settings))
+
+
+def output_topics(of: Shop) -> list[str]:
+    """Where scores and decisions go."""
+    return [of.settings['alerts_topic'], *([of.settings['scores_topic']] if of.settings.get('publish') else [])]
+
+
+def make_topics(of: Shop, **more: Mapping[str, str]) -> None:
+    """Create the worker's topics; `more` adds to the configuration, by role (`dead_letters` for dead letters)."""
+    async def make() -> None:
+        admin = AIOKafkaAdminClient(bootstrap_servers=of.brokers)
+        await admin.start()
+        try:
+            answer: Any = await admin.create_topics([
+                NewTopic(topic.name, of.partitions, 1, topic_configs={
+                    **topic.config, **more.get(topic.role.replace(' ', '_'), {})})
+                for topic in wanted_topics(Settings(**of.settings))])
+            for name, error_code, message in answer.topic_errors:
+                assert error_code == 0, f'{name}: {message}'
+        finally:
+            await admin.close()
+    asyncio.run(make())
+
+
+@contextlib.contextmanager
+def stopped(workers: Sequence[Worker]) -> Iterator[None]:
+    """The processes stand still (SIGSTOP), for less than their session: nothing is read meanwhile."""
+    for worker in workers:
+        worker.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for worker in workers:
+            if worker.process.poll() is None:
+                worker.process.send_signal(signal.SIGCONT)
+
+
+def wait_balanced(workers: Sequence[Worker], partitions: int) -> None:
+    """Until all partitions run, on all of the workers."""
+    def balanced() -> bool:
+        lanes = [[lane for lane in worker.get('/status')['lanes'] if lane['state'] == 'running'] for worker in workers]
+        return all(lanes) and sum(map(len, lanes)) == partitions and all(worker.get('/ready')['ready']
+                                                                         for worker in workers)
+    wait_for(balanced, 'partitions on every worker', 120.0)
+
+
+def cpu_s(worker: Worker) -> float:
+    """Seconds of CPU that the process has used so far."""
+    fields = Path(f'/proc/{worker.process.pid}/stat').read_text().rpartition(')')[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS_A_SECOND
+
+
+def memory_mib(worker: Worker, which: str = 'VmRSS') -> float:
+    """Memory of the process as it is (VmRSS), or the most that it ever was (VmHWM)."""
+    lines = Path(f'/proc/{worker.process.pid}/status').read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(which)).split()[1]) / 1024
+
+
+def disk_bytes(folder: Path) -> int:
+    """Bytes of disk that the files below a folder take."""
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob('*') if path.is_file())
+
+
+class Lag:
+    """How far the group's commits are behind the inputs' ends; keeps its connections."""
+
+    def __init__(self, of: Shop) -> None:
+        self._of = of
+        self._consumer = AIOKafkaConsumer(bootstrap_servers=of.brokers)
+        self._admin = AIOKafkaAdminClient(bootstrap_servers=of.brokers)
+        self._tps = [TopicPartition(topic, number) for topic in of.inputs for number in range(of.partitions)]
+
+    async def __aenter__(self) -> Self:
+        await self._consumer.start()
+        await self._admin.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._admin.close()
+        await self._consumer.stop()
+
+    async def events(self) -> int:
+        """Records that are not committed."""
+        committed = await self._admin.list_consumer_group_offsets(self._of.name)
+        ends = await self._consumer.end_offsets(self._tps)
+        return sum(ends[tp] - max(committed[tp].offset if tp in committed else 0, 0) for tp in self._tps)
+
+
+async def wait_done(of: Shop, deadline_s: float = 600.0) -> None:
+    """Until everything that is in the inputs is committed. Errors: AssertionError after the deadline."""
+    until = time.monotonic() + deadline_s
+    async with Lag(of) as lag:
+        while left := await lag.events():
+            for worker in of.workers:
+                worker.check()
+            assert time.monotonic() < until, f'{left:,} events are left after {deadline_s:.0f} s'
+            await asyncio.sleep(0.2)
