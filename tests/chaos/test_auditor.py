@@ -9,7 +9,8 @@ import orjson
 import pytest
 
 from tests.chaos import workload
-from tests.chaos.auditor import Report, audit
+from tests.chaos.audit_report import Report
+from tests.chaos.auditor import audit
 from tests.chaos.log import Bound, Fault, Record, Sample, Topic
 from tests.chaos.reference import DAY_MS, Rules, partition_of
 from tests.chaos.rescore import wrong_scores
