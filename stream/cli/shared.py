@@ -23,7 +23,8 @@ from rich.text import Text
 
 from stream.config import Settings, load_settings, unknown_variables
 from stream.errors import UsageError
-from stream.replay.formats import FORMATS, Format, kafka_format
+from stream.replay.formats import FORMATS, kafka_format
+from stream.replay.rows import Format
 from stream.replay.topic_records import Inputs
 
 ConfigFile = Annotated[Path | None, typer.Option(

@@ -29,7 +29,8 @@ import numpy as np
 from stream.core.events import Decoder, Event, EventRules, Refusal, peek_order
 from stream.errors import InputError, UsageError
 from stream.replay import topic_records
-from stream.replay.formats import FORMATS, BadRow, Format, Occurrences
+from stream.replay.formats import FORMATS
+from stream.replay.rows import BadRow, Format, Occurrences
 from stream.replay.topic_records import Inputs, RecordTimes
 
 _READ_ROWS = 8192

@@ -16,7 +16,8 @@ from stream.cli.shared import amounts_in
 from stream.config import Settings
 from stream.core.events import Decoder, Event, EventRules
 from stream.errors import InputError
-from stream.replay.formats import FORMATS, BadRow, Occurrences
+from stream.replay.formats import FORMATS
+from stream.replay.rows import BadRow, Occurrences
 
 RETAILROCKET = b'timestamp,visitorid,event,itemid,transactionid\n'
 REES46 = b'event_time,event_type,product_id,category_id,category_code,brand,price,user_id,user_session\n'

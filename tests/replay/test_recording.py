@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stream.errors import InputError, UsageError
-from stream.replay.formats import BadRow
 from stream.replay.recording import Block, Recording
+from stream.replay.rows import BadRow
 
 T0 = 1_600_000_000_000
 LONG_MS = 10**12
