@@ -19,7 +19,7 @@ class TritonPythonModel:
         config = json.loads(args['model_config'])
         weights = (Path(args['model_repository']) / args['model_version'] / 'model.onnx').read_bytes()
         if hashlib.sha256(weights).hexdigest() != config['parameters']['sha256']['string_value']:
-            raise ValueError('model.onnx is not the one that config.pbtxt names: render the repository again')
+            raise ValueError('model.onnx is not the one that config.pbtxt names: write the repository again')
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 3

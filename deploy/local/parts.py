@@ -29,7 +29,7 @@ from deploy.local.processes import (
     tail,
     until,
 )
-from stream.scoring.repository import render
+from stream.scoring.repository import write_repository
 
 SHIPPED = ROOT / 'triton_models' / 'shopper' / '1'
 START_SECONDS_MAX = 90.0
@@ -295,7 +295,7 @@ class Triton(Part):
     def _command(self) -> tuple[list[str], dict[str, str]]:
         models = self.folder / 'models'
         for version_dir in (self.version_dir, *self.others):
-            render(version_dir, models, 'python', self.python_model, self.queue_requests_max)
+            write_repository(version_dir, models, 'python', self.python_model, self.queue_requests_max)
         server = self._installed / 'server'
         arguments = {
             'model-repository': models, 'backend-directory': self._installed / 'backends',

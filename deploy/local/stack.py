@@ -23,7 +23,7 @@ from deploy.local.install import HERE, PARTS, ROOT, install_kafka, install_trito
 from deploy.local.parts import SHIPPED, Kafka, Part, Triton
 from deploy.local.processes import HOST, PartError, answers, free_port, recorded, stop_process
 from stream.errors import StreamError
-from stream.scoring.repository import VARIANTS, render
+from stream.scoring.repository import VARIANTS, write_repository
 
 LOCAL = ROOT / 'build' / 'local'
 RANKING = SHIPPED.parents[1] / 'shopper_next' / '1'     # what is bought next: for whoever asks Triton, not the worker
@@ -181,7 +181,7 @@ def alerts(count: int) -> None:
 def models(variant: str, into: Path, model: Path) -> None:
     """Write a model repository for another Triton."""
     python_model = HERE / 'model.py' if variant == 'python' else None
-    print(f'{variant}: {render(model, into, variant, python_model)}')
+    print(f'{variant}: {write_repository(model, into, variant, python_model)}')
 
 
 def install() -> None:

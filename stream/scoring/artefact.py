@@ -1,4 +1,4 @@
-"""A served model's folder: what is in it is what its manifest says, or it is not loaded.
+"""The folder of a served model. It is loaded only if its files are those that its manifest lists.
 
     triton_models/<name>/config.pbtxt, labels and the model card
     triton_models/<name>/<version>/model.onnx
@@ -26,12 +26,12 @@ Precision = Literal['fp32', 'int8']
 
 MANIFEST = 'manifest.json'
 WEIGHTS = 'model.onnx'
-ROWS_MAX = 256      # rows of one request, and of one batch, of a model that says nothing else
-SHA256_PARAMETER = 'sha256'     # of the weights, in the configuration with which Triton serves them
+ROWS_MAX = 256      # most rows of a request, and of a batch, unless the manifest sets fewer
+SHA256_PARAMETER = 'sha256'     # of the weights; a parameter of the model's Triton configuration
 
 
 class FeatureLayout(msgspec.Struct, frozen=True):
-    """The tensors that a model was trained on; another layout would be read as nonsense, silently."""
+    """The tensors that a model was trained on. With another layout its scores would be silently wrong."""
 
     lengths: tuple[int, ...]
     type_vocabulary: int
@@ -45,15 +45,17 @@ LAYOUT = FeatureLayout(LENGTHS, TYPE_VOCABULARY, ITEM_BUCKETS, CATEGORY_BUCKETS,
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """What stands beside the weights. `tier_edges` are the lower bounds of tiers 1 and up, spend in 90 days.
+    """The description of a model, stored beside its weights.
 
-    trained_on         the data, in words
-    currency, window   of the events that it was trained on; serve with the same
-    horizon_days       of the columns of the output `purchase`
-    priced             whether it has learned from prices: without, tiers and expected spend count purchases
-    rows_max           of a batch: more would take gigabytes of memory
-    precision          of the weights and of what is multiplied with them
-    known_until_ms     what it has learned from was before this time; 0: not known
+    layout             of the tensors that it takes
+    tier_edges         lower bounds of the tiers from 1 up: spend within 90 days
+    trained_on         the training data, in words
+    currency, window   of the training events; the events that it scores must have the same
+    horizon_days       one for each column of the output `purchase`
+    priced             whether it learned from prices. If not, tiers and expected spend count purchases
+    rows_max           most rows of a batch; more would take gigabytes of memory
+    precision          of the weights and of their operands
+    known_until_ms     all training data is older than this; 0: not known
     """
 
     name: str
@@ -91,9 +93,9 @@ def sha256(path: Path) -> str:
 def load_artefact(version_dir: Path) -> Artefact:
     """Verify the folder of one model version.
 
-    Errors   ModelError where a file is missing, changed, unlisted, a link, or of another feature layout.
+    Errors   ModelError if a file is missing, changed, not listed or a link, or if the feature layout is another.
     """
-    restore = 'restore the folder from where it was exported, or export the model again.'
+    restore = 'restore the folder from the exported one, or export the model again.'
     path = version_dir / MANIFEST
     if not path.is_file():
         raise ModelError(f'There is no model at {version_dir}: {MANIFEST} is missing.',
@@ -104,15 +106,16 @@ def load_artefact(version_dir: Path) -> Artefact:
         raise ModelError(f'{path} cannot be read: {error}.', restore) from error
     found = {entry.name for entry in version_dir.iterdir()} - {MANIFEST}
     if found != set(manifest.files) or WEIGHTS not in found:
-        raise ModelError(f'{version_dir} holds {sorted(found)}, its manifest lists {sorted(manifest.files)}.', restore)
+        raise ModelError(f'{version_dir} holds {sorted(found)}, but its manifest lists {sorted(manifest.files)}.',
+                         restore)
     for name, digest in manifest.files.items():
         file = version_dir / name
         if file.is_symlink() or not file.is_file():
             raise ModelError(f'{file} is not a regular file.', restore)
         if sha256(file) != digest:
-            raise ModelError(f'{file} is not the file that its manifest lists: the SHA-256 differs.', restore)
+            raise ModelError(f'{file} is not the file that its manifest lists: its SHA-256 differs.', restore)
     if manifest.layout != LAYOUT:
         raise ModelError(f'The model in {version_dir} was trained on another feature layout.',
-                         'train and export it again with this version of the code.')
+                         'train it and export it again with this version of the code.')
     info = ModelInfo(manifest.name, manifest.version, manifest.files[WEIGHTS])
     return Artefact(version_dir / WEIGHTS, info, manifest)

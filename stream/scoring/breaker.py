@@ -1,4 +1,4 @@
-"""Two bounds on what a server is asked: whether at all (`Breaker`), and how much at once (`Slots`).
+"""Two bounds on requests to a server: whether to ask at all (`Breaker`), how many at once (`ConcurrencyLimit`).
 
                      failures_max failures in a row
           closed ───────────────────────────────────► open ◄─┐
@@ -12,25 +12,25 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import Literal
+from typing import Literal, Self
 
 BreakerState = Literal['closed', 'open', 'half_open']
 
 
 class Breaker:
-    """Keeps callers from a server that does not answer. Pure: it waits for nothing and asks nobody.
+    """Keeps callers away from a server that does not answer. It does no I/O and never waits.
 
-    Starts open with no pause: a server that was never asked has to prove itself as one that comes back has.
+    Starts open with no pause, so that a new server must prove itself, as must one that comes back.
 
-    clock          seconds, never going back; handed in
-    failures_max   so many failures in a row open it
+    clock          monotonic seconds
+    failures_max   failures in a row that open it
     pause_ms_*     how long it stays open: the first time, and at most
     """
 
     def __init__(self, clock: Callable[[], float], failures_max: int = 5, pause_ms_first: int = 250,
                  pause_ms_max: int = 4_000) -> None:
         self.state: BreakerState = 'open'
-        self.opened = 0         # times that it went from closed to open
+        self.opened = 0         # how often it went from closed to open
         self._clock = clock
         self._failures_max = failures_max
         self._pause_ms_first = pause_ms_first
@@ -40,14 +40,14 @@ class Breaker:
         self._due_s = clock()
 
     def may_probe(self) -> bool:
-        """True for the one caller that shall try the server, and then says what came of it: `probed`."""
+        """True for the one caller that tries the server next. That caller must then call `probed`."""
         if self.state != 'open' or self._clock() < self._due_s:
             return False
         self.state = 'half_open'
         return True
 
     def probed(self, well: bool | None) -> None:
-        """What came of the probe; None: nothing, it was cut off, and the next caller may try at once."""
+        """Report the result of the probe. None: it was cancelled, and the next caller may try at once."""
         if well:
             self.state = 'closed'
             self._failures = 0
@@ -59,18 +59,18 @@ class Breaker:
             self._open()
 
     def retry_after_ms(self) -> int:
-        """Milliseconds until asking may be of use; at least 1."""
+        """Milliseconds until asking again may help, at least 1."""
         left_ms = (self._due_s - self._clock()) * 1000 if self.state == 'open' else self._pause_ms_first
         return max(1, round(left_ms))
 
-    # Requests of before it opened may end later: what they say is old, and only the probe counts then.
+    # A request that was sent before the breaker opened may end after it. Its result is old: only the probe counts then.
     def answered(self) -> None:
         """A request was answered."""
         if self.state == 'closed':
             self._failures = 0
 
     def failed(self) -> None:
-        """A request was not."""
+        """A request failed."""
         if self.state == 'closed':
             self._failures += 1
             if self._failures >= self._failures_max:
@@ -83,10 +83,10 @@ class Breaker:
         self._pause_ms = min(2 * self._pause_ms, self._pause_ms_max)
 
 
-class Slots:
-    """An `async with` that lets at most `limit` callers in, first come, first served; `limit` follows the server.
+class ConcurrencyLimit:
+    """An `async with` that admits at most `limit` callers at once, first come, first served.
 
-    It starts at `most`, halves when the server says that it has too much to do, and grows by 1 after `limit` answers.
+    The limit starts at `most`. It halves when the server reports overload, and grows by 1 after `limit` answers.
     Belongs to one event loop.
     """
 
@@ -97,31 +97,35 @@ class Slots:
         self._answers = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
 
-    async def __aenter__(self) -> None:
+    async def __aenter__(self) -> Self:
         if self.in_use < self.limit and not self._waiting:
             self.in_use += 1
-            return
+            return self
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:
             await turn
         except asyncio.CancelledError:
-            if not turn.cancelled():    # the turn came in the same moment: pass it on
+            if not turn.cancelled():    # the turn came at the same moment: pass it on
                 self._leave()
             raise
+        return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
                         trace: TracebackType | None) -> None:
         self._leave()
 
     def shrink(self, limit_then: int) -> None:
-        """Halve, unless that has been done since the request was sent under `limit_then`: one overload, one halving."""
+        """Halve the limit after an overload. Only once per overload: not if it changed since the request was sent.
+
+        limit_then   the limit at which the request was sent
+        """
         if limit_then == self.limit:
             self.limit = max(1, self.limit // 2)
             self._answers = 0
 
     def grow(self) -> None:
-        """An answer came."""
+        """Count an answer."""
         self._answers += 1
         if self.limit < self._most and self._answers >= self.limit:
             self._answers = 0

@@ -9,7 +9,7 @@ from stream.core.scores import Outputs
 
 
 class ConstantScorer:
-    """The same scores for everybody."""
+    """The same scores for every user."""
 
     def __init__(self, tiers: int = 5, rows_max: int = 256) -> None:
         self.model = ModelInfo('constant', '1', '0' * 64)

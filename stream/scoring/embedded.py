@@ -1,4 +1,4 @@
-"""The scorer inside the process: onnxruntime on the same ONNX file that Triton serves."""
+"""The scorer inside the process: onnxruntime with the same ONNX file that Triton serves."""
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +15,9 @@ from stream.scoring.artefact import load_artefact
 class EmbeddedScorer:
     """Runs a model folder with onnxruntime.
 
-    threads   of one model run; 1 keeps the result independent of the machine's core count
-    off_loop  score in a thread of its own, so that the event loop stays free; a replay's has nothing else to do
+    threads         of one model run; with 1 the result does not depend on the machine's core count
+    off_loop        score in another thread, so that the event loop stays free; a replay needs no free loop
+    windows_scored  so far
     """
 
     def __init__(self, version_dir: Path, threads: int = 1, rows_max: int = 256, off_loop: bool = True) -> None:
@@ -30,7 +31,7 @@ class EmbeddedScorer:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3      # errors; they come as exceptions too
+        options.log_severity_level = 3      # errors only; they are raised as well
         try:
             self._session = onnxruntime.InferenceSession(artefact.weights, options, providers=['CPUExecutionProvider'])
         except Exception as error:      # onnxruntime's own exceptions have no common base
@@ -39,7 +40,7 @@ class EmbeddedScorer:
         self.windows_scored = 0
 
     async def score(self, batches: Sequence[Batch]) -> list[Outputs]:
-        """Outputs of each batch. Errors: ModelError where onnxruntime refuses the inputs."""
+        """Outputs of each batch. Errors: ModelError if onnxruntime refuses the inputs."""
         return await asyncio.to_thread(self.score_now, batches) if self._off_loop else self.score_now(batches)
 
     def score_now(self, batches: Sequence[Batch]) -> list[Outputs]:

@@ -1,4 +1,4 @@
-"""A scorer for while another is away: a second copy of the same model."""
+"""A second copy of the same model, which scores while the first one is unavailable."""
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -8,21 +8,20 @@ from stream.core.scores import Outputs
 from stream.errors import ModelError, ScorerUnavailable
 
 if TYPE_CHECKING:
-    from stream.scoring.triton import Statistics
+    from stream.scoring.triton import RequestStatistics
 
 
 class FallbackScorer:
-    """Asks `primary`; `secondary` answers only what `primary` is not there to answer.
+    """Asks `primary`. Asks `secondary` only if `primary` is unavailable.
 
-    An answer that is wrong is no absence: ResponseRefused and other ModelErrors of the primary stay errors.
+    A wrong answer is not an absence: ResponseRefused and the other ModelErrors of the primary stay errors.
 
-    fallback_windows   windows that the secondary has scored
-    Errors             ModelError at construction where the two are not the same weights.
+    Errors   ModelError at construction if the two do not have the same weights.
     """
 
     def __init__(self, primary: Scorer, secondary: Scorer) -> None:
         if primary.model != secondary.model:
-            raise ModelError(f'The fallback is {secondary.model}, the model is {primary.model}.',
+            raise ModelError(f'The fallback is {secondary.model}, but the model is {primary.model}.',
                              'point both at copies of one model folder.')
         self.primary = primary
         self.secondary = secondary
@@ -30,20 +29,17 @@ class FallbackScorer:
         self.tier_names = primary.tier_names
         self.trained_on = primary.trained_on
         self.rows_max = min(primary.rows_max, secondary.rows_max)
-        self.fallback_windows = 0
 
     async def score(self, batches: Sequence[Batch]) -> list[Outputs]:
-        """Outputs of each batch, all from one of the two."""
+        """Outputs of each batch, all from the same scorer."""
         try:
             return await self.primary.score(batches)
         except ScorerUnavailable:
-            outputs = await self.secondary.score(batches)
-            self.fallback_windows += sum(map(len, batches))
-            return outputs
+            return await self.secondary.score(batches)
 
     @property
-    def statistics(self) -> 'Statistics | None':
-        """The primary's, if it keeps any."""
+    def statistics(self) -> 'RequestStatistics | None':
+        """Those of the primary, if it keeps any."""
         return getattr(self.primary, 'statistics', None)
 
     async def close(self) -> None:

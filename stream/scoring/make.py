@@ -11,11 +11,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def make_scorer(settings: Settings, warn: Callable[[str], None], off_loop: bool = True) -> Scorer:
-    """Make it; Triton is not asked yet.
+    """Make the scorer. It does not connect to Triton yet.
 
-    warn       told in words where the model was trained on something else than it will see
+    warn       is called with each mismatch between the model's training data and the settings
     off_loop   whether the event loop must stay free while the embedded model runs
-    Errors     ModelError where the model's folder is not what its manifest says, or cannot be loaded.
+    Errors     ModelError if the model's folder does not match its manifest, or cannot be loaded.
     """
     if settings.scorer == 'constant':
         return ConstantScorer(rows_max=settings.batch_rows_max)
@@ -30,23 +30,23 @@ def make_scorer(settings: Settings, warn: Callable[[str], None], off_loop: bool 
 
 
 def shipped(model: Path) -> Path:
-    """The model's folder; the shipped one's where it is called from elsewhere: that of this checkout."""
+    """The model's folder. The default is found in this checkout even if the working directory is another one."""
     return ROOT / SHIPPED_MODEL if model == SHIPPED_MODEL and not model.exists() else model
 
 
 def mismatches(manifest: Manifest, settings: Settings) -> list[str]:
-    """Where the model was trained on something else than these settings give it."""
+    """Differences between the model's training data and these settings, each as a clause."""
     lines = []
     trained, here = manifest.window, settings.window_limits()
     if (trained.events_max, trained.span_ms) != (here.events_max, here.span_ms):
-        lines.append(f'the model was trained on windows of {trained.events_max} events, these hold {here.events_max} '
-                     '(or another span)')
+        lines.append(f'the model was trained on windows of {trained.events_max} events, but these hold '
+                     f'{here.events_max} (or their span differs)')
     if manifest.currency != settings.currency:
-        lines.append(f'the model was trained on amounts in {manifest.currency}, these are in {settings.currency}')
+        lines.append(f'the model was trained on amounts in {manifest.currency}, but these are in {settings.currency}')
     return lines
 
 
-# Imported on demand: a replay needs no gRPC, and a worker with Triton no onnxruntime.
+# Imported on demand: a replay does not need gRPC, and a worker with Triton does not need onnxruntime.
 def _embedded(settings: Settings, model: Path, off_loop: bool):
     from stream.scoring.embedded import EmbeddedScorer
     return EmbeddedScorer(model, settings.scorer_threads, settings.batch_rows_max, off_loop)

@@ -1,20 +1,23 @@
-"""Triton's configuration of an exported model, and model repositories in three variants.
+"""Model repositories for Triton, made from an exported model, in three variants.
 
-    onnxruntime   ONNX Runtime backend on CPU or GPU: the repository as it is exported
-    tensorrt      the same, its graph compiled by TensorRT: for GPUs, first start of minutes
-    python        Python backend and the onnxruntime package: for a Triton without ONNX Runtime backend
+    onnxruntime   ONNX Runtime backend on CPU or GPU; the repository as it is exported
+    tensorrt      the same, with the graph compiled by TensorRT; for GPUs, and the first start takes minutes
+    python        Python backend with the onnxruntime package; for a Triton without the ONNX Runtime backend
 
-Requests that wait while the model is busy are batched; nothing waits on purpose. Not in the Python backend, whose model
-runs each request alone: there the batcher's thread would only spin while requests wait (measured with 2.51: up to 0.7
-of a core). The queue has no bound unless one is asked for: clients bound what they have in flight
-(`triton_in_flight_max`), and with a bound Triton's batcher misses wake-ups, so that requests wait 500 ms now and then
-(measured with 2.51 on a CPU; its DynamicBatchScheduler prefetches nothing while there is a queue policy).
+All three serve the same model.onnx. TensorRT cannot serve an int8 model, because it needs another form of it. The
+configuration holds the SHA-256 of the weights as the parameter `sha256`. A client can ask for it before it trusts the
+scores.
 
-Before a model counts as ready, Triton runs a real window of each length, as often as a batch has rows: files of raw
-numbers in the model's folder `warmup`, named <length>.<input>.
+Triton batches requests that wait while the model is busy. No request waits in order to be batched. The Python backend
+has no batcher, because its model runs each request alone: the batcher's thread would only spin while requests wait
+(measured with Triton 2.51: up to 0.7 of a core).
 
-All three serve the same model.onnx, but an int8 one not through TensorRT, which wants another form of it. Its SHA-256
-stands in the configuration as the parameter `sha256`, which a client can ask for before it trusts the scores.
+The queue has no bound by default, for two reasons. Clients already bound their requests in flight
+(`triton_in_flight_max`). And with a bound, Triton's batcher misses wake-ups, so that some requests wait 500 ms
+(measured with 2.51 on a CPU: its DynamicBatchScheduler prefetches nothing while there is a queue policy).
+
+Triton runs a full batch of each window length before the model is ready. The windows come from files of raw numbers in
+the model's folder `warmup`, named <length>.<input>.
 """
 import shutil
 from pathlib import Path
@@ -30,9 +33,9 @@ Variant = Literal['onnxruntime', 'tensorrt', 'python']
 VARIANTS: tuple[str, ...] = get_args(Variant)
 CONFIG_FILE = 'config.pbtxt'
 LABELS_FILE = 'tiers.txt'
-WARMUP_FOLDER = 'warmup'            # Triton's own name for it
-RANKING_MANIFEST = 'ranking.json'   # of a graph that ranks items: not the scores' name, no worker can serve it
-ENGINE_CACHE = '/var/cache/stream-tensorrt'     # on the GPU's machine: TensorRT's engines outlive a restart there
+WARMUP_FOLDER = 'warmup'            # Triton requires this name
+RANKING_MANIFEST = 'ranking.json'   # of a graph that ranks items; another name, so that no worker loads it
+ENGINE_CACHE = '/var/cache/stream-tensorrt'     # on the machine with the GPU; keeps TensorRT's engines across restarts
 _TRITON_TYPES = {'int32': 'TYPE_INT32', 'int64': 'TYPE_INT64', 'float32': 'TYPE_FP32'}
 
 
@@ -44,7 +47,7 @@ class Tensor(msgspec.Struct, frozen=True):
 
 
 class Served(msgspec.Struct, frozen=True):
-    """What a manifest says that Triton has to know."""
+    """The part of a manifest that Triton's configuration needs."""
 
     name: str
     version: str
@@ -57,15 +60,15 @@ class Served(msgspec.Struct, frozen=True):
 def triton_config(served: Served, variant: str = 'onnxruntime', queue_requests_max: int = 0, warm: bool = True) -> str:
     """The text of config.pbtxt.
 
-    queue_requests_max   beyond so many waiting requests Triton answers UNAVAILABLE at once; 0: no bound
-    warm                 whether windows of each length lie in WARMUP_FOLDER, to be scored before it is ready
+    queue_requests_max   with more requests waiting, Triton answers UNAVAILABLE at once; 0: no bound
+    warm                 whether WARMUP_FOLDER has windows of each length, to be scored before the model is ready
     Source   ModelConfig in Triton's model_config.proto; accelerator parameters in its ONNX Runtime backend's README.
     """
     engine = 'backend: "python"' if variant == 'python' else 'platform: "onnxruntime_onnx"'
     inputs = ',\n'.join(_tensor(*item) for item in served.inputs.items())
     outputs = ',\n'.join(_tensor(*item) for item in served.outputs.items())
     queue = f'default_queue_policy {{ max_queue_size: {queue_requests_max} }} ' if queue_requests_max else ''
-    # A queue can be bounded in the batcher alone.
+    # Only the batcher can bound a queue.
     batching = f'dynamic_batching {{ {queue}}}\n' if variant != 'python' or queue else ''
     return f'''name: "{served.name}"
 {engine}
@@ -84,32 +87,31 @@ version_policy {{ specific {{ versions: [ {served.version} ] }} }}
 ''' + _OF_VARIANT[variant](served) + ''.join(_warmup(served, slots) for slots in LENGTHS if warm)
 
 
-def render(version_dir: Path, repository: Path, variant: str, python_model: Path | None = None,
-           queue_requests_max: int = 0) -> Path:
-    """Write a verified version as the only one of its model into `repository`; returns the model's folder there.
+def write_repository(version_dir: Path, repository: Path, variant: str, python_model: Path | None = None,
+                     queue_requests_max: int = 0) -> Path:
+    """Verify a version and write it into `repository`, as the only version of its model. Returns the model's folder.
 
-    version_dir    of the scores' model, or of the ranking beside it
-    python_model   the Python backend's model.py; needed by the variant `python` alone
-    Errors         ModelError where the version is not what its manifest says, the manifest names no tensors, or the
-                   variant cannot serve it; UsageError for an unknown variant, or a repository that holds the version
-                   itself.
+    version_dir    of the model of the scores, or of the ranking
+    python_model   the Python backend's model.py; for the variant `python` only
+    Errors         ModelError if the version does not match its manifest, the manifest names no tensors, or the variant
+                   cannot serve it; UsageError if the variant is unknown, or `repository` holds the exported version.
     """
     if variant not in VARIANTS or (variant == 'python') != bool(python_model):
-        raise UsageError(f'{variant!r} is no variant of a model repository.', f'use one of {", ".join(VARIANTS)}.')
+        raise UsageError(f'{variant!r} is not a variant of a model repository.', f'use one of {", ".join(VARIANTS)}.')
     if (version_dir / RANKING_MANIFEST).is_file():
         if variant == 'tensorrt':
             raise ModelError(f'The ranking in {version_dir} has no lengths to compile for.',
-                             'serve it by the variant onnxruntime: it is a small graph.')
+                             'use the variant onnxruntime: the graph is small.')
         served, beside = load_ranking(version_dir), ()
     else:
         artefact = load_artefact(version_dir)
         if variant == 'tensorrt' and artefact.manifest.precision != 'fp32':
             raise ModelError(f'TensorRT does not take the {artefact.manifest.precision} version in {version_dir}.',
-                             'render the fp32 version: on a GPU it is the faster one too.')
+                             'use the fp32 version, which is also faster on a GPU.')
         served, beside = _described(version_dir / MANIFEST), (LABELS_FILE, WARMUP_FOLDER)
     model_dir = repository / served.name
     if model_dir.resolve() == version_dir.parent.resolve():
-        raise UsageError(f'{repository} is where the exported model is.', 'name another folder for the variant.')
+        raise UsageError(f'{repository} holds the exported model itself.', 'name another folder for the variant.')
     target = model_dir / served.version
     shutil.rmtree(model_dir, ignore_errors=True)
     target.mkdir(parents=True)
@@ -124,11 +126,11 @@ def render(version_dir: Path, repository: Path, variant: str, python_model: Path
 
 
 def load_ranking(version_dir: Path) -> Served:
-    """What the manifest of a version that ranks items says. Errors: ModelError where its graph is another one."""
+    """The manifest of a version that ranks items. Errors: ModelError if its graph is not the one listed."""
     served = _described(version_dir / RANKING_MANIFEST)
     graph = version_dir / WEIGHTS
     if not graph.is_file() or sha256(graph) != served.files.get(WEIGHTS):
-        raise ModelError(f'{graph} is not the file that its manifest lists: the SHA-256 differs.',
+        raise ModelError(f'{graph} is not the file that its manifest lists: its SHA-256 differs.',
                          'export the model again.')
     return served
 
@@ -151,8 +153,10 @@ def _python(_served: Served) -> str:
 
 
 def _tensorrt(served: Served) -> str:
-    """One engine for all batch sizes and lengths, in FP32 since scores are compared with the embedded copy's; the
-    warm-up builds it before the model counts as ready."""
+    """One engine for all batch sizes and lengths. The warm-up builds it before the model is ready.
+
+    FP32, because its scores are compared with those of the embedded copy.
+    """
     def shapes(rows: int, slots: int) -> str:
         return ','.join(f'{name}:' + 'x'.join(map(str, (rows, *_shape(tensor, slots))))
                         for name, tensor in served.inputs.items())
@@ -186,7 +190,7 @@ def _warmup(served: Served, slots: int) -> str:
 
 
 def warmup_file(name: str, slots: int) -> str:
-    """Of one input of a window of so many slots: raw numbers, little-endian, in C order."""
+    """Name of the file with one input of a window of `slots` slots: raw numbers, little-endian, in C order."""
     return f'{slots}.{name}'
 
 

@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from stream.scoring.breaker import Breaker, Slots
+from stream.scoring.breaker import Breaker, ConcurrencyLimit
 
 
 class Clock:
@@ -126,10 +126,10 @@ async def settle() -> None:
 
 
 class Crowd:
-    """Callers that hold a slot until they are told to go."""
+    """Callers that stay inside until they are told to go."""
 
-    def __init__(self, slots: Slots) -> None:
-        self.slots = slots
+    def __init__(self, concurrency: ConcurrencyLimit) -> None:
+        self.concurrency = concurrency
         self.inside: list[str] = []
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._go: dict[str, asyncio.Event] = {}
@@ -150,7 +150,7 @@ class Crowd:
         await settle()
 
     async def _visit(self, name: str) -> None:
-        async with self.slots:
+        async with self.concurrency:
             self.inside.append(name)
             try:
                 await self._go[name].wait()
@@ -158,9 +158,9 @@ class Crowd:
                 self.inside.remove(name)
 
 
-def test_slots_let_in_so_many_and_the_next_in_order():
+def test_a_limit_admits_so_many_and_the_next_in_order():
     async def run() -> None:
-        crowd = Crowd(Slots(2))
+        crowd = Crowd(ConcurrencyLimit(2))
         await crowd.come('a', 'b', 'c', 'd')
         assert crowd.inside == ['a', 'b']
         await crowd.go('b')
@@ -171,20 +171,20 @@ def test_slots_let_in_so_many_and_the_next_in_order():
     asyncio.run(run())
 
 
-def test_slots_halve_once_for_one_overload_and_grow_with_answers():
+def test_a_limit_halves_once_for_one_overload_and_grows_with_answers():
     async def run() -> None:
-        slots = Slots(8)
+        concurrency = ConcurrencyLimit(8)
         for _ in range(8):      # eight requests under the limit of 8 are all turned away
-            slots.shrink(8)
-        assert slots.limit == 4
-        slots.shrink(4)
-        slots.shrink(2)
-        slots.shrink(1)
-        assert slots.limit == 1
+            concurrency.shrink(8)
+        assert concurrency.limit == 4
+        concurrency.shrink(4)
+        concurrency.shrink(2)
+        concurrency.shrink(1)
+        assert concurrency.limit == 1
         seen = []
         for _ in range(40):
-            slots.grow()
-            seen.append(slots.limit)
+            concurrency.grow()
+            seen.append(concurrency.limit)
         assert seen[:4] == [2, 2, 3, 3]
         assert seen[-1] == 8
     asyncio.run(run())
@@ -192,26 +192,26 @@ def test_slots_halve_once_for_one_overload_and_grow_with_answers():
 
 def test_a_smaller_limit_holds_from_the_next_caller_on_and_a_larger_one_at_once():
     async def run() -> None:
-        slots = Slots(4)
-        crowd = Crowd(slots)
+        concurrency = ConcurrencyLimit(4)
+        crowd = Crowd(concurrency)
         await crowd.come('a', 'b', 'c', 'd', 'e', 'f')
-        slots.shrink(4)
+        concurrency.shrink(4)
         await crowd.go('a')
         await crowd.go('b')
         assert crowd.inside == ['c', 'd']
         await crowd.go('c')
         assert crowd.inside == ['d', 'e']
-        slots.grow()
-        slots.grow()
+        concurrency.grow()
+        concurrency.grow()
         await settle()
-        assert (slots.limit, crowd.inside) == (3, ['d', 'e', 'f'])
+        assert (concurrency.limit, crowd.inside) == (3, ['d', 'e', 'f'])
     asyncio.run(run())
 
 
-def test_cancelled_callers_take_no_slot_with_them():
+def test_cancelled_callers_leave_their_place_free():
     async def run() -> None:
-        slots = Slots(1)
-        crowd = Crowd(slots)
+        concurrency = ConcurrencyLimit(1)
+        crowd = Crowd(concurrency)
         await crowd.come('a', 'b', 'c')
         await crowd.cancel('b')         # while it waits
         await crowd.go('a')
@@ -222,7 +222,7 @@ def test_cancelled_callers_take_no_slot_with_them():
         await crowd.cancel('d')
         assert crowd.inside == ['e']
         await crowd.cancel('e')         # inside
-        assert slots.in_use == 0
+        assert concurrency.in_use == 0
         await crowd.come('f')
         assert crowd.inside == ['f']
     asyncio.run(run())

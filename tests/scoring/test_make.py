@@ -29,8 +29,8 @@ def test_a_model_of_other_windows_or_money_is_named(scorer: str):
     warnings: list[str] = []
     make_scorer(load_settings(scorer=scorer, currency='USD', window_events_max=64), warnings.append)
     assert len(warnings) == 2
-    assert 'windows of 128 events, these hold 64' in warnings[0]
-    assert 'amounts in EUR, these are in USD' in warnings[1]
+    assert 'windows of 128 events, but these hold 64' in warnings[0]
+    assert 'amounts in EUR, but these are in USD' in warnings[1]
 
 
 def test_the_shipped_model_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -12,7 +12,7 @@ from stream.core.features import COUNTERS, LENGTHS, SLOT_NUMBERS
 from stream.core.scores import OUTPUT_NAMES
 from stream.errors import ModelError, UsageError
 from stream.scoring.artefact import ROWS_MAX, load_artefact
-from stream.scoring.repository import ENGINE_CACHE, VARIANTS, render
+from stream.scoring.repository import ENGINE_CACHE, VARIANTS, write_repository
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / 'triton_models' / 'shopper' / '1'
@@ -23,7 +23,7 @@ TYPES = {model_config_pb2.TYPE_INT32: '<i4', model_config_pb2.TYPE_INT64: '<i8',
 
 
 def rendered(variant: str, into: Path, **options) -> Path:
-    return render(SHIPPED, into, variant, PYTHON_MODEL if variant == 'python' else None, **options)
+    return write_repository(SHIPPED, into, variant, PYTHON_MODEL if variant == 'python' else None, **options)
 
 
 def parsed(model_dir: Path) -> model_config_pb2.ModelConfig:
@@ -100,9 +100,9 @@ def test_an_int8_version_is_not_for_tensorrt(tmp_path: Path):
     shutil.copytree(SHIPPED.parent, exported)
     manifest = json.loads((exported / '1' / 'manifest.json').read_bytes()) | {'precision': 'int8'}
     (exported / '1' / 'manifest.json').write_text(json.dumps(manifest))
-    assert render(exported / '1', tmp_path / 'cpu', 'onnxruntime').is_dir()
+    assert write_repository(exported / '1', tmp_path / 'cpu', 'onnxruntime').is_dir()
     with pytest.raises(ModelError, match='int8'):
-        render(exported / '1', tmp_path / 'gpu', 'tensorrt')
+        write_repository(exported / '1', tmp_path / 'gpu', 'tensorrt')
 
 
 def test_rendering_again_replaces_what_was_there(tmp_path: Path):
@@ -118,10 +118,10 @@ def test_the_exported_version_is_never_written_over():
 
 
 def test_what_cannot_be_rendered(tmp_path: Path):
-    with pytest.raises(UsageError, match='no variant'):
+    with pytest.raises(UsageError, match='not a variant'):
         rendered('openvino', tmp_path)
-    with pytest.raises(UsageError, match='no variant'):
-        render(SHIPPED, tmp_path, 'python')
+    with pytest.raises(UsageError, match='not a variant'):
+        write_repository(SHIPPED, tmp_path, 'python')
     changed = tmp_path / 'shopper' / '1'
     changed.mkdir(parents=True)
     (changed / 'model.onnx').write_bytes((SHIPPED / 'model.onnx').read_bytes())
@@ -129,7 +129,7 @@ def test_what_cannot_be_rendered(tmp_path: Path):
     del manifest['outputs']
     (changed / 'manifest.json').write_text(json.dumps(manifest))
     with pytest.raises(ModelError, match='outputs'):
-        render(changed, tmp_path / 'out', 'onnxruntime')
+        write_repository(changed, tmp_path / 'out', 'onnxruntime')
     (changed / 'model.onnx').write_bytes(b'another graph')
     with pytest.raises(ModelError, match='SHA-256'):
-        render(changed, tmp_path / 'out', 'onnxruntime')
+        write_repository(changed, tmp_path / 'out', 'onnxruntime')

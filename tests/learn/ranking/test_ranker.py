@@ -26,7 +26,7 @@ from stream.learn.ranking.past_items import BUCKETS, OWN_NUMBERS, UNDONE_NUMBERS
 from stream.learn.ranking.ranker import Ranker, RankerOptions, fit_recommender
 from stream.learn.ranking.served import CANDIDATES, ranking_dir, rankings, score_names, tensor_names, verified
 from stream.scoring.artefact import load_artefact, sha256
-from stream.scoring.repository import RANKING_MANIFEST, render
+from stream.scoring.repository import RANKING_MANIFEST, write_repository
 
 LIMITS = WindowLimits()
 OFF = RankerOptions(rows_max=0)
@@ -187,11 +187,11 @@ def test_triton_ranks_as_the_process_does(version_dir, history, tmp_path):
 
 def test_what_no_triton_could_serve_is_not_rendered(version_dir, tmp_path):
     with pytest.raises(ModelError, match='no lengths'):
-        render(ranking_dir(version_dir), tmp_path / 'models', 'tensorrt')
+        write_repository(ranking_dir(version_dir), tmp_path / 'models', 'tensorrt')
     copy = shutil.copytree(ranking_dir(version_dir), tmp_path / 'shopper_next' / '1')
     (copy / 'model.onnx').write_bytes(b'another')
     with pytest.raises(ModelError, match='SHA-256'):
-        render(copy, tmp_path / 'models', 'onnxruntime')
+        write_repository(copy, tmp_path / 'models', 'onnxruntime')
     assert not (tmp_path / 'models').exists()
 
 
