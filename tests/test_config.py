@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from pydantic import Field, SecretStr
 
-from stream.config import Settings, load_settings, render
+from stream.config import Settings, as_toml, load_settings
 from stream.core.decide import Policy
 from stream.core.layout import DAY_MS, WindowLimits
 from stream.errors import UsageError
@@ -58,10 +58,10 @@ def test_a_missing_file_is_an_error(tmp_path: Path):
 
 
 def test_what_is_printed_can_be_read_again(tmp_path: Path):
-    printed = render(load_settings(churn_raise=0.7, currency_rates={'USD': 0.9}))
+    printed = as_toml(load_settings(churn_raise=0.7, currency_rates={'USD': 0.9}))
     (tmp_path / 'stream.toml').write_text(printed)
     assert tomllib.loads(printed)['churn_raise'] == 0.7
-    assert render(load_settings()) == printed
+    assert as_toml(load_settings()) == printed
     assert '(default: 0.8)' in printed
 
 
@@ -73,8 +73,8 @@ def test_secrets_are_masked():
     class WithSecret(Settings):
         password: SecretStr = Field(SecretStr('hunter2'), description='a secret')
 
-    assert 'hunter2' not in render(WithSecret())
-    assert '*****' in render(WithSecret())
+    assert 'hunter2' not in as_toml(WithSecret())
+    assert '*****' in as_toml(WithSecret())
 
 
 def test_a_setting_that_does_not_exist_is_named_with_its_neighbour():

@@ -34,7 +34,7 @@ from stream.cli.shared import (
     written,
 )
 from stream.cli.worker import app as worker_commands
-from stream.config import Settings, render
+from stream.config import Settings, as_toml
 from stream.errors import InputError, StreamError, UsageError
 
 app = typer.Typer(
@@ -142,7 +142,7 @@ def show_config(
         from stream.core.events import json_schema
         sys.stdout.write(orjson.dumps(json_schema(), option=orjson.OPT_INDENT_2).decode() + '\n')
     else:
-        sys.stdout.write(render(effective_settings(config, **parsed(overrides))))
+        sys.stdout.write(as_toml(effective_settings(config, **parsed(overrides))))
 
 
 app.add_typer(worker_commands)

@@ -87,7 +87,8 @@ def test_a_folder_without_a_model_is_told(tmp_path):
 def test_a_model_of_other_amounts_is_told(recording, tmp_path):
     done = CliRunner().invoke(app, ['predict', str(recording), '--at', '2025-06-01', '--out', str(tmp_path / 'p.jsonl'),
                                     '--set', 'currency=USD'])
-    assert 'warning: The model was trained on amounts in EUR, but these are in USD: do not trust its scores' in done.output
+    assert ('warning: The model was trained on amounts in EUR, but these are in USD: do not trust its scores'
+            in done.output)
 
 
 def test_files_of_another_format_are_told(tmp_path):
