@@ -1,13 +1,14 @@
-"""The worker's HTTP server for machines that look after it: is it alive, is it ready, how is it doing.
+"""The worker's HTTP server for orchestrators and monitoring: health, readiness, status and metrics.
 
-    /live      200 while the event loop answers and nothing has declared the worker dead, else 503: restart it
-    /ready     200 while events really flow, else 503 with the reasons
+    /live      200 while the worker lives; 503 if it must be restarted
+    /ready     200 while events flow; 503 with the reasons if they do not
     /status    partitions, states and lags as JSON
-    /metrics   Prometheus (or OpenMetrics, for whoever asks)
+    /metrics   Prometheus, or OpenMetrics if the request asks for it
 
-None of them holds data of a shop: no user, no event, no key. What may be told is what `Status` has room for.
-Requests are bounded: a line or a header of 8 KiB, 64 headers, no body is read, and a connection that has not sent its
-request, or its next one, within `idle_seconds_max` is closed.
+No answer holds data of the shop: no user, no event, no key. `Status` lists everything that is told.
+
+Requests are bounded. A line or a header has at most 8 KiB, a request at most 64 headers, and bodies are not read. A
+connection is closed if its first or next request does not come within `idle_seconds_max`.
 """
 import logging
 from collections.abc import Callable, Mapping
@@ -23,22 +24,22 @@ PATHS = ('/live', '/ready', '/status', '/metrics')
 
 _LINE_BYTES_MAX = 8 << 10
 _HEADERS_MAX = 64
-_LINGER_SECONDS = 1.0       # for what a client still sends after its answer
-_STOP_SECONDS = 2.0         # for answers that are on their way when the server stops
+_LINGER_SECONDS = 1.0       # time to read what a client still sends after its answer
+_STOP_SECONDS = 2.0         # time for answers in flight when the server stops
 _HEADERS = {'Cache-Control': 'no-store', 'X-Content-Type-Options': 'nosniff', 'Server': 'stream'}
 
 log = logging.getLogger(__name__)
 
-LaneState = Literal['recovering', 'running', 'holding', 'draining', 'standby']
+LaneState = Literal['recovering', 'running', 'holding', 'standby']
 
 
 class LaneStatus(msgspec.Struct):
-    """One partition number, as this worker has it.
+    """The state of one partition number in this worker.
 
     step       the newest step that is done
-    lag        records left to fold, by input topic
+    lag        records not folded yet, by input topic
     clock_ms   Unix ms of event time up to which timers have fired; 0: no event yet
-    users      in its state
+    users      in the state
     """
 
     partition: int
@@ -51,7 +52,7 @@ class LaneStatus(msgspec.Struct):
 
 
 class Status(msgspec.Struct):
-    """Everything that `/status` tells."""
+    """The answer of `/status`."""
 
     version: str
     group: str
@@ -61,31 +62,26 @@ class Status(msgspec.Struct):
 
 
 class Health(Protocol):
-    """What the worker knows of itself; the answers must be cheap, they are given on the event loop."""
+    """What the worker says about itself. It is asked on the event loop, so every answer must be cheap."""
 
     def live(self) -> list[str]:
-        """Why the worker is dead and has to be restarted; empty while it lives."""
+        """Reasons why the worker must be restarted; empty while it lives."""
         ...
 
     def ready(self) -> list[str]:
-        """Why events do not flow; empty while they do. A worker that is assigned but not reading is not ready."""
+        """Reasons why events do not flow; empty while they do.
+
+        A worker that has partitions but does not read them is not ready.
+        """
         ...
 
     def status(self) -> Status: ...
 
 
-class _Progress(msgspec.Struct):
-    """How far one topic partition has come. `lag` is None until it is known; `moved_at` in seconds of the clock."""
-
-    moved_at: float
-    position: int = -1
-    lag: int | None = None
-
-
 class AdminServer:
     """Serves `PATHS` on one address.
 
-    port   0: any free port; after `start`, the one that it is
+    port   0: any free port; after `start`, the port in use
     """
 
     def __init__(self, host: str, port: int, health: Health, metrics: Metrics, idle_seconds_max: float = 10.0) -> None:
@@ -103,13 +99,13 @@ class AdminServer:
 
     @property
     def url(self) -> str:
-        """Where it answers, without a path."""
+        """The address of the server, without a path."""
         return f'http://{f"[{self.host}]" if ":" in self.host else self.host}:{self.port}'
 
     async def start(self) -> None:
-        """Listen; log where.
+        """Listen, and log the address.
 
-        Errors   UsageError where the address is taken or cannot be listened on.
+        Errors   UsageError if the address is in use or cannot be listened on.
         """
         server = web.Server(
             self._answer, access_log=None, max_line_size=_LINE_BYTES_MAX, max_field_size=_LINE_BYTES_MAX,
@@ -129,7 +125,7 @@ class AdminServer:
         log.info('health and metrics: %s (%s)', self.url, ' '.join(PATHS))
 
     async def stop(self) -> None:
-        """Close the address and all connections; nothing happens where it was not started."""
+        """Close the address and all connections. Does nothing if it was not started."""
         runner, self._runner = self._runner, None
         if runner:
             await runner.cleanup()

@@ -1,7 +1,8 @@
-"""What is wrong before a worker starts: settings, brokers, topics, partitioner, group, model, Triton, state, port.
+"""The checks before a worker starts: settings, brokers, topics, partitioner, group, model, Triton, state, port.
 
-Every check gives lines: ok, warning or problem, in words, and what to do. A check that needs the brokers is left out
-where no broker answers. Nothing is changed: no topic is created, no group is joined, no record is written.
+A check gives one or more results: ok, warning or problem, with one sentence and what to do. Checks that need the
+brokers are skipped if no broker answers. Nothing is changed: no topic is created, no group is joined, no record is
+written.
 """
 import asyncio
 import http.client
@@ -11,20 +12,19 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 
-from stream.config import SHIPPED_MODEL, Settings, unknown_variables
+from stream.config import Settings, unknown_variables
 from stream.core.partitioners import Detection, detect, keys_needed
 from stream.errors import KafkaError, ModelError, StreamError, UsageError
 from stream.kafka.clients import client_arguments, open_admin, open_consumer
 from stream.kafka.topics import Topics, survey
 from stream.scoring.artefact import MANIFEST, load_artefact, sha256
-from stream.scoring.make import ROOT, make_scorer
+from stream.scoring.make import make_scorer, mismatches, shipped
 
 SAMPLE_RECORDS = 2_000          # of each input, the newest ones
 SAMPLE_SECONDS_MAX = 10.0
@@ -34,8 +34,8 @@ FREE_BYTES_MIN = 1 << 30
 Outcome = Literal['ok', 'warning', 'problem']
 
 
-class Line(msgspec.Struct, frozen=True):
-    """What one check found. `exit_code` is 0 unless it is a problem."""
+class CheckResult(msgspec.Struct, frozen=True):
+    """One result of a check. `exit_code` is 0 unless the outcome is a problem."""
 
     check: str
     outcome: Outcome
@@ -44,75 +44,75 @@ class Line(msgspec.Struct, frozen=True):
     exit_code: int = 0
 
 
-def ok(check: str, text: str) -> Line:
-    return Line(check, 'ok', text)
+def ok(check: str, text: str) -> CheckResult:
+    return CheckResult(check, 'ok', text)
 
 
-def warning(check: str, text: str, do: str) -> Line:
-    return Line(check, 'warning', text, do)
+def warning(check: str, text: str, do: str) -> CheckResult:
+    return CheckResult(check, 'warning', text, do)
 
 
-def problem(check: str, error: StreamError) -> Line:
-    return Line(check, 'problem', error.problem, error.do, error.exit_code)
+def problem(check: str, error: StreamError) -> CheckResult:
+    return CheckResult(check, 'problem', error.problem, error.do, error.exit_code)
 
 
-async def check(settings: Settings) -> AsyncIterator[Line]:
-    """All checks, each line as soon as it is known."""
-    async for line in _lines('settings', _settings(settings)):
-        yield line
+async def run_checks(settings: Settings) -> AsyncIterator[CheckResult]:
+    """Run all checks. Each result comes as soon as it is known."""
+    async for result in _results('settings', _settings(settings)):
+        yield result
     reached = False
-    async for line in _lines('brokers', _brokers(settings)):
-        reached = reached or line.outcome != 'problem'
-        yield line
+    async for result in _results('brokers', _brokers(settings)):
+        reached = reached or result.outcome != 'problem'
+        yield result
     if reached:
-        for name, lines in (('topics', _topics(settings)), ('partitioner', _partitioner(settings)),
+        for name, results in (('topics', _topics(settings)), ('partitioner', _partitioner(settings)),
                             ('group', _group(settings))):
-            async for line in _lines(name, lines):
-                yield line
-    for name, lines in (('model', _model(settings)), ('triton', _triton(settings)), ('state', _state(settings)),
+            async for result in _results(name, results):
+                yield result
+    for name, results in (('model', _model(settings)), ('triton', _triton(settings)), ('state', _state(settings)),
                         ('admin port', _admin_port(settings))):
-        async for line in _lines(name, lines):
-            yield line
+        async for result in _results(name, results):
+            yield result
 
 
-async def _lines(name: str, lines: AsyncIterator[Line]) -> AsyncIterator[Line]:
+async def _results(name: str, results: AsyncIterator[CheckResult]) -> AsyncIterator[CheckResult]:
     try:
-        async for line in lines:
-            yield line
+        async for result in results:
+            yield result
     except StreamError as error:
         yield problem(name, error)
 
 
 # ---- settings -------------------------------------------------------------------------------------------------------
 
-async def _settings(settings: Settings) -> AsyncIterator[Line]:
+async def _settings(settings: Settings) -> AsyncIterator[CheckResult]:
     client_arguments(settings)
-    found = [warning('settings', f'{name} in the environment is no setting.', 'see `stream config` for the names.')
+    found = [warning('settings', f'{name} in the environment is not a setting.', 'see `stream config` for the names.')
              for name in unknown_variables()]
     if settings.scorer == 'constant':
-        found.append(warning('settings', 'scorer = constant gives everybody the same scores.',
+        found.append(warning('settings', 'scorer = constant gives every user the same scores.',
                              'set scorer to triton or embedded.'))
     if settings.session_timeout_ms >= settings.max_poll_interval_ms:
         found.append(warning(
             'settings', f'session_timeout_ms ({settings.session_timeout_ms}) is not below max_poll_interval_ms '
             f'({settings.max_poll_interval_ms}).', 'set the first to seconds, the second to minutes.'))
-    for line in found:
-        yield line
+    for result in found:
+        yield result
     if not found:
-        yield ok('settings', 'they fit together.')
+        yield ok('settings', 'they are consistent.')
 
 
 # ---- Kafka ----------------------------------------------------------------------------------------------------------
 
-async def _brokers(settings: Settings) -> AsyncIterator[Line]:
+async def _brokers(settings: Settings) -> AsyncIterator[CheckResult]:
     async with open_admin(settings) as admin:
         brokers = (await admin.describe_cluster())['brokers']
     addresses = [f'{broker["host"]}:{broker["port"]}' for broker in brokers]
     away = [address for broker, address in zip(brokers, addresses, strict=True)
             if not await _connects(broker['host'], broker['port'])]
     if away and len(away) == len(addresses):
-        raise KafkaError(f'{settings.brokers} answers, but what it advertises, {", ".join(away)}, cannot be reached '
-                         'from here.', 'correct advertised.listeners of the brokers.')
+        raise KafkaError(f'{settings.brokers} answers, but the addresses that it advertises cannot be reached from '
+                         f'here: {", ".join(away)}.', 'correct advertised.listeners of the brokers.')
     for address in away:
         yield warning('brokers', f'The broker {address} cannot be reached.',
                       'start it, or correct its advertised.listeners.')
@@ -129,7 +129,7 @@ async def _connects(host: str, port: int) -> bool:
     return True
 
 
-async def _topics(settings: Settings) -> AsyncIterator[Line]:
+async def _topics(settings: Settings) -> AsyncIterator[CheckResult]:
     topics = await survey(settings, create=False)
     for finding in topics.findings:
         if finding.level == 'problem':
@@ -137,13 +137,13 @@ async def _topics(settings: Settings) -> AsyncIterator[Line]:
         else:
             yield warning('topics', finding.problem, finding.do)
     for entry in topics.missing:
-        yield warning('topics', f'There is no topic {entry.wanted.name} yet.',
+        yield warning('topics', f'There is no topic {entry.spec.name} yet.',
                       'run `stream topics`, or let the first worker create it.')
     if not topics.findings and not topics.missing:
         yield ok('topics', ', '.join(f'{name} ({there.partitions})' for name, there in topics.found.items()) + '.')
 
 
-async def _partitioner(settings: Settings) -> AsyncIterator[Line]:
+async def _partitioner(settings: Settings) -> AsyncIterator[CheckResult]:
     topics = await survey(settings, create=False)
     for name in (settings.clicks_topic, settings.carts_topic):
         if name in topics.found:
@@ -151,42 +151,42 @@ async def _partitioner(settings: Settings) -> AsyncIterator[Line]:
             partitions = topics.partitions(name)
             if keyless:
                 yield warning(
-                    'partitioner', f'{keyless} of the newest {len(keys) + keyless} records of {name} have no key: they '
-                    'become dead letters.', 'have the producers send the user_id as key.')
-            yield judge(settings, name, detect(keys, partitions), partitions)
+                    'partitioner', f'{keyless} of the newest {len(keys) + keyless} records of {name} have no key. They '
+                    'become dead letters.', 'let the producers send the user_id as key.')
+            yield partitioner_result(settings, name, detect(keys, partitions), partitions)
 
 
-def judge(settings: Settings, topic: str, found: Detection, partitions: int) -> Line:
-    """What a sample of a topic's keys says about the setting `partitioner`."""
+def partitioner_result(settings: Settings, topic: str, found: Detection, partitions: int) -> CheckResult:
+    """Compare the partitioner that a sample of keys was written with to the setting `partitioner`."""
     name = 'partitioner'
     what = f'{found.keys} keys of {topic}'
     if found.verdict is None:
         needed = keys_needed(partitions)
-        return ok(name, f'{what} are too few to tell, {needed} are needed.' if needed else
-                  f'{topic} has one partition, where every partitioner agrees.')
+        return ok(name, f'{what} are too few to tell; {needed} are needed.' if needed else
+                  f'{topic} has one partition, so every partitioner agrees.')
     if settings.partitioner == 'none':
         if found.verdict == 'none':
-            return ok(name, f'{what} follow no partitioner that is known here, and none is checked.')
-        return warning(name, f'{what} follow {found.verdict}, and the setting does not check it.',
-                       f'set partitioner = "{found.verdict}", so that a record that went elsewhere is noticed.')
+            return ok(name, f'{what} follow no known partitioner, and the setting does not check any.')
+        return warning(name, f'{what} follow {found.verdict}, but the setting does not check it.',
+                       f'set partitioner = "{found.verdict}", so that records on a wrong partition are noticed.')
     share = found.shares[settings.partitioner]
     if share == 1:
-        return ok(name, f'{what} lie where {settings.partitioner} puts them.')
-    elsewhere = f'{100 * (1 - share):.1f} % of {what} lie where {settings.partitioner} would not put them'
+        return ok(name, f'{what} are on the partitions that {settings.partitioner} chooses.')
+    elsewhere = f'{100 * (1 - share):.1f} % of {what} are on partitions that {settings.partitioner} would not choose'
     if found.verdict == settings.partitioner:
         return warning(
-            name, f'{elsewhere}: those records become dead letters.',
-            'find the producer that partitions in another way; or the number of partitions was raised since.')
+            name, f'{elsewhere}. Their records become dead letters.',
+            'find the producer that uses another partitioner, or whether the number of partitions was raised since.')
     if found.verdict == 'none':
         do = ('find out how the producers choose a partition, or whether the number of partitions was raised since; '
-              'partitioner = "none" if each user stays on one partition all the same.')
+              'set partitioner = "none" if each user stays on one partition nevertheless.')
     else:
         do = f'set partitioner = "{found.verdict}", which fits {100 * found.shares[found.verdict]:.1f} % of them.'
     return problem(name, UsageError(f'{elsewhere}.', do))
 
 
 async def _sample(settings: Settings, topics: Topics, topic: str) -> tuple[list[tuple[bytes, int]], int]:
-    """Keys of the newest records with their partitions, and how many records had none."""
+    """Keys of the newest records with their partitions, and the number of records without a key."""
     partitions = topics.partitions(topic)
     places = [TopicPartition(topic, number) for number in range(partitions)]
     keys: list[tuple[bytes, int]] = []
@@ -215,31 +215,31 @@ async def _unfinished(
     return [place for place in reading if await consumer.position(place) < ends[place]]
 
 
-async def _group(settings: Settings) -> AsyncIterator[Line]:
+async def _group(settings: Settings) -> AsyncIterator[CheckResult]:
     async with open_admin(settings) as admin:
-        # Asking for a group that was never there would have the brokers create their topic of offsets.
+        # Asking for a group that never existed would make the brokers create their offsets topic.
         known = settings.group in [name for name, *_ in await admin.list_consumer_groups()]
         protocol, members = await _described(admin, settings.group) if known else ('', [])
         committed = await admin.list_consumer_group_offsets(settings.group) if known else {}
     ours = client_arguments(settings)['client_id']
     others = sorted({client for client in members if client != ours})
     if others or protocol not in ('', 'consumer'):
-        who = f'clients {", ".join(others)}' if others else f'a group of the kind {protocol}'
+        who = f'clients {", ".join(others)}' if others else f'a group of the type {protocol}'
         yield problem('group', UsageError(f'The group {settings.group} is in use by {who}.',
-                                          'set `group` to a name that nobody else uses.'))
+                                          'set `group` to a name that nothing else uses.'))
         return
     foreign = sorted({place.topic for place in committed} - {settings.clicks_topic, settings.carts_topic})
     if foreign:
         yield warning('group', f'The group {settings.group} has committed offsets of {", ".join(foreign)}, which this '
-                      'worker does not read.', 'set `group` to a name that nobody else uses.')
+                      'worker does not read.', 'set `group` to a name that nothing else uses.')
     if members:
         yield ok('group', f'{settings.group}: {len(members)} workers are running.')
     else:
-        yield ok('group', f'{settings.group}: nobody is running' + (', it was here before.' if committed else '.'))
+        yield ok('group', f'{settings.group}: no worker is running.' + (' It has committed offsets.' if committed else ''))
 
 
 async def _described(admin: AIOKafkaAdminClient, group: str) -> tuple[str, list[str]]:
-    """Protocol type of the group and the client ids of its members."""
+    """The group's protocol type, and the client ids of its members."""
     responses: list[Any] = await admin.describe_consumer_groups([group])
     for response in responses:
         for _error, name, _state, protocol, _assignor, members, *_ in response.groups:
@@ -250,29 +250,22 @@ async def _described(admin: AIOKafkaAdminClient, group: str) -> tuple[str, list[
 
 # ---- model and Triton -----------------------------------------------------------------------------------------------
 
-def _model_dir(settings: Settings) -> Path:
-    here = settings.model
-    return ROOT / SHIPPED_MODEL if here == SHIPPED_MODEL and not here.exists() else here
-
-
-async def _model(settings: Settings) -> AsyncIterator[Line]:
+async def _model(settings: Settings) -> AsyncIterator[CheckResult]:
     if settings.scorer == 'constant':
         return
-    folder = _model_dir(settings)
+    folder = shipped(settings.model)
     artefact = load_artefact(folder)
-    mismatches: list[str] = []
-    # Also loads the weights where they are scored with in the process.
-    make_scorer(settings, mismatches.append)
-    for text in mismatches:
-        yield warning('model', text[0].upper() + text[1:] + '.', 'train a model on what it will see, or change the '
-                      'settings to what it was trained on.')
+    make_scorer(settings, lambda _: None)       # loads the weights too, if this process scores
+    for text in mismatches(artefact.manifest, settings):
+        yield warning('model', f'{text[0].upper()}{text[1:]}.',
+                      'train a model on such events, or change the settings to those of its training.')
     listed = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=_Listed).repository_files
     for name, digest in listed.items():
         path = folder.parent / name
         if not path.resolve().is_relative_to(folder.parent.resolve()) or not path.is_file():
-            yield problem('model', ModelError(f'{path} is missing.', 'restore the folder from where it was exported.'))
+            yield problem('model', ModelError(f'{path} is missing.', 'restore the folder from the exported one.'))
         elif sha256(path) != digest:
-            yield warning('model', f'{path} is not the file that was exported: the SHA-256 differs.',
+            yield warning('model', f'{path} is not the file that was exported: its SHA-256 differs.',
                           'restore it, unless it was changed on purpose.')
     yield ok('model', f'{artefact.info.name} version {artefact.info.version}, SHA-256 {artefact.info.sha256[:12]}..., '
              f'trained on {artefact.manifest.trained_on}.')
@@ -282,24 +275,24 @@ class _Listed(msgspec.Struct):
     repository_files: dict[str, str] = {}
 
 
-async def _triton(settings: Settings) -> AsyncIterator[Line]:
+async def _triton(settings: Settings) -> AsyncIterator[CheckResult]:
     if settings.scorer != 'triton':
         return
     from stream.scoring.triton import TritonScorer
-    scorer = TritonScorer(settings.triton, _model_dir(settings), settings.batch_rows_max)
+    scorer = TritonScorer(settings.triton, shipped(settings.model), settings.batch_rows_max)
     try:
         await scorer.open()
     finally:
         await scorer.close()
     if not scorer.served_sha256:
-        yield warning('triton', f'{settings.triton} does not say which weights it serves.',
+        yield warning('triton', f'{settings.triton} does not tell the SHA-256 of its weights.',
                       "serve the exported config.pbtxt, which has the model's SHA-256.")
     yield ok('triton', f'{settings.triton} has {scorer.model.name} version {scorer.model.version} ready.')
 
 
 # ---- this machine ---------------------------------------------------------------------------------------------------
 
-async def _state(settings: Settings) -> AsyncIterator[Line]:
+async def _state(settings: Settings) -> AsyncIterator[CheckResult]:
     folder = settings.state_dir
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
@@ -307,18 +300,18 @@ async def _state(settings: Settings) -> AsyncIterator[Line]:
             free = shutil.disk_usage(there).free
     except OSError as error:
         raise UsageError(f'{folder} cannot be written: {error.strerror} ({there}).',
-                         'set state_dir to a folder that this user may write.') from error
+                         'set state_dir to a folder that this user may write to.') from error
     if free < FREE_BYTES_MIN:
         yield warning('state', f'{there} has {free >> 20} MiB free.', 'make room, or set state_dir to another disk.')
     else:
-        yield ok('state', f'{folder} can be written, {free >> 30} GiB are free.')
+        yield ok('state', f'{folder} can be written; {free >> 30} GiB are free.')
 
 
-async def _admin_port(settings: Settings) -> AsyncIterator[Line]:
+async def _admin_port(settings: Settings) -> AsyncIterator[CheckResult]:
     host, port = settings.admin_host, settings.admin_port
     address = f'{host}:{port}'
     if port == 0:
-        yield ok('admin port', 'any free one.')
+        yield ok('admin port', 'any free port.')
         return
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -327,7 +320,7 @@ async def _admin_port(settings: Settings) -> AsyncIterator[Line]:
             probe.bind(where)
     except OSError as error:
         if await asyncio.to_thread(_serves_metrics, address):
-            yield ok('admin port', f'{address}: a worker runs there; another one on this machine needs another port.')
+            yield ok('admin port', f'{address} is used by a running worker. Another worker on this machine needs another port.')
             return
         raise UsageError(f'{address} cannot be used: {error.strerror or error}.',
                          'set admin_host to an address of this machine and admin_port to a free port, or to 0.'

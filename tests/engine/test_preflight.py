@@ -9,20 +9,20 @@ import pytest
 
 from stream.config import Settings
 from stream.core.partitioners import detect, partition
-from stream.engine.preflight import Line, check, judge
+from stream.engine.preflight import CheckResult, partitioner_result, run_checks
 from stream.errors import KafkaError, ModelError, UsageError
 
 MODEL = Path(__file__).parents[2] / 'triton_models' / 'shopper' / '1'
 
 
-def lines(**values: Any) -> dict[str, Line]:
+def lines(**values: Any) -> dict[str, CheckResult]:
     """The worst line of each check, of a machine without a broker."""
-    async def run() -> list[Line]:
+    async def run() -> list[CheckResult]:
         with socket.socket() as probe:
             probe.bind(('127.0.0.1', 0))
             closed = f'127.0.0.1:{probe.getsockname()[1]}'
         given = Settings(**({'brokers': closed, 'model': MODEL, 'admin_port': 0} | values))
-        return [line async for line in check(given)]
+        return [line async for line in run_checks(given)]
 
     order = ['ok', 'warning', 'problem']
     return {line.check: line for line in sorted(asyncio.run(run()), key=lambda line: order.index(line.outcome))}
@@ -62,7 +62,7 @@ def test_the_model_folder_is_verified_with_its_repository_files(model: Path):
     assert lines(model=model)['model'].outcome == 'warning'
     config.unlink()
     assert lines(model=model)['model'].exit_code == ModelError.exit_code
-    assert 'another span' in lines(window_span_days=30)['model'].text
+    assert 'span differs' in lines(window_span_days=30)['model'].text
     with (model / 'model.onnx').open('r+b') as file:
         file.write(b'x')
     assert 'SHA-256 differs' in lines(model=model)['model'].text
@@ -94,8 +94,8 @@ def test_a_port_that_is_taken():
     assert lines(admin_host='192.0.2.1', admin_port=port)['admin port'].outcome == 'problem'
 
 
-def judged(setting: Any, keys: list[tuple[bytes, int]], partitions: int = 8) -> Line:
-    return judge(Settings(partitioner=setting), 'clicks', detect(keys, partitions), partitions)
+def judged(setting: Any, keys: list[tuple[bytes, int]], partitions: int = 8) -> CheckResult:
+    return partitioner_result(Settings(partitioner=setting), 'clicks', detect(keys, partitions), partitions)
 
 
 def test_the_partitioner_is_compared_with_the_setting():

@@ -14,7 +14,7 @@ from deploy.local.parts import Kafka, Triton
 from stream.cli.main import app
 from stream.config import Settings
 from stream.core.partitioners import partition
-from stream.engine.preflight import Line, check
+from stream.engine.preflight import CheckResult, run_checks
 from stream.errors import KafkaError, UsageError
 from stream.kafka.clients import client_arguments, open_producer
 from stream.kafka.topics import ensure_topics
@@ -23,16 +23,16 @@ from tests.integration.test_topics_broker import existing, shop
 MODEL = Path(__file__).parents[2] / 'triton_models' / 'shopper' / '1'
 
 
-def checked(given: Settings, during: Callable[[], AbstractAsyncContextManager[Any]] | None = None) -> list[Line]:
-    async def run() -> list[Line]:
+def checked(given: Settings, during: Callable[[], AbstractAsyncContextManager[Any]] | None = None) -> list[CheckResult]:
+    async def run() -> list[CheckResult]:
         if during is None:
-            return [line async for line in check(given)]
+            return [line async for line in run_checks(given)]
         async with during():
-            return [line async for line in check(given)]
+            return [line async for line in run_checks(given)]
     return asyncio.run(run())
 
 
-def of(lines: list[Line], name: str) -> list[tuple[str, str]]:
+def of(lines: list[CheckResult], name: str) -> list[tuple[str, str]]:
     return [(line.outcome, line.text) for line in lines if line.check == name]
 
 
@@ -97,7 +97,7 @@ def test_a_group_that_others_use_is_a_problem_and_ones_own_is_not(kafka: Kafka):
     ours = client_arguments(given)['client_id']
     assert of(checked(given, member(ours, given.clicks_topic)), 'group') == [
         ('ok', 'check-group: 1 workers are running.')]
-    assert of(checked(given), 'group') == [('ok', 'check-group: nobody is running, it was here before.')]
+    assert of(checked(given), 'group') == [('ok', 'check-group: no worker is running. It has committed offsets.')]
     [(outcome, text)] = of(checked(given, member('somebody', given.alerts_topic)), 'group')
     assert (outcome, text) == ('problem', 'The group check-group is in use by clients somebody.')
     [(outcome, text), _] = of(checked(given), 'group')
