@@ -1,4 +1,4 @@
-"""The commands that talk to Kafka. Thin shells, as in `stream.cli.main`, on the same command line."""
+"""The commands that talk to Kafka: topics, check, publish and record."""
 import asyncio
 import signal
 import sys
@@ -29,7 +29,7 @@ from stream.config import load_settings
 from stream.errors import UsageError
 
 if TYPE_CHECKING:
-    from stream.engine.preflight import Line
+    from stream.engine.preflight import CheckResult
     from stream.replay.record import Recorded
 
 
@@ -38,13 +38,13 @@ app = typer.Typer()
 
 @app.command()
 def topics(
-    dry_run: Annotated[bool, typer.Option('--dry-run', help='Only show what there is and what is missing.')] = False,
+    dry_run: Annotated[bool, typer.Option('--dry-run', help='Show the topics and create none.')] = False,
     as_json: AsJson = False,
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Show the topics of the worker, create those that are missing, and say what does not fit."""
-    from stream.kafka.topics import as_error, survey, wanted_topics
+    """Show the worker's topics, create those that are missing, and report those that do not match the settings."""
+    from stream.kafka.topics import as_error, survey, topic_specs
     settings = effective_settings(config, **parsed(overrides))
     found = asyncio.run(survey(settings, create=not dry_run))
     if as_json:
@@ -53,8 +53,8 @@ def topics(
         table = Table()
         for column in ('topic', 'role', 'partitions', 'replicas', 'cleanup', 'retention', 'state'):
             table.add_column(column, justify='right' if column in ('partitions', 'replicas') else 'left')
-        missing = {entry.wanted.name: entry for entry in found.missing}
-        for topic in wanted_topics(settings):
+        missing = {entry.spec.name: entry for entry in found.missing}
+        for topic in topic_specs(settings):
             if topic.name in missing:
                 table.add_row(topic.name, topic.role, str(missing[topic.name].partitions), str(settings.replication),
                               topic.config.get('cleanup.policy', "the brokers'"), _days(topic.config), 'missing')
@@ -74,34 +74,34 @@ def topics(
 
 @app.command()
 def check(
-    as_json: Annotated[bool, typer.Option('--json', help='Print the lines as JSON, one a line.')] = False,
+    as_json: Annotated[bool, typer.Option('--json', help='Print the results as JSON, one a line.')] = False,
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Say what is wrong with settings, brokers, topics, partitioner, model, Triton and this machine, and what to do.
+    """Check settings, brokers, topics, partitioner, group, model, Triton and this machine, and say what to do.
 
-    Ends with the exit code of the first problem. Changes nothing.
+    The exit code is that of the first problem. Nothing is changed.
     """
-    from stream.engine import preflight as checks
+    from stream.engine.preflight import problem, run_checks
 
     async def run() -> int:
         exit_code = 0
         try:
             settings = load_settings(config, **parsed(overrides))
         except UsageError as error:
-            show(checks.problem('settings', error))
+            show(problem('settings', error))
             return error.exit_code
-        async for line in checks.check(settings):
-            show(line)
-            exit_code = exit_code or line.exit_code
+        async for result in run_checks(settings):
+            show(result)
+            exit_code = exit_code or result.exit_code
         return exit_code
 
-    def show(line: 'Line') -> None:
+    def show(result: 'CheckResult') -> None:
         if as_json:
-            _print_json(line)
+            _print_json(result)
         else:
-            text = Text.assemble((f'{line.outcome:8}', _COLOURS[line.outcome]), f'{line.check:12}', line.text)
-            console.print(text.append(f' Do: {line.do}') if line.do else text)
+            text = Text.assemble((f'{result.outcome:8}', _COLOURS[result.outcome]), f'{result.check:12}', result.text)
+            console.print(text.append(f' Do: {result.do}') if result.do else text)
 
     console = Console(highlight=False, soft_wrap=True)
     sys.exit(asyncio.run(run()))
@@ -112,18 +112,21 @@ _COLOURS = {'ok': 'green', 'warning': 'yellow', 'problem': 'bold red'}
 
 @app.command()
 def publish(
-    files: Annotated[list[Path], typer.Argument(metavar='FILE...', help='Recorded files, also .gz and .zst.')],
+    files: Annotated[list[Path], typer.Argument(metavar='FILE...', help='Recorded files; also .gz and .zst.')],
     format_name: FormatName = 'events',
     rate: Annotated[float, typer.Option(
-        min=0, metavar='EVENTS_PER_S', help='Rows a second; 0: as fast as the brokers take them.')] = 0,
+        min=0, metavar='EVENTS_PER_S', help='Rows per second; 0: as fast as the brokers accept them.')] = 0,
     shift_to_now: Annotated[bool, typer.Option(
         '--shift-to-now', help='Move all times by the same amount, so that the newest event happens now.')] = False,
-    limit: Annotated[int | None, typer.Option(min=1, metavar='N', help='Stop after so many rows.')] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar='N', help='Stop after this number of rows.')] = None,
     as_json: AsJson = False,
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Send recorded events to the input topics, in event-time order, keyed by user; what is no event goes as it is."""
+    """Send recorded events to the input topics, in event-time order, with the user as key.
+
+    A row that is not an event is sent unchanged, so that the worker makes it a dead letter.
+    """
     from stream.replay.publish import PublishOptions
     from stream.replay.publish import publish as send
     from stream.replay.recording import Recording
@@ -143,8 +146,8 @@ def publish(
         _print_json(sent)
         return
     more = [f'{count:,} {what}' for count, what in (
-        (sent.no_events, 'rows that are no events'), (sent.too_large, 'rows too large for Kafka, not sent'),
-        (sent.ahead, 'rows ahead of the time of day')) if count]
+        (sent.no_events, 'rows that are not events'), (sent.too_large, 'rows too large for Kafka, not sent'),
+        (sent.ahead, 'rows with a time in the future')) if count]
     say(f'{sent.rows:,} rows in {sent.seconds:.1f} s ({sent.rows / max(sent.seconds, 1e-3):,.0f}/s): '
         + ', '.join([f'{sent.clicks:,} to {settings.clicks_topic}', f'{sent.carts:,} to {settings.carts_topic}', *more])
         + (f'. Times moved by {sent.shift_ms / 86_400_000:.1f} days.' if sent.shift_ms else '.'))
@@ -153,20 +156,20 @@ def publish(
 @app.command()
 def record(
     topic: Annotated[list[str] | None, typer.Argument(
-        metavar='[TOPIC]...', help='Default: the inputs. Others by name: alerts, dead letters, the journal.')] = None,
+        metavar='[TOPIC]...', help='Topics to record (default: the input topics).')] = None,
     out: Annotated[Path, typer.Option(
-        metavar='FILE', help='Where the records go: .jsonl, also .gz or .zst.')] = Path('recorded.jsonl.zst'),
+        metavar='FILE', help='File to write: .jsonl, .jsonl.gz or .jsonl.zst.')] = Path('recorded.jsonl.zst'),
     follow: Annotated[bool, typer.Option(
-        '--follow/--until-now', help='Go on until it is stopped (Ctrl-C), or end where the topics end now.')] = False,
+        '--follow/--until-now', help='Record until stopped (Ctrl-C), or up to where the topics end now.')] = False,
     start: Annotated[str, typer.Option(
-        '--from', metavar='beginning|OFFSET|TIME', help='The first record: the oldest one, that offset of every '
-                                                        'partition, or the first one stamped at or after a time.',
+        '--from', metavar='beginning|OFFSET|TIME', help='Where to start: at the oldest record, at an offset of '
+                                                        'every partition, or at a time of the records.',
     )] = 'beginning',
     as_json: AsJson = False,
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Write topics to a file that `stream replay --format kafka` reads."""
+    """Record topics in a file that `stream replay --format kafka` reads."""
     from stream.replay.record import check_target, compressed
     from stream.replay.record import record as read
     settings = effective_settings(config, **parsed(overrides))
@@ -178,7 +181,7 @@ def record(
         if stop:
             for number in (signal.SIGINT, signal.SIGTERM):
                 asyncio.get_running_loop().add_signal_handler(number, stop.set)
-            say(f'recording {", ".join(names)} until this is stopped (Ctrl-C)')
+            say(f'recording {", ".join(names)} until stopped (Ctrl-C)')
         return await read(settings, names, stream.write, start, stop,
                           lambda done, total: progress.update(task, completed=done, total=total))
 
@@ -199,8 +202,8 @@ def _print_json(value: object) -> None:
 
 
 def _days(config: dict[str, str]) -> str:
-    """The retention of a topic that is deleted by time, for a person."""
+    """The retention of a topic whose records are deleted by time, in words."""
     text = config.get('retention.ms', '')
     if 'delete' not in config.get('cleanup.policy', '') or not text:
         return '-'
-    return 'for ever' if text == '-1' else f'{int(text) / 86_400_000:g} days'
+    return 'forever' if text == '-1' else f'{int(text) / 86_400_000:g} days'

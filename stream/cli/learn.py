@@ -310,7 +310,7 @@ def recorded(files: list[Path], format_name: str, settings: Settings) -> Iterato
     from stream.replay.topic_records import event_bytes
     recording = Recording(files, format_of(format_name, settings))
     recording.scan()
-    for block in recording.blocks(10_000, 1 << 62):
+    for block in recording.chunks(10_000, 1 << 62):
         for index, value in enumerate(block.values):
             if index not in block.bad:
                 yield value if recording.records is None else event_bytes(value)

@@ -41,8 +41,8 @@ _WORDS = [struct.Struct(f'<{count}I') for count in range(65)]     # of keys up t
 
 
 # Not aiokafka.partitioner.murmur2. That one reads byte by byte and takes twice as long: 2.7 us instead of 1.1 us for a
-# key of 8 bytes, 10 us instead of 5 us for 36 bytes, and every new user costs one call. It would also load a Kafka client
-# into the core: 0.3 s at the start of every replay. A test compares the results of the two.
+# key of 8 bytes, 10 us instead of 5 us for 36 bytes, and every new user costs one call. It would also load a Kafka
+# client into the core: 0.3 s at the start of every replay. A test compares the results of the two.
 def murmur2(key: bytes) -> int:
     """MurmurHash2 as the Java client computes it: 32 bits, unsigned."""
     length = len(key)

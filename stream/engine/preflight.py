@@ -235,7 +235,8 @@ async def _group(settings: Settings) -> AsyncIterator[CheckResult]:
     if members:
         yield ok('group', f'{settings.group}: {len(members)} workers are running.')
     else:
-        yield ok('group', f'{settings.group}: no worker is running.' + (' It has committed offsets.' if committed else ''))
+        history = ' It has committed offsets.' if committed else ''
+        yield ok('group', f'{settings.group}: no worker is running.{history}')
 
 
 async def _described(admin: AIOKafkaAdminClient, group: str) -> tuple[str, list[str]]:
@@ -320,7 +321,8 @@ async def _admin_port(settings: Settings) -> AsyncIterator[CheckResult]:
             probe.bind(where)
     except OSError as error:
         if await asyncio.to_thread(_serves_metrics, address):
-            yield ok('admin port', f'{address} is used by a running worker. Another worker on this machine needs another port.')
+            yield ok('admin port', f'{address} is used by a running worker. Another worker on this machine needs '
+                     'another port.')
             return
         raise UsageError(f'{address} cannot be used: {error.strerror or error}.',
                          'set admin_host to an address of this machine and admin_port to a free port, or to 0.'

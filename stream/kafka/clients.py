@@ -1,9 +1,8 @@
-"""The one place that turns settings into Kafka client arguments, and Kafka's errors into ones that say what to do.
+"""Kafka clients made from the settings, and Kafka's errors turned into errors that say what to do.
 
-Everything that talks to Kafka takes its arguments from `client_arguments`, so that whatever concerns the connection is
-said once. The clients opened here are for commands and for the checks at a worker's start; while one is open, the
-client library's own log is kept back, because at a missing broker it repeats itself many times a second and would
-drown the one sentence that matters: its last complaint is in the error instead.
+Every Kafka client takes its arguments from `client_arguments`. The clients opened here serve the commands and the
+checks at a worker's start. While one is open, the client library's own log is silenced: without a broker it repeats
+itself many times a second. Its last message is part of the error instead.
 """
 import asyncio
 import logging
@@ -25,7 +24,7 @@ _CLIENT_LOG = logging.getLogger('aiokafka')
 def bootstrap_servers(settings: Settings) -> list[str]:
     """The `brokers` setting as a list of host:port.
 
-    Errors   UsageError where an entry is not host:port.
+    Errors   UsageError if an entry is not host:port.
     """
     servers = [entry.strip() for entry in settings.brokers.split(',') if entry.strip()]
     for server in servers:
@@ -39,19 +38,19 @@ def bootstrap_servers(settings: Settings) -> list[str]:
 
 
 def client_arguments(settings: Settings, role: str = 'worker') -> dict[str, Any]:
-    """What every aiokafka client takes.
+    """Arguments of every aiokafka client.
 
-    role     what the client is for, e.g. worker, admin: a part of the client id that the brokers log
-    Errors   UsageError where `brokers` is wrong.
+    role     the purpose of the client, e.g. worker or admin; part of the client id in the brokers' logs
+    Errors   UsageError if `brokers` is wrong.
     """
     return {'bootstrap_servers': bootstrap_servers(settings), 'client_id': f'stream-{settings.group}-{role}'}
 
 
 @asynccontextmanager
 async def open_admin(settings: Settings, timeout_ms: int = CONNECT_TIMEOUT_MS) -> AsyncIterator[AIOKafkaAdminClient]:
-    """An admin client, connected; Kafka's errors inside become KafkaError.
+    """A connected admin client. Kafka's errors inside the context become KafkaError.
 
-    Errors   KafkaError where no broker answers within `timeout_ms` (per broker).
+    Errors   KafkaError if no broker answers within `timeout_ms` (per broker).
     """
     async with _opened(settings, lambda: AIOKafkaAdminClient(
             **client_arguments(settings, 'admin'), request_timeout_ms=timeout_ms)) as admin:
@@ -60,7 +59,7 @@ async def open_admin(settings: Settings, timeout_ms: int = CONNECT_TIMEOUT_MS) -
 
 @asynccontextmanager
 async def open_producer(settings: Settings, role: str, **options: Any) -> AsyncIterator[AIOKafkaProducer]:
-    """An idempotent producer, connected, as `open_admin`; `options` go to aiokafka."""
+    """A connected idempotent producer, as `open_admin`. `options` are those of aiokafka."""
     async with _opened(settings, lambda: AIOKafkaProducer(
             **client_arguments(settings, role), enable_idempotence=True, **options)) as producer:
         yield producer
@@ -68,7 +67,7 @@ async def open_producer(settings: Settings, role: str, **options: Any) -> AsyncI
 
 @asynccontextmanager
 async def open_consumer(settings: Settings, role: str, **options: Any) -> AsyncIterator[AIOKafkaConsumer]:
-    """A consumer of committed records without a group, connected, as `open_admin`; assign its partitions yourself."""
+    """A connected consumer of committed records without a group, as `open_admin`. The caller assigns its partitions."""
     async with _opened(settings, lambda: AIOKafkaConsumer(
             **client_arguments(settings, role), isolation_level='read_committed', enable_auto_commit=False,
             group_id=None, **options)) as consumer:
@@ -77,17 +76,17 @@ async def open_consumer(settings: Settings, role: str, **options: Any) -> AsyncI
 
 @contextmanager
 def kafka_errors(doing: str = '') -> Iterator[None]:
-    """Turn what aiokafka raises into KafkaError; `doing` begins the sentence, e.g. 'Reading the topic clicks'."""
+    """Turn aiokafka's errors into KafkaError. `doing` begins its sentence, e.g. 'Reading the topic clicks'."""
     try:
         yield
     except broker_errors.KafkaError as error:
         raise as_kafka_error(error, doing) from error
     except TimeoutError as error:
-        raise KafkaError(f'{doing or "Kafka"}: no answer in time.', 'see whether the brokers are well.') from error
+        raise KafkaError(f'{doing or "Kafka"}: no answer in time.', 'check that the brokers are healthy.') from error
 
 
 def as_kafka_error(error: Exception, doing: str = '') -> KafkaError:
-    """One of aiokafka's errors, with what to do."""
+    """One of aiokafka's errors as a KafkaError that says what to do."""
     what = f'{doing}: ' if doing else ''
     detail = str(error).strip().rstrip('.')
     if detail in ('', type(error).__name__):
@@ -95,7 +94,7 @@ def as_kafka_error(error: Exception, doing: str = '') -> KafkaError:
     for kinds, do in _WHAT_TO_DO:
         if isinstance(error, kinds):
             return KafkaError(f'{what}{detail}.', do)
-    return KafkaError(f'{what}{detail}.', "see the brokers' log, and whether they are well.")
+    return KafkaError(f'{what}{detail}.', "see the log of the brokers, and check that they are healthy.")
 
 
 _IN_WORDS: dict[type[Exception], str] = {
@@ -105,20 +104,20 @@ _IN_WORDS: dict[type[Exception], str] = {
 _WHAT_TO_DO: list[tuple[tuple[type[Exception], ...], str]] = [
     ((broker_errors.TopicAuthorizationFailedError, broker_errors.GroupAuthorizationFailedError,
       broker_errors.ClusterAuthorizationFailedError),
-     "grant it to this client's principal, or have somebody do it who may."),
+     "grant the permission to this client's principal."),
     ((broker_errors.UnknownTopicOrPartitionError,), 'create the topic: `stream topics`.'),
-    ((broker_errors.InvalidReplicationFactorError,), 'set `replication` to at most the number of brokers.'),
+    ((broker_errors.InvalidReplicationFactorError,), 'set `replication` to the number of brokers or less.'),
     ((broker_errors.MessageSizeTooLargeError,), 'raise max.message.bytes of the topic.'),
     ((broker_errors.InvalidTimestampError,),
-     "raise message.timestamp.after.max.ms of the topic, or set the clock right."),
+     "raise message.timestamp.after.max.ms of the topic, or correct the clock."),
     ((broker_errors.KafkaConnectionError, broker_errors.NodeNotReadyError, broker_errors.KafkaTimeoutError,
       broker_errors.RequestTimedOutError, broker_errors.NoBrokersAvailable),
-     'see whether the brokers run, and whether the addresses that they advertise can be reached from here.'),
+     'check that the brokers run, and that the addresses that they advertise can be reached from here.'),
 ]
 
 
-class _LastWords(logging.Handler):
-    """Keeps the last complaint of the client library."""
+class _LastMessage(logging.Handler):
+    """Keeps the last warning or error that the client library logged."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -129,9 +128,9 @@ class _LastWords(logging.Handler):
 
 
 def fetch_position(driver: AIOKafkaConsumer, tp: Any) -> int | None:
-    """Where the next fetch of an assigned partition begins, behind compacted records and transaction markers too.
+    """The offset at which the next fetch of an assigned partition begins. None if it is not known yet.
 
-    None where it is not known yet. The driver's own `position` would wait for it.
+    It is past compacted records and transaction markers too. The driver's own `position` would wait until it is known.
     """
     subscription: Any = driver._subscription.subscription
     if subscription is None or subscription.assignment is None:
@@ -140,39 +139,39 @@ def fetch_position(driver: AIOKafkaConsumer, tp: Any) -> int | None:
     return state.position if state is not None and state.has_valid_position else None
 
 
-_kept_back = 0      # contexts in which the client's log is kept back
+_silenced = 0       # open contexts in which the client's log is silenced
 
 
 @contextmanager
-def _quiet_client() -> Iterator[_LastWords]:
-    global _kept_back
-    handler = _LastWords()
+def _quiet_client() -> Iterator[_LastMessage]:
+    global _silenced
+    handler = _LastMessage()
     _CLIENT_LOG.addHandler(handler)
-    _kept_back += 1
+    _silenced += 1
     _CLIENT_LOG.propagate = False
     try:
         yield handler
     finally:
         _CLIENT_LOG.removeHandler(handler)
-        _kept_back -= 1
-        _CLIENT_LOG.propagate = not _kept_back
+        _silenced -= 1
+        _CLIENT_LOG.propagate = not _silenced
 
 
 @asynccontextmanager
 async def _opened(settings: Settings, make: Any) -> AsyncIterator[Any]:
-    with _quiet_client() as complaint:
+    with _quiet_client() as last:
         client = make()
         try:
             try:
                 await client.start()
             except (broker_errors.KafkaError, TimeoutError, OSError) as error:
                 raise KafkaError(
-                    f'No broker of {settings.brokers} answers ({complaint.text or error}).',
+                    f'No broker of {settings.brokers} answers ({last.text or error}).',
                     'start Kafka, or correct the setting `brokers` (comma-separated host:port).') from error
             with kafka_errors():
                 yield client
         finally:
             close = client.close if isinstance(client, AIOKafkaAdminClient) else client.stop
-            # A broker that went away must not hold up the end.
+            # A broker that is gone must not delay the end.
             with suppress(broker_errors.KafkaError, TimeoutError):
                 await asyncio.wait_for(close(), CONNECT_TIMEOUT_MS / 1000)

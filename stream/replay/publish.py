@@ -1,12 +1,12 @@
-"""A recording goes to the input topics, as the shop's producers would send it.
+"""Send a recording to the input topics, as the shop's producers would.
 
-An event goes to the topic of its type (see `SOURCE_OF_TYPE`) with its user's id as key, on the partition that the
-configured partitioner chooses (`none`: murmur2), with its own time as the record's timestamp. A row that is no event
-goes as it is to the clicks topic, so that it becomes the worker's dead letter. Records of topics go back to their topic
+An event goes to the topic of its type (see `SOURCE_OF_TYPE`). Its key is the user's id, its partition is the one that
+the configured partitioner chooses (`none`: murmur2), and its timestamp is the event's time. A row that is not an event
+goes unchanged to the clicks topic, so that the worker makes it a dead letter. Recorded records go back to their topic
 with their own key, timestamp and headers.
 
-The timeline can be moved so that its newest event happens at the moment when publishing starts: every event's time and
-every record's timestamp moves by the same number of milliseconds.
+The timeline can be shifted so that the newest event happens at the start of publishing. All event times and timestamps
+then move by the same number of milliseconds.
 """
 import asyncio
 import re
@@ -27,24 +27,24 @@ from stream.core.partitioners import MISROUTED, Known, partition
 from stream.errors import KafkaError
 from stream.kafka.clients import kafka_errors, open_admin, open_producer
 from stream.kafka.topics import BROKER_RECORD_BYTES_MAX, Found, read_topics
-from stream.replay.recording import Block, Recording
+from stream.replay.recording import Chunk, Recording
 from stream.replay.topic_records import decode_record, decoder
 
-CHUNK_ROWS = 8_000              # sent together where no rate is asked for
-CHUNKS_PER_SECOND = 20          # where one is
-CHUNKS_IN_FLIGHT = 3
+GROUP_ROWS = 8_000              # sent together if no rate is set
+GROUPS_PER_SECOND = 20          # if a rate is set
+GROUPS_IN_FLIGHT = 3
 BATCH_BYTES_MAX = 512 << 10
-CATCH_UP_S = 1.0                # no more than this of a missed schedule is made up for
-_RECORD_MORE_BYTES = 256        # of a record, besides its key, its value and its headers
+CATCH_UP_S = 1.0                # at most this much of a delay is made up for
+_RECORD_MORE_BYTES = 256        # of a record, in addition to its key, value and headers
 _TS = re.compile(rb'"ts"\s*:\s*(-?[0-9]+|"[^"\\]*")(?=\s*[,}])')
 
 
 class PublishOptions(msgspec.Struct, frozen=True):
-    """How a recording is sent.
+    """How to send a recording.
 
-    rate           rows a second; 0: as fast as the brokers take them
-    shift_to_now   move the timeline so that the newest event happens now
-    rows_max       stop after so many rows; None: all
+    rate           rows per second; 0: as fast as the brokers accept them
+    shift_to_now   shift the timeline so that the newest event happens now
+    rows_max       stop after this number of rows; None: send all
     """
 
     rate: float = 0.0
@@ -53,15 +53,15 @@ class PublishOptions(msgspec.Struct, frozen=True):
 
 
 class Published(msgspec.Struct):
-    """What was sent: rows = clicks + carts + no_events + too_large.
+    """Counts of what was sent: rows = clicks + carts + no_events + too_large.
 
-    clicks, carts      events by topic
-    no_events          rows that will be dead letters
-    too_large          rows that no broker would take, not sent
-    ahead              of the rows sent, those whose time lies so far ahead that brokers refuse it as a timestamp: the
-                       record is stamped with the time of day, and becomes a dead letter
-    first_ms, last_ms  the recording's earliest and latest event time, after the shift; Unix ms
-    warnings           what to know before relying on the topics
+    clicks, carts      events, by topic
+    no_events          rows that will become dead letters
+    too_large          rows that no broker would accept; not sent
+    ahead              rows sent whose time is so far in the future that brokers refuse it as a timestamp. Their record
+                       gets the current time instead, and becomes a dead letter
+    first_ms, last_ms  earliest and latest event time of the recording, after the shift; Unix ms
+    warnings           sentences for the operator
     """
 
     rows: int = 0
@@ -78,7 +78,7 @@ class Published(msgspec.Struct):
 
 
 class Outgoing(msgspec.Struct, gc=False):
-    """One record to be sent; `partition` None: where its key belongs, or anywhere without one."""
+    """One record to send. `partition` None: that of its key, or any without a key."""
 
     topic: str
     key: bytes | None
@@ -91,11 +91,11 @@ class Outgoing(msgspec.Struct, gc=False):
 async def publish(
     recording: Recording, settings: Settings, options: PublishOptions, progress: Callable[[int], None] | None = None,
 ) -> Published:
-    """Send a scanned recording; every record is acknowledged when this returns.
+    """Send a scanned recording. When this returns, every record is acknowledged.
 
-    progress   is told the number of rows of each chunk
-    Errors     InputError; KafkaError where a topic is missing, or the brokers are away for `send_timeout_ms`. What was
-               sent before an error stays.
+    progress   is called with the number of rows sent since the last call
+    Errors     InputError; KafkaError if a topic is missing, or the brokers do not answer for `send_timeout_ms`. Records
+               sent before an error stay in the topics.
     """
     names = [settings.clicks_topic, settings.carts_topic]
     async with open_admin(settings) as admin:
@@ -107,7 +107,7 @@ async def publish(
     shift_ms = started_ms - recording.last_ms if options.shift_to_now and recording.rows else 0
     account = Published(first_ms=recording.first_ms + shift_ms, last_ms=recording.last_ms + shift_ms, shift_ms=shift_ms)
     account.warnings = _retention_warnings(settings, topics, account, started_ms)
-    outgoing = _Outgoing(settings, recording, topics, account, started_ms)
+    outgoing = _Sorter(settings, recording, topics, account, started_ms)
     started = time.monotonic()
     bytes_max = min([_bytes_max(topic) for topic in topics.values()])
     async with open_producer(
@@ -115,29 +115,29 @@ async def publish(
             request_timeout_ms=settings.send_timeout_ms) as producer:
         waiting: deque[list[asyncio.Future[Any]]] = deque()
         try:
-            async for chunk, rows in _paced(outgoing.chunks(options), options.rate):
-                # Carts first: a worker that reads meanwhile must not see the clicks of much later times before them.
-                carts = {place: records for place, records in chunk.items() if place[0] == settings.carts_topic}
-                clicks = {place: records for place, records in chunk.items() if place not in carts}
+            async for group, rows in _paced(outgoing.groups(options), options.rate):
+                # Carts first. A worker that is reading must not see clicks of much later times before them.
+                carts = {place: records for place, records in group.items() if place[0] == settings.carts_topic}
+                clicks = {place: records for place, records in group.items() if place not in carts}
                 await _acknowledged(await _send(producer, carts))
                 waiting.append(await _send(producer, clicks))
-                if len(waiting) > CHUNKS_IN_FLIGHT:
+                if len(waiting) > GROUPS_IN_FLIGHT:
                     await _acknowledged(waiting.popleft())
                 if progress is not None:
                     progress(rows)
             while waiting:
                 await _acknowledged(waiting.popleft())
-        finally:        # after an error nobody asks for the other results
+        finally:        # after an error nothing else awaits the other results
             await asyncio.gather(*[result for results in waiting for result in results], return_exceptions=True)
     account.seconds = time.monotonic() - started
     return account
 
 
-Chunk = dict[tuple[str, int], list[Outgoing]]
+Group = dict[tuple[str, int], list[Outgoing]]        # by topic and partition
 
 
-class _Outgoing:
-    """Rows to records, by topic and partition."""
+class _Sorter:
+    """Turns rows into records, sorted by topic and partition."""
 
     def __init__(self, settings: Settings, recording: Recording, topics: Mapping[str, Found], account: Published,
                  started_ms: int) -> None:
@@ -145,35 +145,35 @@ class _Outgoing:
         self._topics = (settings.clicks_topic, settings.carts_topic)
         self._partitions = {name: topic.partitions for name, topic in topics.items()}
         self._bytes_max = {name: _bytes_max(topic) for name, topic in topics.items()}
-        # Brokers refuse a whole batch for one timestamp beyond this (KIP-937).
+        # Brokers refuse a whole batch because of one timestamp beyond this (KIP-937).
         self._latest_ms = started_ms + min(_ahead_ms_max(topic) for topic in topics.values())
         self._started_ms = started_ms
         self._partitioner: Known = 'murmur2' if settings.partitioner == 'none' else settings.partitioner
         self._shift_ms = account.shift_ms
         self._account = account
-        self._row_ms = recording.first_ms       # event time of the newest event so far, for rows that have none
+        self._row_ms = recording.first_ms       # time of the newest event so far, for rows without a time
         rules = settings.event_rules()
         self._decode = Decoder(rules) if recording.records is None else decoder(rules, recording.records)
 
-    def chunks(self, options: PublishOptions) -> Iterator[tuple[Chunk, int]]:
-        """The records in time order, and how many rows they were."""
-        size = CHUNK_ROWS if not options.rate else max(1, min(CHUNK_ROWS, int(options.rate / CHUNKS_PER_SECOND)))
+    def groups(self, options: PublishOptions) -> Iterator[tuple[Group, int]]:
+        """The records in time order, in groups, each with its number of rows."""
+        size = GROUP_ROWS if not options.rate else max(1, min(GROUP_ROWS, int(options.rate / GROUPS_PER_SECOND)))
         left = self._recording.rows if options.rows_max is None else options.rows_max
-        for block in self._recording.blocks(CHUNK_ROWS, 1 << 62):
-            for start in range(0, len(block.values), size):
+        for chunk in self._recording.chunks(GROUP_ROWS, 1 << 62):
+            for start in range(0, len(chunk.values), size):
                 if left <= 0:
                     return
-                places = range(start, min(start + size, len(block.values), start + left))
+                places = range(start, min(start + size, len(chunk.values), start + left))
                 left -= len(places)
-                yield self._chunk(block, places), len(places)
+                yield self._group(chunk, places), len(places)
 
-    def _chunk(self, block: Block, places: range) -> Chunk:
-        chunk: Chunk = {}
+    def _group(self, chunk: Chunk, places: range) -> Group:
+        group: Group = {}
         account, partitions, partitioner = self._account, self._partitions, self._partitioner
         make = self._from_row if self._recording.records is None else self._from_record
         for place in places:
-            row = block.values[place]
-            outcome = block.bad.get(place) or self._decode(row)
+            row = chunk.values[place]
+            outcome = chunk.bad.get(place) or self._decode(row)
             record = make(row, outcome)
             topic, key = record.topic, record.key
             size = len(record.value or b'') + len(key or b'') + _RECORD_MORE_BYTES
@@ -198,13 +198,13 @@ class _Outgoing:
                 number = (account.rows + place) % partitions[topic]
             else:
                 number = partition(partitioner, key, partitions[topic])
-            records = chunk.get((topic, number))
+            records = group.get((topic, number))
             if records is None:
-                chunk[topic, number] = [record]
+                group[topic, number] = [record]
             else:
                 records.append(record)
         account.rows += len(places)
-        return chunk
+        return group
 
     def _from_row(self, row: bytes, outcome: Any) -> Outgoing:
         if isinstance(outcome, Event):
@@ -231,7 +231,7 @@ class _Outgoing:
 
 
 def with_ts(value: bytes, ts_ms: int) -> bytes:
-    """The event's JSON with another `ts`; every other byte stays, where `ts` stands there once and unescaped."""
+    """The event's JSON with another `ts`. All other bytes stay the same, if `ts` occurs once and unescaped."""
     if value.count(b'"ts"') == 1 and b'\\u' not in value:
         match = _TS.search(value)
         if match is not None:
@@ -269,31 +269,31 @@ def _retention_warnings(
         keep_ms = int(topic.config.get('retention.ms', -1))
         if 'delete' in topic.config.get('cleanup.policy', '') and 0 <= keep_ms < now_ms - account.first_ms:
             warnings.append(
-                f'the recording begins {(now_ms - account.first_ms) / DAY_MS:.0f} days ago, and {name} keeps records '
-                f'for {keep_ms / DAY_MS:g}: Kafka may delete them before they are read. Do: run `kafka-configs.sh '
+                f'the recording begins {(now_ms - account.first_ms) / DAY_MS:.0f} days ago, but {name} keeps records '
+                f'for {keep_ms / DAY_MS:g} days: Kafka may delete them before they are read. Do: run `kafka-configs.sh '
                 f'--bootstrap-server {settings.brokers} --alter --topic {name} --add-config retention.ms=-1`.')
     return warnings
 
 
-async def _paced(chunks: Iterator[tuple[Chunk, int]], rate: float) -> AsyncIterator[tuple[Chunk, int]]:
-    """The chunks, each when its first row is due."""
+async def _paced(groups: Iterator[tuple[Group, int]], rate: float) -> AsyncIterator[tuple[Group, int]]:
+    """The groups, each when its first row is due."""
     start, rows = time.monotonic(), 0
-    for chunk in chunks:
+    for group in groups:
         if rate:
             late = time.monotonic() - (start + rows / rate)
             if late < 0:
                 await asyncio.sleep(-late)
             elif late > CATCH_UP_S:
                 start += late - CATCH_UP_S
-        rows += chunk[1]
-        yield chunk
+        rows += group[1]
+        yield group
 
 
-async def _send(producer: AIOKafkaProducer, chunk: Chunk) -> list[asyncio.Future[Any]]:
-    """Hand each partition's records over in as few batches as their size allows; their results are still to come."""
+async def _send(producer: AIOKafkaProducer, group: Group) -> list[asyncio.Future[Any]]:
+    """Pass the records of each partition to the producer in as few batches as possible. Returns their futures."""
     results = []
     with kafka_errors('Publishing'):
-        for (topic, number), records in chunk.items():
+        for (topic, number), records in group.items():
             batch = producer.create_batch()
             for record in records:
                 while batch.append(timestamp=record.timestamp_ms, key=record.key, value=record.value,

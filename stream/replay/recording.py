@@ -1,17 +1,17 @@
-"""A recording: one or more files, replayed as one stream in event-time order.
+"""A recording: one or more files, read as one stream in event-time order.
 
-Two passes. `scan` reads the event times and nothing else of each row; `blocks` reads the rows again and hands them on
-in order, in the file's order where times are equal. What is in memory:
+It is read in two passes. `scan` reads only the event time of each row. `chunks` reads the rows again and returns them
+in time order; rows of equal times keep the order of the file. The memory in use is:
 
-    always             8 bytes a row: the event times; in formats without event ids also about 100 bytes for each
-                       distinct row, to number its occurrences (rees46, sorted by time: only the newest second's)
-    files in order     one block of rows besides
-    otherwise          8 bytes a row more for the order, and either all rows (`rows_in_memory_max` or fewer) or one
-                       sorted run of that many; the runs go to a temporary file that no name leads to, so that
-                       nothing is left of it whatever happens to the process
+    always             8 bytes per row for the event times. In formats without event ids also about 100 bytes per
+                       distinct row, to count its occurrences (rees46 is sorted by time: those of the newest second)
+    files in order     one chunk of rows in addition
+    otherwise          8 bytes per row more for the order, and either all rows (up to `rows_in_memory_max`) or one
+                       sorted run of that many rows. The runs go to an unnamed temporary file, so that nothing of it
+                       is left, even if the process is killed
 
-Because the times are in memory, the order of all rows is known before the second pass: merging the sorted runs is
-taking the next row of the run that comes next, without comparing anything.
+The times are in memory, so the order of all rows is known before the second pass. Sorted runs are merged without any
+comparison: the order says which run has the next row.
 """
 from array import array
 from bisect import bisect_right
@@ -34,7 +34,7 @@ from stream.replay.rows import BadRow, Format, Occurrences
 from stream.replay.topic_records import Inputs, RecordTimes
 
 _READ_ROWS = 8192
-_SPILL_CHUNK_ROWS = 512     # each run has one chunk in memory while the runs are merged
+_SPILL_ROWS = 512     # each run has so many rows in memory while the runs are merged
 _LENGTH_BYTES = 8
 
 Row = bytes | BadRow
@@ -44,12 +44,12 @@ _decode_rows = msgspec.msgpack.Decoder(list[Row]).decode
 
 
 @dataclass
-class Block:
+class Chunk:
     """Consecutive rows of the stream.
 
-    values             one event's bytes each; of a bad row, its raw bytes
-    numbers            each row's number over all files, from 0 (see `Recording.locate`)
-    bad                place in `values` -> what is wrong with that row
+    values             the bytes of each event; of a bad row, its raw bytes
+    numbers            of each row over all files, from 0 (see `Recording.locate`)
+    bad                index in `values` -> what is wrong with that row
     first_ms, last_ms  event times of the first and the last row, Unix ms
     """
 
@@ -63,21 +63,21 @@ class Block:
 class Recording:
     """Files of one format, as one stream. Call `scan` first.
 
-    records           what `Format.records` says: None, or that rows are records of topics, with their own offsets
-    rows              number of rows, bad ones included
-    first_ms, last_ms earliest and latest event time, Unix ms; 0 where no row has a time
-    in_order          whether the rows stand in event-time order already, over all files
+    records           as `Format.records`: None, or the topics whose records the rows are
+    rows              number of rows, including bad ones
+    first_ms, last_ms earliest and latest event time, Unix ms; 0 if no row has a time
+    in_order          whether the rows of all files are in event-time order already
     """
 
     def __init__(
         self, paths: Sequence[Path], format: str | Format,  # noqa: A002 (the word that the operator types)
         rows_in_memory_max: int = 500_000, spill_dir: Path | None = None,
     ) -> None:
-        """Nothing is read yet.
+        """Reads nothing yet.
 
-        format              a name in FORMATS, or a format that the settings have made
-        rows_in_memory_max  files that are not in order and have more rows than this are sorted on disk
-        spill_dir           where; None: the system's folder for temporary files, which may be small or in memory
+        format              a name in FORMATS, or a format made from the settings
+        rows_in_memory_max  if the files are not in order and have more rows, they are sorted on disk
+        spill_dir           folder for that; None: the system's folder for temporary files, which may be small
         """
         if isinstance(format, str) and format not in FORMATS:
             raise UsageError(f'There is no format {format!r}.', f'use one of {", ".join(FORMATS)}.')
@@ -96,13 +96,13 @@ class Recording:
         self.in_order = True
 
     def scan(self, progress: Callable[[int], None] | None = None) -> None:
-        """First pass: learn the rows' number, times and order.
+        """First pass: find the number, the times and the order of the rows.
 
-        A row without a readable time takes the time of the row before it; the first ones that of the first readable
-        row.
+        A row without a readable time gets the time of the row before it. The first rows get that of the first row
+        with a readable time.
 
-        progress  called now and then with the number of rows read so far
-        Errors    InputError where a file cannot be read.
+        progress  is called from time to time with the number of rows read so far
+        Errors    InputError if a file cannot be read.
         """
         places = array('q')     # int64 that grows in place
         first_numbers = []
@@ -130,34 +130,34 @@ class Recording:
         self.first_ms = int(times_ms.min()) if self.rows else 0
         self.last_ms = int(times_ms.max()) if self.rows else 0
 
-    def blocks(self, events_max: int, span_ms_max: int) -> Iterator[Block]:
-        """Second pass: all rows in event-time order; of equal times clicks before carts, as in a lane, then file order.
+    def chunks(self, events_max: int, span_ms_max: int) -> Iterator[Chunk]:
+        """Second pass: all rows in event-time order. With equal times, clicks precede carts, then file order decides.
 
-        events_max   most rows of a block, at least 1
-        span_ms_max  most milliseconds of event time between a block's first and last row, at least 0
-        Errors       InputError where a file changed since `scan`, or where the temporary file cannot be written.
+        events_max   most rows of a chunk, at least 1
+        span_ms_max  most milliseconds of event time between the first and the last row of a chunk, at least 0
+        Errors       InputError if a file changed since `scan`, or the temporary file cannot be written.
         """
         if self._places is None:
             raise RuntimeError('scan() comes first')
         if events_max < 1 or span_ms_max < 0:
             raise ValueError(f'events_max={events_max} and span_ms_max={span_ms_max} leave no room for a row')
         order = None if self.in_order else np.argsort(self._places, kind='stable')
-        return self._blocks(self._places, order, events_max, span_ms_max)
+        return self._chunks(self._places, order, events_max, span_ms_max)
 
     def locate(self, number: int) -> tuple[Path, int]:
-        """The file of a row and the row's number in it, from 1; a header is not counted."""
+        """The file of a row, and the number of the row in it, from 1. A header does not count."""
         if not 0 <= number < self.rows:
             raise IndexError(f'row {number} of {self.rows}')
         file = bisect_right(self._first_numbers, number) - 1
         return self._paths[file], number - self._first_numbers[file] + 1
 
     def decoder(self, rules: EventRules) -> Callable[[bytes], Event | Refusal]:
-        """What turns a row that is not bad into an event; events of records come with their source and offset."""
+        """A function that decodes the rows that are not bad. Events from records get their source and offset."""
         return Decoder(rules) if self.records is None else topic_records.decoder(rules, self.records)
 
-    def _blocks(
+    def _chunks(
         self, places: np.ndarray, order: np.ndarray | None, events_max: int, span_ms_max: int,
-    ) -> Iterator[Block]:
+    ) -> Iterator[Chunk]:
         with closing(self._stream(places, order)) as stream:
             start = 0
             while start < self.rows:
@@ -165,9 +165,9 @@ class Recording:
                 times = (places[window] if order is None else places[order[window]]) >> 1
                 count = int(np.searchsorted(times, times[0] + span_ms_max, side='right'))
                 numbers = range(start, start + count) if order is None else order[start:start + count].tolist()
-                yield _block(list(islice(stream, count)), numbers, int(times[0]), int(times[count - 1]))
+                yield _chunk(list(islice(stream, count)), numbers, int(times[0]), int(times[count - 1]))
                 start += count
-            next(stream, None)      # whether the last file has grown shows where one more row is asked for
+            next(stream, None)      # asks for one more row, to notice if the last file has grown
 
     def _stream(self, places: np.ndarray, order: np.ndarray | None) -> Generator[Row, None, None]:
         if order is None:
@@ -179,7 +179,7 @@ class Recording:
             yield from self._merged_runs(places, order)
 
     def _read_again(self) -> Generator[Row, None, None]:
-        """All rows in file order; InputError where a file has not as many as `scan` saw."""
+        """All rows in file order. Errors: InputError if a file does not have as many rows as in `scan`."""
         occurrences = Occurrences()
         for path, (first, end) in zip(self._paths, pairwise([*self._first_numbers, self.rows]), strict=True):
             with closing(self._format.rows(path, occurrences)) as rows:
@@ -189,7 +189,7 @@ class Recording:
                     left -= len(chunk)
                 if left or next(rows, None) is not None:
                     raise InputError(f'{path} changed while it was replayed (it had {end - first} rows).',
-                                     'replay a copy, or wait until nobody writes to it.')
+                                     'replay a copy, or wait until nothing writes to it.')
 
     def _merged_runs(self, places: np.ndarray, order: np.ndarray) -> Generator[Row, None, None]:
         try:
@@ -201,21 +201,21 @@ class Recording:
                     yield from map(next, map(runs.__getitem__, next_runs.tolist()))
         except OSError as error:
             raise InputError(f'The rows cannot be sorted on disk: {error}.',
-                             'name another folder for temporary files with room for all rows.') from error
+                             'choose a folder for temporary files with room for all rows.') from error
 
     def _write_runs(self, file: BinaryIO, places: np.ndarray) -> list[int]:
-        """Write the rows as sorted runs; give where in the file each run ends."""
+        """Write the rows as sorted runs. Returns the position in the file at which each run ends."""
         ends = []
         with closing(self._read_again()) as rows:
             for first in range(0, self.rows, self._rows_in_memory_max):
                 run = list(islice(rows, self._rows_in_memory_max))
                 order = np.argsort(places[first:first + len(run)], kind='stable').tolist()
-                for start in range(0, len(run), _SPILL_CHUNK_ROWS):
-                    chunk = _encode_rows([run[place] for place in order[start:start + _SPILL_CHUNK_ROWS]])
+                for start in range(0, len(run), _SPILL_ROWS):
+                    chunk = _encode_rows([run[place] for place in order[start:start + _SPILL_ROWS]])
                     file.write(len(chunk).to_bytes(_LENGTH_BYTES, 'little'))
                     file.write(chunk)
                 ends.append(file.tell())
-            next(rows, None)        # whether the last file has grown shows where one more row is asked for
+            next(rows, None)        # asks for one more row, to notice if the last file has grown
         return ends
 
 
@@ -226,7 +226,7 @@ def _peek_places(rows: list[Row], peek: Callable[[bytes], int | None]) -> list[i
 
 
 def _record_order(time_of: RecordTimes) -> Callable[[bytes], int | None]:
-    """Records of topics stand where their times put them, whichever topic they are of."""
+    """Records are ordered by their times, whatever their topic."""
     def peek(line: bytes) -> int | None:
         time_ms = time_of(line)
         return None if time_ms is None else 2 * time_ms
@@ -238,9 +238,9 @@ def _no_bad_row(rows: list[Row]) -> TypeGuard[list[bytes]]:
 
 
 def _append_places(places: array, found: list[int | None]) -> None:
-    """Append the places; for None the one before it (0 at the very start, until one is known)."""
+    """Append the places. None takes the place before it, or 0 at the start."""
     try:
-        places.fromlist(found)      # all or nothing, and there rarely is a None
+        places.fromlist(found)      # all or nothing; None is rare
     except TypeError:
         last = places[-1] if places else 0
         for place in found:
@@ -248,12 +248,12 @@ def _append_places(places: array, found: list[int | None]) -> None:
             places.append(last)
 
 
-def _block(rows: list[Row], numbers: Sequence[int], first_ms: int, last_ms: int) -> Block:
+def _chunk(rows: list[Row], numbers: Sequence[int], first_ms: int, last_ms: int) -> Chunk:
     if _no_bad_row(rows):
-        return Block(rows, numbers, {}, first_ms, last_ms)
+        return Chunk(rows, numbers, {}, first_ms, last_ms)
     bad = {place: row for place, row in enumerate(rows) if isinstance(row, BadRow)}
     values = [row.raw if isinstance(row, BadRow) else row for row in rows]
-    return Block(values, numbers, bad, first_ms, last_ms)
+    return Chunk(values, numbers, bad, first_ms, last_ms)
 
 
 def _read_run(file: BinaryIO, start: int, end: int) -> Iterator[Row]:

@@ -16,7 +16,7 @@ from stream.core.scorer import Scorer
 from stream.core.user import User
 from stream.errors import StateError
 from stream.replay.account import Account, Counts
-from stream.replay.recording import Block, Recording
+from stream.replay.recording import Chunk, Recording
 from stream.replay.topic_records import decode_record
 from stream.state.replay_state import State
 
@@ -44,7 +44,7 @@ class Replay:
         Errors   InputError, ModelError; StateError if the account does not come out even, which is a defect.
         """
         account = self.account
-        for block in self._recording.blocks(self._rules.block_events_max, self._rules.block_span_ms_max):
+        for block in self._recording.chunks(self._rules.block_events_max, self._rules.block_span_ms_max):
             await self._run_of_events(self._decode(block))
             if progress:
                 progress(len(block.values))
@@ -57,7 +57,7 @@ class Replay:
             raise StateError(f'The account is not even: {counts}.', 'report this, with the recording.')
         return counts
 
-    def _decode(self, block: Block) -> list[Event]:
+    def _decode(self, block: Chunk) -> list[Event]:
         decode_event, next_offset, events = self._decoder, self._next_offset, []
         counts_offsets = self._recording.records is None
         for index, value in enumerate(block.values):

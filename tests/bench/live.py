@@ -15,7 +15,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from stream.config import Settings
-from stream.kafka.topics import changelog_topic, wanted_topics
+from stream.kafka.topics import changelog_topic, topic_specs
 from tests.integration.running import Shop, Worker, wait_for
 
 APPEND_TIME = {'message.timestamp.type': 'LogAppendTime'}
@@ -64,7 +64,7 @@ def make_topics(of: Shop, **more: Mapping[str, str]) -> None:
             answer: Any = await admin.create_topics([
                 NewTopic(topic.name, of.partitions, 1, topic_configs={
                     **topic.config, **more.get(topic.role.replace(' ', '_'), {})})
-                for topic in wanted_topics(Settings(**of.settings))])
+                for topic in topic_specs(Settings(**of.settings))])
             for name, error_code, message in answer.topic_errors:
                 assert error_code == 0, f'{name}: {message}'
         finally:

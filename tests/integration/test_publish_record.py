@@ -239,7 +239,7 @@ def test_following_goes_on_until_it_is_stopped_and_the_file_is_whole(
     with subprocess.Popen([STREAM, *arguments], stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         try:
             assert process.stderr is not None
-            assert 'until this is stopped' in process.stderr.readline()
+            assert 'until stopped' in process.stderr.readline()
             for _ in range(3):
                 command(given, 'publish', str(recording))
             wait_for(lambda: part.exists() and part.stat().st_size > 1 << 20, 'a MiB of records')

@@ -12,7 +12,7 @@ from stream.cli.main import app
 from stream.config import Settings
 from stream.errors import KafkaError
 from stream.kafka.clients import open_admin
-from stream.kafka.topics import Topics, ensure_topics, read_topics, survey, wanted_topics
+from stream.kafka.topics import Topics, ensure_topics, read_topics, survey, topic_specs
 
 
 def names(name: str) -> dict[str, str]:
@@ -37,8 +37,8 @@ async def with_admin(given: Settings, run: Any) -> Any:
 
 
 def existing(given: Settings) -> list[str]:
-    wanted = [topic.name for topic in wanted_topics(given)]
-    return list(asyncio.run(with_admin(given, lambda admin: read_topics(admin, wanted))))
+    names = [topic.name for topic in topic_specs(given)]
+    return list(asyncio.run(with_admin(given, lambda admin: read_topics(admin, names))))
 
 
 def command(given: Settings, *arguments: str) -> Result:
@@ -52,9 +52,9 @@ def test_everything_missing_is_created_once_as_it_is_wanted(kafka: Kafka):
     assert len(before.missing) == 7
     assert existing(given) == []
     made = asyncio.run(ensure_topics(given))
-    assert sorted(made.created) == sorted(existing(given)) == sorted(topic.name for topic in wanted_topics(given))
+    assert sorted(made.created) == sorted(existing(given)) == sorted(topic.name for topic in topic_specs(given))
     assert (made.missing, made.findings) == ([], [])
-    for topic in wanted_topics(given):
+    for topic in topic_specs(given):
         found = made.found[topic.name]
         assert (found.partitions, found.replication) == (3, 1)
         assert {name: found.config[name] for name in topic.config if name in found.config} == {
@@ -85,8 +85,8 @@ def test_the_other_input_and_the_changelog_follow_the_input_that_exists(kafka: K
 
 
 @pytest.mark.parametrize(('name', 'topics', 'message'), [
-    ('topics-compacted', [('alerts', 1, 'compact')], 'cleanup.policy is compact, wanted delete'),
-    ('topics-unequal', [('clicks', 2, 'delete'), ('carts', 4, 'delete')], 'is 2, wanted 4, as the other input has'),
+    ('topics-compacted', [('alerts', 1, 'compact')], 'cleanup.policy is compact, should be delete'),
+    ('topics-unequal', [('clicks', 2, 'delete'), ('carts', 4, 'delete')], 'is 2, should be 4, as the other input has'),
 ])
 def test_what_does_not_fit_is_refused_before_anything_is_created(kafka: Kafka, name: str, topics: Any, message: str):
     given = shop(kafka, name)
@@ -122,4 +122,4 @@ def test_the_command_shows_creates_and_repeats(kafka: Kafka):
     warned = command(shop(kafka, 'topics-shown', alerts_retention_days=30), '--dry-run')
     assert warned.exit_code == 0
     assert 'warning' in warned.stdout
-    assert 'retention.ms is 604800000, wanted 2592000000 (alerts_retention_days)' in ' '.join(warned.stderr.split())
+    assert 'retention.ms is 604800000, should be 2592000000 (alerts_retention_days)' in ' '.join(warned.stderr.split())

@@ -67,7 +67,7 @@ def test_a_broker_that_says_nothing_is_given_up():
     (broker_errors.InvalidReplicationFactorError('3'), '`replication`'),
     (broker_errors.MessageSizeTooLargeError('big'), 'max.message.bytes'),
     (broker_errors.InvalidTimestampError('2090'), 'message.timestamp.after.max.ms'),
-    (broker_errors.KafkaTimeoutError(), 'whether the brokers run'),
+    (broker_errors.KafkaTimeoutError(), 'that the brokers run'),
     (broker_errors.UnknownError('?'), 'log'),
 ])
 def test_errors_of_kafka_say_what_to_do(error: Exception, do: str):

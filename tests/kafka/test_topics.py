@@ -1,4 +1,4 @@
-"""What is wanted of topics, and what of those that exist does not fit; without a broker."""
+"""The topics that the settings ask for, and how existing ones differ; without a broker."""
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from stream.kafka.topics import (
     as_error,
     changelog_record_bytes_max,
     compare,
-    wanted_topics,
+    topic_specs,
 )
 
 MIB = str(BROKER_RECORD_BYTES_MAX)
@@ -30,7 +30,7 @@ def settings(**values: Any) -> Settings:
 def fitting(given: Settings, partitions: int = 8) -> dict[str, Found]:
     """Topics as they are after a worker has created them."""
     return {topic.name: Found(partitions, given.replication, DEFAULTS | topic.config)
-            for topic in wanted_topics(given)}
+            for topic in topic_specs(given)}
 
 
 def changed(topics: dict[str, Found], name: str, partitions: int | None = None, **config: str) -> dict[str, Found]:
@@ -52,15 +52,15 @@ def test_what_a_worker_creates_fits_it():
     assert told(given, fitting(given)) == []
 
 
-def test_topics_that_are_not_used_are_not_wanted():
-    assert {topic.role for topic in wanted_topics(settings())} == {'input', 'alerts', 'dead letters', 'changelog'}
+def test_topics_that_are_not_used_are_not_asked_for():
+    assert {topic.role for topic in topic_specs(settings())} == {'input', 'alerts', 'dead letters', 'changelog'}
 
 
 def test_missing_topics_are_created_with_the_partitions_of_the_input_that_exists():
     given = settings(partitions=4)
     missing, findings = compare(given, {'carts': Found(12, 1, DEFAULTS)})
     assert findings == []
-    assert {entry.wanted.name: entry.partitions for entry in missing} == {
+    assert {entry.spec.name: entry.partitions for entry in missing} == {
         'clicks': 12, 'shop-users-changelog': 12, 'alerts': 4, 'dead-letters': 4}
     assert {entry.partitions for entry in compare(given, {})[0]} == {4}
 
@@ -85,14 +85,14 @@ def test_cleanup_policies(topic: str, policy: str, level: str | None):
     assert told(given, topics) == ([(level, topic, 'cleanup.policy')] if level else [])
 
 
-def test_a_problem_names_topic_value_found_value_wanted_and_what_to_do():
+def test_a_problem_names_topic_value_target_and_what_to_do():
     given = settings(brokers='one:9092')
     topics = changed(fitting(given), 'alerts', cleanup_policy='compact')
     topics = changed(topics, 'shop-users-changelog', cleanup_policy='delete')
     error = as_error(Topics(topics, [], *compare(given, topics)))
     assert isinstance(error, KafkaError)
-    assert 'The topic alerts: cleanup.policy is compact, wanted delete (' in error.problem
-    assert 'The topic shop-users-changelog: cleanup.policy is delete, wanted compact (' in error.problem
+    assert 'The topic alerts: cleanup.policy is compact, should be delete (' in error.problem
+    assert 'The topic shop-users-changelog: cleanup.policy is delete, should be compact (' in error.problem
     assert ('`kafka-configs.sh --bootstrap-server one:9092 --alter --topic alerts --add-config cleanup.policy=delete`; '
             in error.do)
 
@@ -139,7 +139,7 @@ def test_a_dead_letter_is_larger_than_the_record_that_it_was():
     assert told(given, changed(topics, 'dead-letters', max_message_bytes=enough)) == []
     del topics['dead-letters']
     [entry], _ = compare(given, topics)
-    assert entry.wanted.config['max.message.bytes'] == enough
+    assert entry.spec.config['max.message.bytes'] == enough
 
 
 @pytest.mark.parametrize(('values', 'message'), [
@@ -150,7 +150,7 @@ def test_a_dead_letter_is_larger_than_the_record_that_it_was():
 ])
 def test_names_that_cannot_be_are_refused(values: dict[str, str], message: str):
     with pytest.raises(UsageError, match=message):
-        wanted_topics(settings(**values))
+        topic_specs(settings(**values))
 
 
 def test_partitions_of_a_topic_that_is_not_there():

@@ -33,8 +33,8 @@ def records(recording: Recording, shift_ms: int = 0, options: PublishOptions | N
     recording.scan()
     topics = {name: Found(partitions, 1, config or {}) for name in ('clicks', 'carts')}
     account = Published(shift_ms=shift_ms)
-    outgoing = module._Outgoing(Settings(**settings), recording, topics, account, NOW)
-    sent = [(number, record) for chunk, _ in outgoing.chunks(options or PublishOptions())
+    outgoing = module._Sorter(Settings(**settings), recording, topics, account, NOW)
+    sent = [(number, record) for chunk, _ in outgoing.groups(options or PublishOptions())
             for (topic, number), entries in chunk.items() for record in entries if record.topic == topic]
     return sent, account
 

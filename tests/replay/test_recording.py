@@ -1,4 +1,4 @@
-"""Recordings: one stream in event-time order, whole, in bounded blocks, however it is sorted."""
+"""Recordings: one stream in event-time order, whole, in bounded chunks, however it is sorted."""
 import gzip
 import io
 import os
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stream.errors import InputError, UsageError
-from stream.replay.recording import Block, Recording
+from stream.replay.recording import Chunk, Recording
 from stream.replay.rows import BadRow
 
 T0 = 1_600_000_000_000
@@ -46,13 +46,13 @@ def scanned(paths: list[Path], format_name: str = 'events', **options) -> Record
     return recording
 
 
-def all_blocks(recording: Recording, events_max: int = 1000, span_ms_max: int = LONG_MS) -> list[Block]:
-    return list(recording.blocks(events_max, span_ms_max))
+def all_chunks(recording: Recording, events_max: int = 1000, span_ms_max: int = LONG_MS) -> list[Chunk]:
+    return list(recording.chunks(events_max, span_ms_max))
 
 
 def stream_of(recording: Recording, **bounds: int) -> list[tuple[int, bytes]]:
-    return [pair for block in all_blocks(recording, **bounds)
-            for pair in zip(block.numbers, block.values, strict=True)]
+    return [pair for chunk in all_chunks(recording, **bounds)
+            for pair in zip(chunk.numbers, chunk.values, strict=True)]
 
 
 def expected_stream(files: list[list[int | None]]) -> list[tuple[int, bytes]]:
@@ -75,16 +75,16 @@ def test_blocks_hold_every_row_in_order_within_their_bounds(
 ):
     paths = write_files(tmp_path_factory.mktemp('files'), files)
     recording = scanned(paths, rows_in_memory_max=rows_in_memory_max)
-    blocks = all_blocks(recording, events_max, span_ms_max)
+    chunks = all_chunks(recording, events_max, span_ms_max)
 
-    stream = [pair for block in blocks for pair in zip(block.numbers, block.values, strict=True)]
+    stream = [pair for chunk in chunks for pair in zip(chunk.numbers, chunk.values, strict=True)]
     assert stream == expected_stream(files)
     assert recording.rows == len(stream)
-    for block in blocks:
-        assert 1 <= len(block.values) <= events_max
-        assert 0 <= block.last_ms - block.first_ms <= span_ms_max
-        assert block.bad == {}
-    for before, after in pairwise(blocks):
+    for chunk in chunks:
+        assert 1 <= len(chunk.values) <= events_max
+        assert 0 <= chunk.last_ms - chunk.first_ms <= span_ms_max
+        assert chunk.bad == {}
+    for before, after in pairwise(chunks):
         assert before.last_ms <= after.first_ms
         # as long as it may be
         assert len(before.values) == events_max or after.first_ms - before.first_ms > span_ms_max
@@ -110,7 +110,7 @@ def test_sorted_unsorted_and_spilled_give_the_same_stream(tmp_path):
 def test_a_stream_in_order_counts_its_rows_by_ranges(tmp_path):
     recording = scanned(write_files(tmp_path, [[1, 2], [], [2, 9]]))
     assert recording.in_order
-    assert [block.numbers for block in all_blocks(recording, events_max=3)] == [range(3), range(3, 4)]
+    assert [chunk.numbers for chunk in all_chunks(recording, events_max=3)] == [range(3), range(3, 4)]
     assert (recording.first_ms, recording.last_ms) == (T0 + 1, T0 + 9)
 
 
@@ -138,7 +138,7 @@ def test_nothing_readable_and_nothing_at_all(tmp_path):
     assert (unreadable.rows, unreadable.in_order, unreadable.first_ms, unreadable.last_ms) == (2, True, 0, 0)
     assert len(stream_of(unreadable)) == 2
     empty = scanned(write_files(tmp_path, [[], []]))
-    assert (empty.rows, empty.in_order, all_blocks(empty)) == (0, True, [])
+    assert (empty.rows, empty.in_order, all_chunks(empty)) == (0, True, [])
 
 
 def test_both_passes_can_be_repeated(tmp_path):
@@ -162,11 +162,11 @@ def test_bad_rows_keep_their_place(tmp_path, rows_in_memory_max):
     path = tmp_path / 'clicks.csv'
     path.write_bytes(b'user_id,brand_id,type,visit_datetime\n1,2,0,6-5\n,2,0,6-4\n1,2,0,6-4\n\xff')
     recording = scanned([path], 'tmall', rows_in_memory_max=rows_in_memory_max)
-    block, = all_blocks(recording)
-    assert block.numbers == [2, 3, 0, 1]
-    assert block.bad == {1: BadRow(b'\xff', 'short_row', '1 fields, expected 4'),
+    chunk, = all_chunks(recording)
+    assert chunk.numbers == [2, 3, 0, 1]
+    assert chunk.bad == {1: BadRow(b'\xff', 'short_row', '1 fields, expected 4'),
                          3: BadRow(b',2,0,6-4', 'no_user', 'the user id is empty')}
-    assert [block.values[place] for place in block.bad] == [b'\xff', b',2,0,6-4']
+    assert [chunk.values[place] for place in chunk.bad] == [b'\xff', b',2,0,6-4']
 
 
 def test_ids_count_equal_rows_over_all_files_and_are_the_same_in_each_pass(tmp_path):
@@ -195,10 +195,10 @@ def test_nothing_is_left_of_a_sort_on_disk(tmp_path):
     spill_dir = tmp_path / 'spill'
     spill_dir.mkdir()
     recording = scanned(write_files(tmp_path, [[*range(500, 0, -1)]]), rows_in_memory_max=10, spill_dir=spill_dir)
-    blocks = recording.blocks(1, LONG_MS)
-    next(blocks)
+    chunks = recording.chunks(1, LONG_MS)
+    next(chunks)
     assert list(spill_dir.iterdir()) == []      # not even while it is in use
-    blocks.close()
+    chunks.close()
     assert list(spill_dir.iterdir()) == []
 
 
@@ -207,7 +207,7 @@ def test_a_sort_in_memory_needs_no_folder(tmp_path):
     recording = scanned(paths, rows_in_memory_max=2, spill_dir=tmp_path / 'absent')
     assert len(stream_of(recording)) == 2
     with pytest.raises(InputError, match='cannot be sorted on disk') as raised:
-        all_blocks(scanned(paths, rows_in_memory_max=1, spill_dir=tmp_path / 'absent'))
+        all_chunks(scanned(paths, rows_in_memory_max=1, spill_dir=tmp_path / 'absent'))
     assert 'another folder' in raised.value.do
 
 
@@ -218,7 +218,7 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
 
     monkeypatch.setattr('stream.replay.recording.TemporaryFile', lambda **_: FullDisk())
     with pytest.raises(InputError, match='No space left'):
-        all_blocks(scanned(write_files(tmp_path, [[2, 1]]), rows_in_memory_max=1))
+        all_chunks(scanned(write_files(tmp_path, [[2, 1]]), rows_in_memory_max=1))
 
 
 def test_many_runs_need_one_open_file(tmp_path):
@@ -250,7 +250,7 @@ def test_a_file_that_changes_between_the_passes_is_an_error(
     lines = paths[changed_file].read_bytes().splitlines(keepends=True)
     paths[changed_file].write_bytes(b''.join([*lines, lines[0]] if rows_more == 1 else lines[:-1]))
     with pytest.raises(InputError, match=f'{changed_file}.jsonl changed while it was replayed'):
-        all_blocks(recording)
+        all_chunks(recording)
 
 
 def test_wrong_calls(tmp_path):
@@ -263,7 +263,7 @@ def test_wrong_calls(tmp_path):
         scanned([tmp_path / 'absent.jsonl'])
     paths = write_files(tmp_path, [[1]])
     with pytest.raises(RuntimeError, match='scan'):
-        Recording(paths, 'events').blocks(1, 1)
+        Recording(paths, 'events').chunks(1, 1)
     for events_max, span_ms_max in ((0, 1), (1, -1)):
         with pytest.raises(ValueError, match='no room'):
-            scanned(paths).blocks(events_max, span_ms_max)
+            scanned(paths).chunks(events_max, span_ms_max)

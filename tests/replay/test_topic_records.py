@@ -123,7 +123,7 @@ def write(path: Path, *rows: TopicRecord | bytes) -> Path:
 def stream_of(*paths: Path) -> list[tuple[str, int, int]]:
     recording = Recording(paths, kafka_format(INPUTS))
     recording.scan()
-    found = [decode_record(value) for block in recording.blocks(3, 1 << 60) for value in block.values]
+    found = [decode_record(value) for block in recording.chunks(3, 1 << 60) for value in block.values]
     return [(entry.topic, entry.partition, entry.offset) for entry in found if entry]
 
 

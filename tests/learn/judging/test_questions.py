@@ -90,7 +90,7 @@ def test_cdnow_as_published(real_data):
     """The cut-offs, customers and repeat buyers of the set on which BG/NBD was shown, by our reading of it."""
     recording = Recording([real_data / 'cdnow' / 'CDNOW_master.txt.gz'], 'cdnow')
     recording.scan()
-    cdnow = read((value for block in recording.blocks(10_000, 1 << 62) for value in block.values), EventRules())
+    cdnow = read((value for block in recording.chunks(10_000, 1 << 62) for value in block.values), EventRules())
     cutoffs = [Cutoff.of(cdnow, at_ms, LIMITS) for at_ms in default_cutoffs(cdnow)]
     assert [day_of(cutoff.at_ms) for cutoff in cutoffs] == ['1997-09-30', '1998-04-01']
     assert [len(cutoff.asked) for cutoff in cutoffs] == [16_585, 16_585]
