@@ -201,7 +201,7 @@ class Recording:
                     yield from map(next, map(runs.__getitem__, next_runs.tolist()))
         except OSError as error:
             raise InputError(f'The rows cannot be sorted on disk: {error}.',
-                             'choose a folder for temporary files with room for all rows.') from error
+                             'name another folder for temporary files, with room for all rows.') from error
 
     def _write_runs(self, file: BinaryIO, places: np.ndarray) -> list[int]:
         """Write the rows as sorted runs. Returns the position in the file at which each run ends."""
