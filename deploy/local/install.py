@@ -1,6 +1,6 @@
-"""What the local parts need: fetched once into build/parts, as pom.xml and triton-constraints.txt say.
+"""Fetches Kafka and Triton into build/parts, once: the versions in pom.xml and triton-constraints.txt.
 
-Callers at the same time wait for each other.
+If several processes ask at the same time, one fetches and the others wait.
 """
 import fcntl
 import hashlib
@@ -22,13 +22,13 @@ JAVA_MIN = 17
 
 
 def install_kafka() -> Path:
-    """The folder of the broker's jars; fetched on the first call, whoever calls meanwhile waits for that.
+    """The folder with the jars of the broker. The first call fetches them.
 
-    Errors   PartError without Java or Maven, or where Maven fails.
+    Errors   PartError if Java or Maven is missing, or Maven fails.
     """
     java = shutil.which('java')
     if java is None:
-        raise PartError('Kafka needs Java, and there is none.',
+        raise PartError('Kafka needs Java, which is not installed.',
                         f'install it (Debian: apt-get install openjdk-17-jre-headless maven){OR_DOCKER}')
     pom = HERE / 'pom.xml'
 
@@ -36,10 +36,10 @@ def install_kafka() -> Path:
         version = subprocess.run([java, '-version'], capture_output=True, text=True, check=False).stderr
         found = re.search(r'version "(\d+)', version)
         if not found or int(found[1]) < JAVA_MIN:
-            raise PartError(f'Kafka 4 needs Java {JAVA_MIN} or newer, `java -version` says: {version.strip()}.',
+            raise PartError(f'Kafka 4 needs Java {JAVA_MIN} or newer. `java -version` says: {version.strip()}.',
                             f'install it (Debian: apt-get install openjdk-17-jre-headless){OR_DOCKER}')
         if shutil.which('mvn') is None:
-            raise PartError('Fetching Kafka needs Maven, and there is none.',
+            raise PartError('Fetching Kafka needs Maven, which is not installed.',
                             f'install it (Debian: apt-get install maven){OR_DOCKER}')
         run_to_end(['mvn', '-q', '-B', '-f', str(pom), 'dependency:copy-dependencies', f'-DoutputDirectory={target}'],
                    'Maven cannot fetch Kafka', f'check that Maven reaches its repository{OR_DOCKER}')
@@ -48,9 +48,9 @@ def install_kafka() -> Path:
 
 
 def install_triton() -> Path:
-    """A folder with the server (`server`) and its Python backend with onnxruntime (`backends`); see `install_kafka`.
+    """A folder with the server (`server`), and its Python backend with onnxruntime (`backends`).
 
-    The image of Triton is made of it too: deploy/docker/Dockerfile.
+    deploy/docker/Dockerfile makes the image of Triton from it too. Errors: as `install_kafka`, for uv.
     """
     pins = HERE / 'triton-constraints.txt'
     python = f'{sys.version_info.major}.{sys.version_info.minor}'
@@ -58,7 +58,8 @@ def install_triton() -> Path:
 
     def fetch(target: Path) -> None:
         if uv is None:
-            raise PartError('Fetching Triton needs uv, and there is none.', 'run `make` targets, which install it.')
+            raise PartError('Fetching Triton needs uv, which is not installed.',
+                            'use a `make` target, which installs it.')
         install = [uv, 'pip', 'install', '--quiet', '--python', sys.executable, '--constraint', str(pins), '--target']
         do = f'check that uv reaches the package index, on Linux with Python 3.11 or 3.12{OR_DOCKER}'
         backend = target / 'backends' / 'python'
@@ -77,7 +78,7 @@ def install_triton() -> Path:
 
 
 def _installed(name: str, pins: bytes, fetch: Callable[[Path], None]) -> Path:
-    """`build/parts/<name>-<hash of the pins>`: complete where it exists, since it is renamed into place."""
+    """The folder `build/parts/<name>-<hash of the pins>`. It is renamed into place, so if it exists it is complete."""
     target = PARTS / f'{name}-{hashlib.sha256(pins).hexdigest()[:12]}'
     if target.exists():
         return target

@@ -1,7 +1,7 @@
 """A real Kafka 4 broker and a real Triton server without Docker, on free ports of 127.0.0.1.
 
-`Kafka(folder)` and `Triton(folder)` start, stop, pause, are killed and start again on the same ports and data; the
-command line is stack.py beside this file.
+`Kafka(folder)` and `Triton(folder)` can be started, stopped, paused and killed. A restart uses the same ports and data.
+The command line is in stack.py.
 """
 import contextlib
 import os
@@ -35,7 +35,7 @@ SHIPPED = ROOT / 'triton_models' / 'shopper' / '1'
 START_SECONDS_MAX = 90.0
 
 
-# Waits until its standard input says that all is well, or ends because the caller was killed: then it cleans up.
+# Waits for a word on standard input. If the input ends without it, the caller was killed: then it cleans up.
 _GUARD = '''
 read -r word
 [ "$word" = done ] && exit
@@ -45,9 +45,9 @@ rm -rf "$2" "/dev/shm/$3"*
 
 
 class Part:
-    """A server process in a group of its own, with its data, log and pid file in `folder`.
+    """A server process in its own process group, with data, log and pid file in `folder`.
 
-    tied   it dies, and its folder goes, with the process that started it, however that ends; else it stays
+    tied   when the process that started it ends, for any reason, it is killed and its folder removed
     """
 
     name = 'part'
@@ -64,20 +64,20 @@ class Part:
         self._was_up = False
 
     def start(self) -> Self:
-        """Start it and return when it answers.
+        """Start it and wait until it answers.
 
-        Errors   PartError with the end of its log where it ends, or does not answer in time; then it is stopped.
+        Errors   PartError with the end of its log if it ends, or does not answer in time. It is stopped then.
         """
         if self.running:
             return self
-        self._ended()       # it may have died by itself: what was left of it goes first
+        self._ended()       # if it died by itself, remove what it left
         self.folder.mkdir(parents=True, exist_ok=True)
         for attempt in (1, 2, 3):
             try:
                 self._launch()
                 break
             except PartError as error:
-                # Somebody took a port between choosing and binding it.
+                # Another process took the port between choosing and binding it.
                 if self._was_up or attempt == 3 or 'already in use' not in str(error):
                     raise
                 self._choose_ports()
@@ -85,7 +85,7 @@ class Part:
         return self
 
     def stop(self) -> None:
-        """SIGTERM, then SIGKILL after a bound; data and ports stay for a later start."""
+        """Send SIGTERM, and SIGKILL after a time limit. Keeps data and ports for a later start."""
         try:
             if self.pid:
                 self._reaping(lambda: stop_process(self.pid, self.started))
@@ -93,27 +93,27 @@ class Part:
             self._ended()
 
     def kill(self) -> None:
-        """SIGKILL to all of its group, as a crash would; data and ports stay."""
+        """Send SIGKILL to its process group, like a crash. Keeps data and ports."""
         if self.running:
             os.killpg(self.pid, signal.SIGKILL)
             self._reaping(lambda: until(lambda: not self.running, 10))
         self._ended()
 
     def pause(self) -> None:
-        """SIGSTOP: its connections stay open and nothing answers."""
+        """Send SIGSTOP: its connections stay open, but it does not answer."""
         os.killpg(self.pid, signal.SIGSTOP)
 
     def resume(self) -> None:
-        """SIGCONT."""
+        """Send SIGCONT."""
         os.killpg(self.pid, signal.SIGCONT)
 
     def restart(self) -> Self:
-        """Stop, and start on the same ports and data."""
+        """Stop it, and start it on the same ports and data."""
         self.stop()
         return self.start()
 
     def remove(self) -> None:
-        """Stop it and remove its folder: nothing of it is left."""
+        """Stop it and remove its folder."""
         try:
             self.stop()
         finally:
@@ -122,7 +122,7 @@ class Part:
     @property
     def running(self) -> bool:
         if self._process:
-            self._process.poll()        # a child that nobody waits for stays a zombie
+            self._process.poll()        # without this an ended child stays a zombie
         return self.pid != 0 and started_at(self.pid) == self.started
 
     def __enter__(self) -> Self:
@@ -131,19 +131,19 @@ class Part:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    # What a part must say of itself.
+    # To be defined by each kind of part.
     def _choose_ports(self) -> None:
         raise NotImplementedError
 
     def _command(self) -> tuple[list[str], dict[str, str]]:
-        """Arguments, and what is added to the environment."""
+        """Arguments, and additions to the environment."""
         raise NotImplementedError
 
     def _answers(self) -> bool:
         raise NotImplementedError
 
     def _shared_memory(self) -> str:
-        """How the names of its shared memory begin."""
+        """Prefix of the names of its shared memory."""
         return f'stream-none-{os.getpid()}'
 
     def _launch(self) -> None:
@@ -172,7 +172,7 @@ class Part:
         with self.log.open('rb') as log:
             log.seek(begin)
             end = tail(log.read().decode(errors='replace'))
-        raise PartError(f'{self.name} {what}. The end of {self.log}:\n{end}\n', f'mend what the log names{OR_DOCKER}')
+        raise PartError(f'{self.name} {what}. The end of {self.log}:\n{end}\n', f'fix what the log reports{OR_DOCKER}')
 
     def _reaping(self, wait: Callable[[], object]) -> None:
         wait()
@@ -196,9 +196,9 @@ class Part:
 
 
 class Kafka(Part):
-    """One broker and controller in one process (KRaft), replication factor 1, nothing deleted by age by default.
+    """One process that is both broker and controller (KRaft). Replication factor 1; no record is deleted by age.
 
-    properties   of server.properties, over what is chosen here
+    properties   entries of server.properties that override those chosen here
     """
 
     name = 'kafka'
@@ -227,12 +227,12 @@ class Kafka(Part):
             'controller.listener.names': 'CONTROLLER',
             'listener.security.protocol.map': 'PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT',
             'log.dirs': str(data),
-            # A killed broker's registration lasts so long: it comes back no sooner.
+            # A killed broker stays registered for this long, and cannot come back sooner.
             'broker.session.timeout.ms': '3000', 'broker.heartbeat.interval.ms': '500',
             'num.network.threads': '2', 'num.io.threads': '4', 'log.cleaner.dedupe.buffer.size': str(16 << 20),
-            'auto.create.topics.enable': 'false',       # a typing error in a topic's name is an error
-            'log.retention.ms': '-1',                   # recorded events are old, and by age they would go at once
-            'log.roll.ms': str(1 << 40),                # and each week of theirs would open a new segment
+            'auto.create.topics.enable': 'false',       # a misspelled topic name is an error
+            'log.retention.ms': '-1',                   # recorded events are old and would be deleted at once
+            'log.roll.ms': str(1 << 40),                # each week of them would open a new segment
             'offsets.topic.replication.factor': '1', 'offsets.topic.num.partitions': '8',
             'transaction.state.log.replication.factor': '1', 'transaction.state.log.min.isr': '1',
             'transaction.state.log.num.partitions': '8',
@@ -248,9 +248,9 @@ class Kafka(Part):
         return [*java, 'kafka.Kafka', str(config)], {}
 
     def _answers(self) -> bool:
-        """Whether it names itself as a living broker in answer to a Metadata request, version 1.
+        """Whether it answers a Metadata request, version 1, with at least one broker.
 
-        Source   Kafka's protocol guide; a request header is API key, version, correlation id, client id.
+        Source   Kafka's protocol guide: a request header is API key, version, correlation id, client id.
         """
         request = struct.pack('>hhih5si', 3, 1, 7, 5, b'parts', 0)
         try:
@@ -263,12 +263,12 @@ class Kafka(Part):
 
 
 class Triton(Part):
-    """Triton with the Python backend, serving exported versions on the CPU.
+    """Triton with the Python backend, which serves exported versions on the CPU.
 
     version_dir         folder of an exported version
-    others              those of other models that it serves beside
-    queue_requests_max  beyond so many waiting requests it answers UNAVAILABLE; 0: no bound
-    python_model        what the Python backend runs
+    others              folders of versions of other models to serve as well
+    queue_requests_max  with more requests waiting it answers UNAVAILABLE; 0: no bound
+    python_model        the file that the Python backend runs
     """
 
     name = 'triton'
@@ -317,7 +317,7 @@ class Triton(Part):
 
 
 def libpython() -> Path:
-    """The folder of this Python's shared library, which the Python backend needs."""
+    """The folder of this Python's shared library, which Triton's Python backend needs."""
     name = f'libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0'
     for folder in (sysconfig.get_config_var('LIBDIR'), f'/usr/lib/{sysconfig.get_config_var("MULTIARCH")}',
                    f'{sys.base_prefix}/lib'):

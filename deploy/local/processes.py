@@ -1,4 +1,4 @@
-"""Processes of this machine: free ports, commands run to their end, and servers found again by their pid files."""
+"""Processes on this machine: free ports, commands that run to their end, and processes found by their pid files."""
 import contextlib
 import os
 import random
@@ -24,8 +24,10 @@ class PartError(StreamError):
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on, below those that the system gives to outgoing connections: a client
-    that tries again and again while its server is away could otherwise be given the server's own port, and keep it."""
+    """A free port of 127.0.0.1, below the range that the system uses for outgoing connections.
+
+    A client that retries while its server is down could otherwise get the server's own port, and keep it.
+    """
     try:
         end = int(Path('/proc/sys/net/ipv4/ip_local_port_range').read_text().split()[0])
     except (OSError, ValueError):
@@ -39,15 +41,15 @@ def free_port() -> int:
 
 
 def free_ports(count: int) -> list[int]:
-    """So many different ones."""
+    """`count` different free ports."""
     ports: set[int] = set()
-    while len(ports) < count:       # ends: `free_port` draws from thousands, or raises
+    while len(ports) < count:       # this ends: `free_port` draws from thousands, or raises
         ports.add(free_port())
     return list(ports)
 
 
 def answers(url: str) -> bool:
-    """Whether a server of this machine says 200, whatever proxy the environment names."""
+    """Whether a server on this machine answers 200. Ignores proxies set in the environment."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=2) as answer:
@@ -57,8 +59,10 @@ def answers(url: str) -> bool:
 
 
 def started_at(pid: int) -> int | None:
-    """When a running process started, in clock ticks since boot; None where there is none. With the pid it names a
-    process for good: pids come again."""
+    """When a running process started, in clock ticks since boot. None if there is no such process.
+
+    Pids are reused, but a pid and a start time together identify a process.
+    """
     try:
         state, *fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
     except OSError:
@@ -67,7 +71,7 @@ def started_at(pid: int) -> int | None:
 
 
 def stop_process(pid: int, started: int, seconds_max: float = STOP_SECONDS_MAX) -> bool:
-    """SIGTERM, and SIGKILL to its whole group when it has not ended in time; False where it was gone already."""
+    """Send SIGTERM, and SIGKILL to its group if it does not end in time. Returns False if it had already ended."""
     if started_at(pid) != started:
         return False
     for number, bound in ((signal.SIGTERM, seconds_max), (signal.SIGKILL, 10.0)):
@@ -75,14 +79,14 @@ def stop_process(pid: int, started: int, seconds_max: float = STOP_SECONDS_MAX) 
             os.kill(pid, signal.SIGCONT)
             os.killpg(pid, number) if number == signal.SIGKILL else os.kill(pid, number)
         if until(lambda: started_at(pid) != started, bound):
-            with contextlib.suppress(ProcessLookupError):       # children that outlived it
+            with contextlib.suppress(ProcessLookupError):       # children that are still running
                 os.killpg(pid, signal.SIGKILL)
             return True
-    raise PartError(f'Process {pid} does not end.', 'look at what it waits for (ps, /proc).')
+    raise PartError(f'Process {pid} does not end.', 'find out what it waits for (ps, /proc).')
 
 
 def recorded(pid_file: Path) -> tuple[int, int] | None:
-    """pid and start of the process that a part's pid file names, where it still runs."""
+    """Pid and start time from a pid file. None if that process does not run any more."""
     try:
         pid, started = map(int, pid_file.read_text().split())
     except (FileNotFoundError, ValueError):
@@ -91,7 +95,7 @@ def recorded(pid_file: Path) -> tuple[int, int] | None:
 
 
 def until(condition: Callable[[], bool], seconds_max: float) -> bool:
-    """Wait for a condition; False where it does not come in time."""
+    """Wait for a condition. Returns False if it does not become true in time."""
     deadline = time.monotonic() + seconds_max
     while not condition():
         if time.monotonic() > deadline:
@@ -106,11 +110,11 @@ def tail(text: str, lines: int = 30) -> str:
 
 
 def run_to_end(command: Sequence[str], problem: str, do: str) -> None:
-    """Run a command. Errors: PartError with the end of its output where it fails, or takes too long."""
+    """Run a command. Errors: PartError with the end of its output if it fails, or takes too long."""
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               text=True, errors='replace', timeout=RUN_SECONDS_MAX, check=False)
     except subprocess.TimeoutExpired as error:
-        raise PartError(f'{problem}: no end within {RUN_SECONDS_MAX} s.', do) from error
+        raise PartError(f'{problem}: it did not end within {RUN_SECONDS_MAX} s.', do) from error
     if done.returncode:
         raise PartError(f'{problem}:\n{tail(done.stdout)}\n', do)

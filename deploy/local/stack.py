@@ -1,6 +1,6 @@
-"""The whole of stream on this machine without Docker: Kafka, Triton, a worker, and simulated shoppers as its events.
+"""All of stream on this machine without Docker: Kafka, Triton, a worker, and the events of simulated shoppers.
 
-Everything that runs has a folder in build/local with its log and pid file; `down` ends what they name and removes all.
+Each process has a folder in build/local with its log and pid file. `down` stops them and removes the folders.
 """
 import argparse
 import asyncio
@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 from aiokafka import AIOKafkaConsumer
 from aiokafka.errors import KafkaError
 
@@ -26,16 +27,16 @@ from stream.errors import StreamError
 from stream.scoring.repository import VARIANTS, write_repository
 
 LOCAL = ROOT / 'build' / 'local'
-RANKING = SHIPPED.parents[1] / 'shopper_next' / '1'     # what is bought next: for whoever asks Triton, not the worker
+RANKING = SHIPPED.parents[1] / 'shopper_next' / '1'     # ranks what is bought next; served for other clients of Triton
 STREAM = Path(sys.executable).with_name('stream')
-ORDER = ('kafka', 'triton', 'worker', 'publisher')     # of starting; stopped the other way round
+ORDER = ('kafka', 'triton', 'worker', 'publisher')     # of starting; stopped in reverse order
 SHOPPERS, DAYS, EVENTS_PER_SECOND = 600, 180, 300
-WORKER_STOP_SECONDS_MAX = 35.0      # it finishes the steps in flight
+WORKER_STOP_SECONDS_MAX = 35.0      # it first finishes the steps in flight
 FIRST_ALERT_SECONDS_MAX = 120.0
 
 
 class Program(Part):
-    """A command of stream in the background."""
+    """A command of stream that runs in the background."""
 
     def __init__(self, name: str, command: Sequence[str | Path], answers: Callable[[], bool]) -> None:
         self.name = name
@@ -43,7 +44,7 @@ class Program(Part):
         self._arguments, self._ready = [str(STREAM), *map(str, command)], answers
 
     def _choose_ports(self) -> None:
-        """They are in its settings."""
+        """Its ports are in its settings."""
 
     def _command(self) -> tuple[list[str], dict[str, str]]:
         return self._arguments, {}
@@ -53,7 +54,7 @@ class Program(Part):
 
 
 def up(only_parts: bool) -> None:
-    """Start everything and wait for the first alert; where something fails, what was started is stopped again."""
+    """Start everything and wait for the first alert. If something fails, stop everything again."""
     with _locked():
         if running := _running():
             _start_again([name for name in _state().get('parts', ORDER) if name not in running])
@@ -74,22 +75,22 @@ def up(only_parts: bool) -> None:
 
 
 def _start_again(ended: list[str]) -> None:
-    """Start what ended by itself, on the same ports and data."""
+    """Restart the parts that have stopped, on the same ports and data."""
     if 'publisher' in ended and _published():
         ended.remove('publisher')
     if lost := [name for name in ended if name in ('kafka', 'publisher')]:
-        raise PartError(f'{" and ".join(lost)} ended before time; see the log in {_near(LOCAL)}.',
-                        'make down, then make up.')
+        raise PartError(f'{" and ".join(lost)} stopped unexpectedly. See the log in {_near(LOCAL)}.',
+                        'run make down, then make up.')
     state = _state()
     if 'triton' in ended:
-        _say('Triton had ended: starting it again')
+        _say('Triton has stopped: restarting it')
         triton = Triton(LOCAL / 'triton', tied=False, others=[RANKING])
         triton.port = state['triton_port']      # where the worker looks for it
         triton.start()
     if 'worker' in ended:
-        _say('the worker had ended: starting it again; it goes on where it stopped')
+        _say('the worker has stopped: restarting it; it continues where it stopped')
         _worker(state['admin']).start()
-    print('Up already.' if not ended else 'Up again.')
+    print('Already running.' if not ended else 'Running again.')
 
 
 def _worker(admin: str) -> Program:
@@ -97,7 +98,7 @@ def _worker(admin: str) -> Program:
 
 
 def _start(only_parts: bool) -> None:
-    _say('fetching Kafka and Triton (once, about a minute) and starting them')
+    _say('fetching Kafka and Triton (only once, about a minute) and starting them')
     install_kafka()
     install_triton()
     kafka = Kafka(LOCAL / 'kafka', tied=False).start()
@@ -111,7 +112,7 @@ def _start(only_parts: bool) -> None:
     settings = {
         'brokers': kafka.brokers, 'scorer': 'triton', 'triton': triton.address, 'model': str(SHIPPED),
         'state_dir': str(LOCAL / 'worker' / 'state'), 'admin_host': HOST, 'admin_port': admin_port, 'clock': 'wall'}
-    config.write_text(''.join(f'{name} = {json.dumps(value)}\n' for name, value in settings.items()))
+    config.write_text(tomli_w.dumps(settings))
     _write_state(state | {'admin': f'{HOST}:{admin_port}', 'parts': ORDER})
     _say('creating the topics, simulating shoppers, starting the worker')
     _stream('topics', '--config', config)
@@ -124,7 +125,7 @@ def _start(only_parts: bool) -> None:
     alert = asyncio.run(_first_alert(kafka.brokers, lambda: worker.running and (publisher.running or _published())))
     if alert is None:
         raise PartError(f'No alert came within {FIRST_ALERT_SECONDS_MAX:.0f} s.', 'see the logs above.')
-    print(_line(alert))
+    print(_one_line(alert))
 
 
 def _stream(*arguments: str | Path) -> None:
@@ -134,10 +135,10 @@ def _stream(*arguments: str | Path) -> None:
 
 
 def down() -> None:
-    """Stop what runs, in the order that loses nothing, and remove what it left."""
+    """Stop everything, in an order that loses nothing, and remove its files."""
     with _locked():
         stopped = _stop()
-    print(f'Stopped: {", ".join(stopped)}.' if stopped else 'Nothing is up.')
+    print(f'Stopped: {", ".join(stopped)}.' if stopped else 'Nothing is running.')
 
 
 def _stop() -> list[str]:
@@ -153,10 +154,10 @@ def _stop() -> list[str]:
 
 
 def status() -> None:
-    """Say what runs."""
+    """Show what is running."""
     running = _running()
     if not running:
-        print('Nothing is up.')
+        print('Nothing is running.')
         return
     for name in _state().get('parts', ORDER):
         done = 'done: all events are published' if name == 'publisher' and _published() else 'not running: see its log'
@@ -165,11 +166,11 @@ def status() -> None:
 
 
 def alerts(count: int) -> None:
-    """Print the alerts, the oldest first, as they come; the first `count` of them, or until Ctrl-C."""
+    """Print alerts as they come, oldest first: the first `count`, or until Ctrl-C."""
     async def show() -> None:
         left = count
         async for value in _alerts(_address('brokers'), lambda: True):
-            print(_line(value), flush=True)
+            print(_one_line(value), flush=True)
             left -= 1
             if left == 0:
                 return
@@ -179,18 +180,18 @@ def alerts(count: int) -> None:
 
 
 def models(variant: str, into: Path, model: Path) -> None:
-    """Write a model repository for another Triton."""
+    """Write a model repository for another Triton server."""
     python_model = HERE / 'model.py' if variant == 'python' else None
     print(f'{variant}: {write_repository(model, into, variant, python_model)}')
 
 
 def install() -> None:
-    """Fetch Kafka and Triton ahead of time."""
+    """Fetch Kafka and Triton without starting them."""
     print(f'Kafka: {_near(install_kafka())}\nTriton: {_near(install_triton())}')
 
 
 async def _first_alert(brokers: str, healthy: Callable[[], bool]) -> dict[str, Any] | None:
-    """The first one that has reasons, which the first tier of a shopper has not."""
+    """The first alert with reasons. (The first tier of a shopper has none.)"""
     deadline = time.monotonic() + FIRST_ALERT_SECONDS_MAX
     async for value in _alerts(brokers, lambda: healthy() and time.monotonic() < deadline):
         if value['reasons']:
@@ -198,8 +199,8 @@ async def _first_alert(brokers: str, healthy: Callable[[], bool]) -> dict[str, A
     return None
 
 
-def _line(value: dict[str, Any]) -> str:
-    """An alert for a person: when, who, what, how likely, what to do, and why."""
+def _one_line(value: dict[str, Any]) -> str:
+    """An alert in words: time, user, kind, scores, action and reasons."""
     at = datetime.fromtimestamp(value['as_of_ms'] / 1000, UTC).strftime('%Y-%m-%d %H:%M')
     scores = value['scores']
     tier = '' if value['tier'] is None else f'tier {value["tier"]}'
@@ -208,17 +209,18 @@ def _line(value: dict[str, Any]) -> str:
     return line + ''.join(f'\n    {reason["effect"]:+.2f}  {reason["text"]}' for reason in value['reasons'] or ())
 
 
-async def _alerts(brokers: str, wanted: Callable[[], bool]) -> AsyncIterator[dict[str, Any]]:
-    """Values of the alerts topic from its beginning, for as long as `wanted`."""
+async def _alerts(brokers: str, go_on: Callable[[], bool]) -> AsyncIterator[dict[str, Any]]:
+    """Values of the alerts topic from its beginning, while `go_on` is true."""
     try:
         async with AIOKafkaConsumer('alerts', bootstrap_servers=brokers, auto_offset_reset='earliest') as consumer:
-            while wanted():
+            while go_on():
                 for records in (await consumer.getmany(timeout_ms=500)).values():
                     for record in records:
                         if record.value:
                             yield json.loads(record.value)
     except KafkaError as error:
-        raise PartError(f'The alerts cannot be read: {error}.', 'see whether Kafka is up: stack.py status.') from error
+        raise PartError(f'The alerts cannot be read: {error}.',
+                        'check that Kafka runs: python -m deploy.local.stack status.') from error
 
 
 def _running() -> dict[str, int]:
@@ -226,7 +228,7 @@ def _running() -> dict[str, int]:
 
 
 def _published() -> bool:
-    """Whether the publisher came to its end by itself."""
+    """Whether the publisher has sent all events and ended."""
     log = LOCAL / 'publisher' / 'publisher.log'
     return log.exists() and any(line.startswith('{') for line in log.read_text(errors='replace').splitlines())
 
@@ -244,7 +246,7 @@ def _write_state(state: dict[str, Any]) -> None:
 
 def _address(name: str) -> str:
     if name not in (state := _state()):
-        raise PartError('Nothing is up.', 'make up.')
+        raise PartError('Nothing is running.', 'run make up.')
     return state[name]
 
 
@@ -259,7 +261,7 @@ def _locked() -> Iterator[None]:
 def _print_where() -> None:
     state = _state()
     if 'brokers' not in state:
-        print('  not everything has started yet')
+        print('  still starting')
         return
     print(f'  Kafka      {state["brokers"]}\n  Triton     {state["triton"]} (gRPC)')
     if 'admin' in state:
@@ -289,7 +291,7 @@ def main() -> None:
         command = commands.add_parser(name, help=(function.__doc__ or '').strip())
         command.set_defaults(function=function)
         if name == 'up':
-            command.add_argument('--only-parts', action='store_true', help='Kafka and Triton alone')
+            command.add_argument('--only-parts', action='store_true', help='only Kafka and Triton')
         elif name == 'alerts':
             command.add_argument('--count', type=int, default=0)
         elif name == 'models':

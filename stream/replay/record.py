@@ -1,7 +1,8 @@
-"""Topics are read into a file that `replay --format kafka` reads: one record a line, see `topic_records`.
+"""Record topics in a file that `replay --format kafka` reads: one record a line, see `topic_records`.
 
-Only committed records are read. Until now: up to the ends that the topics had at the start, so that the file is a cut
-through all of them, and somebody who goes on writing cannot keep it open. Follow: until it is stopped.
+Only committed records are read. By default a recording ends where the topics ended when it began. So the file is a
+consistent cut through all topics, and a producer that goes on writing cannot prolong it. With `--follow` it goes on
+until it is stopped.
 """
 import asyncio
 import time
@@ -24,14 +25,18 @@ from stream.replay.topic_records import TopicRecord, encode_record
 
 POLL_MS = 250
 POLL_RECORDS_MAX = 5_000
-FETCH_BYTES_MAX = 4 << 20     # of one partition at once
-STALLED_S = 60.0        # without a record, and not at the end: the brokers are gone
+FETCH_BYTES_MAX = 4 << 20     # of one partition in one fetch
+STALLED_S = 60.0        # without progress and not at the end: the brokers are gone
 _COMPRESSIONS = {'.gz': 'gzip', '.zst': 'zstd'}
 
 
 class Recorded(msgspec.Struct):
-    """What was written. `records` by topic; `missing`: of the range asked for, offsets that hold no committed record
-    (transaction markers, aborted or compacted records, or those that retention has taken)."""
+    """Counts of what was written.
+
+    records   by topic
+    missing   offsets of the range without a committed record: transaction markers, and records that were aborted,
+              compacted or deleted by retention
+    """
 
     records: dict[str, int]
     missing: int = 0
@@ -40,7 +45,7 @@ class Recorded(msgspec.Struct):
 
 @contextmanager
 def compressed(file: IO[bytes], path: Path) -> Iterator[Any]:
-    """A stream into `file`, compressed as the name of `path` says."""
+    """A stream that writes to `file`, compressed if the name of `path` says so."""
     kind = _COMPRESSIONS.get(path.suffix.lower())
     if kind is None:
         yield file
@@ -50,7 +55,7 @@ def compressed(file: IO[bytes], path: Path) -> Iterator[Any]:
 
 
 def check_target(path: Path) -> None:
-    """UsageError where a recording cannot be written to `path`, or would overwrite something."""
+    """Errors: UsageError if a recording cannot be written to `path`, or would overwrite a file."""
     name = path.name.lower()
     for suffix in _COMPRESSIONS:
         name = name.removesuffix(suffix)
@@ -58,13 +63,13 @@ def check_target(path: Path) -> None:
         raise UsageError(f'A recording cannot be written to {path}.',
                          'name a .jsonl, .jsonl.gz or .jsonl.zst file in an existing folder.')
     if path.exists():
-        raise UsageError(f'{path} is there already.', 'name another file: a recording is not overwritten.')
+        raise UsageError(f'{path} exists already.', 'name another file. A recording never overwrites one.')
 
 
 def parse_start(text: str) -> tuple[Literal['offset', 'time'], int]:
-    """Where to begin: `beginning`, an offset (of every partition), or an RFC 3339 time (of the records' timestamps).
+    """Parse where to begin: `beginning`, an offset of every partition, or an RFC 3339 time of the records.
 
-    Errors   UsageError where it is none of these.
+    Errors   UsageError if the text is none of these.
     """
     if text == 'beginning':
         return 'offset', 0
@@ -72,8 +77,8 @@ def parse_start(text: str) -> tuple[Literal['offset', 'time'], int]:
         return 'offset', int(text)
     ts_ms = parse_rfc3339_ms(text)
     if ts_ms is None:
-        raise UsageError(f'Nothing begins at {text!r}.',
-                         'write beginning, an offset, or a time such as 2026-01-31T12:00:00Z.')
+        raise UsageError(f'{text!r} is not a place to begin.',
+                         'write `beginning`, an offset, or a time such as 2026-01-31T12:00:00Z.')
     return 'time', ts_ms
 
 
@@ -81,12 +86,12 @@ async def record(
     settings: Settings, names: list[str], write: Callable[[bytes], Any], start: str = 'beginning',
     stop: asyncio.Event | None = None, progress: Callable[[int, int | None], None] | None = None,
 ) -> Recorded:
-    """Read the topics `names` and hand each record's line to `write`.
+    """Read the topics `names` and pass the line of each record to `write`.
 
     start      see `parse_start`
-    stop       None: end at the ends that the topics have now; else go on until it is set
-    progress   is told how many records were written, and of how many offsets (None: no end is known)
-    Errors     KafkaError where a topic is missing, or the brokers are gone; UsageError for `start`.
+    stop       None: stop at the current ends of the topics; otherwise go on until it is set
+    progress   is called with the number of records written and the number of offsets (None: not known)
+    Errors     KafkaError if a topic is missing, or the brokers are gone; UsageError if `start` is wrong.
     """
     kind, begin_at = parse_start(start)
     async with open_admin(settings) as admin:
@@ -123,7 +128,7 @@ async def _begins(
     consumer: AIOKafkaConsumer, places: list[TopicPartition], ends: Mapping[TopicPartition, int],
     kind: Literal['offset', 'time'], begin_at: int,
 ) -> dict[TopicPartition, int]:
-    """The first offset to read of each partition, never beyond its end."""
+    """The first offset to read of each partition, at most its end."""
     first = await consumer.beginning_offsets(places)
     if kind == 'offset':
         return {place: min(max(first[place], begin_at), ends[place]) for place in places}
@@ -135,18 +140,18 @@ async def _records(
     consumer: AIOKafkaConsumer, begins: Mapping[TopicPartition, int], ends: Mapping[TopicPartition, int],
     stop: asyncio.Event | None,
 ) -> AsyncIterator[tuple[TopicPartition, list[ConsumerRecord]]]:
-    """Records by partition, below `ends`, or until `stop` is set."""
+    """Records by partition: those below `ends`, or all until `stop` is set."""
     reading = {place for place in begins if stop or begins[place] < ends[place]}
     consumer.pause(*[place for place in begins if place not in reading])
     positions, moved_at = dict(begins), time.monotonic()
     while reading and not (stop and stop.is_set()):
         found = await consumer.getmany(*reading, timeout_ms=POLL_MS, max_records=POLL_RECORDS_MAX)
         for place, records in found.items():
-            wanted = records if stop else [entry for entry in records if entry.offset < ends[place]]
-            if wanted:
-                yield place, wanted
+            below = records if stop else [entry for entry in records if entry.offset < ends[place]]
+            if below:
+                yield place, below
         for place in list(reading):
-            # A position moves past transaction markers and aborted records too, which no record shows.
+            # The position also moves past transaction markers and aborted records, which give no record.
             position = await consumer.position(place)
             if position != positions[place]:
                 positions[place], moved_at = position, time.monotonic()
@@ -155,4 +160,4 @@ async def _records(
                 consumer.pause(place)
         if not stop and time.monotonic() - moved_at > STALLED_S:
             raise KafkaError(f'No record came for {STALLED_S:.0f} s; {len(reading)} partitions are not at their end.',
-                             'see whether the brokers are well, then record again.')
+                             'check that the brokers are healthy, then record again.')

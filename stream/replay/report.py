@@ -1,7 +1,8 @@
-"""What a replay found, as one HTML page that opens from disk: no scripts, no outside files, the same bytes each time.
+"""The report of a replay: one HTML page that opens from disk, without scripts or other files.
 
-Every plot over time is drawn twice, for a desk and for a phone, and the style sheet shows one: a shrunk plot has
-letters that nobody can read. Legends are HTML beside the plots, with the totals, so that they wrap and can be read out.
+Every plot over time is drawn twice, for a wide and for a narrow screen, and the style sheet shows one of them: the text
+of a plot that is scaled down cannot be read. Legends are HTML and include the totals, so that they wrap and a screen
+reader can read them.
 """
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,10 +28,10 @@ from stream.replay.statistics import SCORE_BINS, Statistics
 
 TIME_BINS_MAX = 140
 USERS_AT_RISK_MAX = 20
-_BIN_HOURS = (1, 24, 168, 672, 8736)    # 52 weeks suffice for any times that the decoder takes
+_BIN_HOURS = (1, 24, 168, 672, 8736)    # 52 weeks are enough for all times that the decoder accepts
 _MONDAY = 4 * 24                        # 1970-01-05, in hours since 1970
 _AXIS_BINS_MIN = 7
-_LOG_FROM = 100                 # a tallest bar this many times the middling one hides it on a linear axis
+_LOG_FROM = 100                 # if the tallest bar is so many times the median one, the axis is logarithmic
 _SOURCES_SHOWN_MAX = 8
 _SHA256_SHOWN = 12
 
@@ -66,27 +67,26 @@ REASON_WORDS = {
     Reason.TS_UNREADABLE: 'the time cannot be read',
     Reason.TS_NOT_POSITIVE: 'the time is zero or negative',
     Reason.TS_IN_SECONDS: 'the time looks like seconds; milliseconds are expected',
-    Reason.TS_OUT_OF_RANGE: 'the time lies after the year 2100',
-    Reason.TS_AHEAD_OF_CLOCK: 'the time lies in the future of its record',
+    Reason.TS_OUT_OF_RANGE: 'the time is after the year 2100',
+    Reason.TS_AHEAD_OF_CLOCK: 'the time is later than that of its record',
     Reason.UNKNOWN_CURRENCY: 'there is no rate for the currency',
     Reason.NULL_KEY: 'the record has no key',
     Reason.KEY_MISMATCH: 'the key is not the user id',
     'short_row': 'columns are missing',
     'long_row': 'there are more columns than expected',
-    'bad_csv': 'the row is no valid CSV',
+    'bad_csv': 'the row is not valid CSV',
     'bad_encoding': 'not UTF-8 text',
     'no_user': 'the row names no shopper',
     'bad_time': 'the time cannot be read',
     'bad_number': 'a number cannot be read',
-    'unknown_type': 'the kind of event is not known',
+    'unknown_type': 'the event type is not known',
     'unrenderable': 'the row cannot be written as an event',
 }
 
 
-
 @dataclass(frozen=True)
 class ReportAbout:
-    """What the page says about the replay beside its sums.
+    """What the page says about the replay in addition to its counts.
 
     sources            file names, without folders
     format             name of the recording's format
@@ -123,7 +123,7 @@ def write_report(path: Path, statistics: Statistics, counts: Counts, model: Mode
     """Write the page to `path`, replacing what was there.
 
     Promise  the same input gives the same bytes (with the same release of matplotlib).
-    Errors   OSError where `path` cannot be written.
+    Errors   OSError if `path` cannot be written.
     """
     path.write_bytes(render_report(statistics, counts, model, about).encode())
 
@@ -153,10 +153,10 @@ def render_report(statistics: Statistics, counts: Counts, model: ModelInfo, abou
 
 def binned(per_hour: Mapping[int, Mapping[str, int]], first_hour: int, last_hour: int,
            names: Sequence[str]) -> Series:
-    """Counts by hour, summed up to as few hours a bin as give TIME_BINS_MAX bins or fewer; weeks begin on Mondays.
+    """Sum hourly counts into at most TIME_BINS_MAX bins, of as few hours as possible. Weeks begin on Mondays.
 
-    per_hour  hour since 1970 -> name -> count, all hours within [first_hour, last_hour]
-    names     which names to keep; those that never occur are left out
+    per_hour  hour since 1970 -> name -> count; all hours are within [first_hour, last_hour]
+    names     names to keep; those that never occur are left out
     """
     bin_hours = next(hours for hours in _BIN_HOURS if (last_hour - first_hour) // hours + 2 <= TIME_BINS_MAX)
     origin = _MONDAY if bin_hours > 24 else 0
@@ -265,7 +265,7 @@ def _stack(figure: Figure, series: Series, colours: Mapping[str, str], step: str
     axes.set_xlim(edges[0] - spare, edges[-1] + spare)
     axes.set_ylim(0, floor.max() * 1.05)
     narrow = figure.get_figwidth() * 72 < WIDE
-    # With fewer ticks than these there are ranges for which it finds no interval, and warns.
+    # With fewer ticks it finds no interval for some ranges, and warns.
     locator = AutoDateLocator(tz=UTC, minticks=2 if narrow else 3, maxticks=5 if narrow else 9)
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(ConciseDateFormatter(locator, tz=UTC))
@@ -274,10 +274,10 @@ def _stack(figure: Figure, series: Series, colours: Mapping[str, str], step: str
 
 
 def _histogram(figure: Figure, histogram: np.ndarray, lines: Sequence[tuple[float, str, str]], log: bool) -> None:
-    # The same room above each, for two lines of words, so that the axes of all three stand at one height.
+    # Leave equal room for two lines of text above each plot, so that all three axes have the same height.
     figure.set_layout_engine('constrained', rect=(0, 0, 1, 0.86))
     axes = figure.add_subplot()
-    floor = 0.5 if log else 0.0     # on a log axis a bar has no zero to stand on; half a score is below any count
+    floor = 0.5 if log else 0.0     # a log axis has no zero; one half is below any count
     axes.stairs(np.maximum(histogram, floor), np.linspace(0, 1, SCORE_BINS + 1), baseline=floor, fill=True,
                 color=SCORE)
     axes.set_xlim(0, 1)

@@ -1,17 +1,17 @@
 """Records of Kafka topics as lines of a file: what `stream record` writes and `--format kafka` reads.
 
-One JSON object a line, one line a record, each partition's records in order of their offsets:
+Each line is a JSON object with one record. The records of a partition are in the order of their offsets.
 
-    topic, partition, offset    where it was
-    partitions                  how many the topic had; 0 or absent: not known, and no record is misrouted
-    timestamp_ms                the record's own timestamp, Unix ms; -1: it has none
-    key, value                  bytes: text where they are UTF-8, else {"base64": "..."}; null where there are none
-    headers                     pairs of a name and bytes, written in the same way; absent where there are none
+    topic, partition, offset    the place of the record
+    partitions                  of the topic; 0 or absent: not known, and no record counts as misrouted
+    timestamp_ms                of the record, Unix ms; -1: it has none
+    key, value                  bytes: as text if they are UTF-8, else {"base64": "..."}; null if there are none
+    headers                     pairs of a name and bytes, which are written in the same way; absent if there are none
 
-A replay keeps the offsets, and within a partition the order of the log, because the counters of a user are a fold in
-arrival order and an offset below the newest is taken for a redelivery. Partitions are merged by the newest event time
-that each has come to. What the worker makes a dead letter becomes one here: no key or another one, an event ahead of
-its record's timestamp, a key on a partition where the partitioner would not put it.
+A replay keeps the offsets, and the order of the log within a partition. The counters of a user depend on the order of
+arrival, and an offset below the newest counts as a redelivery. Partitions are merged by the newest event time that each
+has reached. A record becomes a dead letter here if the worker would make it one: it has no key or a wrong key, its
+event is ahead of its timestamp, or it is on a partition that the partitioner would not choose.
 """
 from base64 import b64decode, b64encode
 from binascii import Error as Base64Error
@@ -42,7 +42,7 @@ class TopicRecord(msgspec.Struct):
     partitions: int = 0
 
 
-class _Line(msgspec.Struct):
+class _RecordLine(msgspec.Struct):
     topic: str
     partition: int
     offset: int
@@ -57,12 +57,12 @@ class _Topic(msgspec.Struct):
     topic: str
 
 
-_decode_line = msgspec.json.Decoder(_Line).decode
+_decode_line = msgspec.json.Decoder(_RecordLine).decode
 _decode_topic = msgspec.json.Decoder(_Topic).decode
 
 
 def encode_record(record: TopicRecord) -> bytes:
-    """The record as a line, without the line end; `decode_record` is its inverse."""
+    """The record as a line, without the line end. `decode_record` is the inverse."""
     line: dict[str, Any] = {
         'topic': record.topic, 'partition': record.partition, 'offset': record.offset,
         'partitions': record.partitions, 'timestamp_ms': record.timestamp_ms,
@@ -73,7 +73,7 @@ def encode_record(record: TopicRecord) -> bytes:
 
 
 def decode_record(line: bytes) -> TopicRecord | None:
-    """The record of a line; None where the line is none."""
+    """The record of a line. None if the line is not a record."""
     try:
         given = _decode_line(line)
         return TopicRecord(
@@ -84,17 +84,16 @@ def decode_record(line: bytes) -> TopicRecord | None:
 
 
 class Inputs(msgspec.Struct, frozen=True):
-    """What tells the events among recorded records.
+    """The input topics among recorded topics, and the partitioner of their producers.
 
-    topics        of the two sources, in the order of `Source`; records of other topics are passed over
-    partitioner   of the producers
+    topics   in the order of `Source`; records of other topics are skipped
     """
 
     topics: tuple[str, str] = ('clicks', 'carts')
     partitioner: PartitionerName = 'none'
 
     def holds(self, line: bytes) -> bool:
-        """Whether this is a row of the recording: a record of an input topic, or a damaged line."""
+        """Whether the line is a row of the recording: a record of an input topic, or a damaged line."""
         try:
             return _decode_topic(line).topic in self.topics
         except (msgspec.DecodeError, UnicodeError, RecursionError):
@@ -102,9 +101,9 @@ class Inputs(msgspec.Struct, frozen=True):
 
 
 class RecordTimes:
-    """The time at which each row stands in the stream: in its partition, the newest event time so far.
+    """Gives each row its time in the stream: the newest event time so far in its partition.
 
-    Errors   InputError where a partition's offsets do not ascend: files that overlap, or are named in another order.
+    Errors   InputError if the offsets of a partition do not ascend: files overlap, or are named in the wrong order.
     """
 
     def __init__(self, clock_ahead_ms_max: int = EventRules().clock_ahead_ms_max) -> None:
@@ -120,10 +119,10 @@ class RecordTimes:
         if record.offset <= last:
             raise InputError(
                 f'{record.topic}-{record.partition} has offset {record.offset} after offset {last}.',
-                'name each recording once, and recordings of one topic in the order in which they were made.')
+                'name each recording once, and the recordings of a topic in the order in which they were made.')
         ts_ms = peek_ts_ms(record.value) if record.value else None
         if ts_ms is not None and 0 <= record.timestamp_ms < ts_ms - self._ahead_ms:
-            ts_ms = None        # it will be a dead letter: it must not move the clock
+            ts_ms = None        # it becomes a dead letter, so it must not move the clock
         if ts_ms is not None and (time_ms is None or ts_ms > time_ms):
             time_ms = ts_ms
         self._newest[place] = record.offset, time_ms
@@ -131,13 +130,13 @@ class RecordTimes:
 
 
 def decoder(rules: EventRules, inputs: Inputs) -> Callable[[bytes], Event | Refusal]:
-    """Lines to events that know their source and offset, or refusals, by the rules of the worker."""
+    """A function from a line to an event with its source and offset, or to a refusal, by the rules of the worker."""
     decode = Decoder(rules)
 
     def decode_line(line: bytes) -> Event | Refusal:
         record = decode_record(line)
         if record is None:
-            return Refusal(BAD_RECORD, 'the line is no record as `stream record` writes it')
+            return Refusal(BAD_RECORD, 'the line is not a record as written by `stream record`')
         outcome = decode(record.value, record.key, record.timestamp_ms if record.timestamp_ms >= 0 else None)
         if isinstance(outcome, Event):
             assert record.key is not None       # the decoder refuses an event without its key
@@ -153,7 +152,7 @@ def decoder(rules: EventRules, inputs: Inputs) -> Callable[[bytes], Event | Refu
 
 
 def event_bytes(line: bytes) -> bytes:
-    """The event JSON in a line; empty where there is none."""
+    """The event JSON in a line; empty if there is none."""
     record = decode_record(line)
     return (record.value if record else None) or b''
 

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError
@@ -124,7 +125,7 @@ class Chaos:
                 values[name] = json.loads(text)
             except ValueError:
                 values[name] = text
-        self._config.write_text(''.join(f'{name} = {json.dumps(value)}\n' for name, value in values.items()))
+        self._config.write_text(tomli_w.dumps(values))
         return Settings(**values)
 
     # -- the whole

@@ -65,8 +65,8 @@ def stack(tmp_path: Path):
 
 
 def test_up_brings_alerts_and_down_leaves_nothing(stack: Stack):
-    assert stack('down').stdout == 'Nothing is up.\n'
-    assert stack('status').stdout == 'Nothing is up.\n'
+    assert stack('down').stdout == 'Nothing is running.\n'
+    assert stack('status').stdout == 'Nothing is running.\n'
 
     done = stack('up')
     assert done.returncode == 0, done.stdout + done.stderr
@@ -79,14 +79,14 @@ def test_up_brings_alerts_and_down_leaves_nothing(stack: Stack):
     assert address in done.stdout and 'deploy.local.stack alerts' in done.stdout
 
     again = stack('up')
-    assert again.stdout.startswith('Up already.') and address in again.stdout
+    assert again.stdout.startswith('Already running.') and address in again.stdout
     assert stack.pids() == pids
 
     for name, place in (('worker', 2), ('triton', 1)):
         os.kill(pids[place], signal.SIGKILL)
         assert 'not running: see its log' in stack('status').stdout
         again = stack('up')
-        assert again.stdout.startswith('Up again.') and f'{name} had ended' in again.stderr.lower()
+        assert again.stdout.startswith('Running again.') and f'{name} has stopped' in again.stderr.lower()
         assert len(stack.pids()) == 4
     os.kill(pids[0], signal.SIGKILL)
     ended = stack('up')
@@ -112,12 +112,12 @@ def test_an_up_that_fails_says_why_and_stops_what_it_had_started(stack: Stack, t
 
 def test_only_the_parts(stack: Stack):
     stack.changes = STAND_INS
-    assert stack('alerts').stderr.startswith('Nothing is up.')
+    assert stack('alerts').stderr.startswith('Nothing is running.')
     done = stack('up', '--only-parts')
     assert done.returncode == 0, done.stderr
     assert len(stack.pids()) == 2 and 'worker' not in done.stdout
     assert all(runs_in(Path(f'/proc/{pid}'), stack.folder) for pid in stack.pids())
-    assert stack('up', '--only-parts').stdout.startswith('Up already.')
+    assert stack('up', '--only-parts').stdout.startswith('Already running.')
     assert stack('down').stdout == 'Stopped: triton, kafka.\n'
 
 

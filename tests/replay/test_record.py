@@ -22,7 +22,7 @@ def test_the_name_says_how_it_is_written(tmp_path: Path, name: str):
     elif name.endswith('.zst'):
         content = zstandard.ZstdDecompressor().decompressobj().decompress(content)
     assert content == b'one\ntwo\n'
-    with pytest.raises(UsageError, match='there already'):
+    with pytest.raises(UsageError, match='exists already'):
         check_target(path)
 
 
@@ -37,5 +37,5 @@ def test_a_start_is_the_beginning_an_offset_or_a_time():
     assert parse_start('17') == ('offset', 17)
     assert parse_start('2023-11-14T22:13:20.5Z') == ('time', 1_700_000_000_500)
     for text in ('', '-1', 'end', '2023-11-14', '2023-11-14T22:13:20'):
-        with pytest.raises(UsageError, match='Nothing begins'):
+        with pytest.raises(UsageError, match='not a place to begin'):
             parse_start(text)

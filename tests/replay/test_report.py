@@ -137,20 +137,20 @@ def test_a_shopper_at_risk_in_words():
     cells = _cells(full_page())
     assert ('u7 0.91 1,234.50 high 2025-01-10 ▲ raised by 0.40: nothing for 31 days▼ lowered by 0.25: 4 orders '
             'service call') in cells
-    assert 'All shoppers whose alert' in cells
+    assert 'All shoppers whose churn alert' in cells
     assert 'u9 0.91 1,234.50 none yet 2025-01-10 nothing stands out none' in cells
 
 
 def test_reasons_that_were_not_worked_out_say_so():
     statistics = Statistics()
     statistics.add_decisions([alert(reasons=None)])
-    assert 'not worked out' in page(statistics)
+    assert 'not computed' in page(statistics)
 
 
 def test_more_shoppers_at_risk_than_fit():
     statistics = Statistics()
     statistics.add_decisions([alert(f'u{number}') for number in range(1_500)])
-    assert 'The 20 of 1,500 shoppers whose alert' in Outline(page(statistics)).text
+    assert 'The 20 of 1,500 shoppers whose churn alert' in Outline(page(statistics)).text
 
 
 def test_every_reason_has_words():
