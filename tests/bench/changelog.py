@@ -1,4 +1,4 @@
-"""Made-up records of users, and a changelog filled with them: a worker with history that never read its events."""
+"""Made-up user records, and a changelog filled with them. A worker that restores it has users with history."""
 import asyncio
 import statistics
 import time
@@ -31,12 +31,12 @@ OPEN_SHARE = 0.02           # of made-up users: those who may get an alert of a 
 
 
 class Pool:
-    """Users whom the simulator made, with `events` events each in their windows; any number of others are made of them.
+    """Simulated users with `events` events in their windows, from which any number of other users is made.
 
-    A copy has ids of its own; its items and baskets are those of the original, moved by a number of its own, so that
-    what repeats within a user repeats still; its times are moved by whole days. Hashes stay hashes: nothing of it can
-    be compressed better than the original. It has a tier, and has had its alerts, so that it does not get them all when
-    it is scored for the first time: `OPEN_SHARE` of the cool-downs are over.
+    A copy has its own ids. Its items and baskets are shifted by one number per copy, so that repeats within a user
+    stay repeats, and its times are shifted by whole days. A copy cannot be compressed better than the original. It has
+    a tier and had its alerts before, so that its first scores do not raise all of them: only for `OPEN_SHARE` of the
+    users the cool-down is over.
 
     record_bytes   mean length of a record
     """
@@ -67,7 +67,7 @@ class Pool:
         self.record_bytes = statistics.fmean(map(len, self._records))
 
     def records(self, count: int, newest_ms: int, step: int, rng: np.random.Generator) -> list[bytes]:
-        """So many different records, their newest events up to two days before `newest_ms`."""
+        """`count` different records. Their newest events are up to two days before `newest_ms`."""
         made: list[bytes] = [b''] * count
         kinds = len(self._records)
         for kind in range(min(kinds, count)):
@@ -107,7 +107,7 @@ class Pool:
 
 
 def fill_changelog(of: Shop, shoppers: Shoppers, pool: Pool, records: int, step_users: int = 500, seed: int = 1) -> int:
-    """Write the changelog of a worker whose users came up in turn, `records` records in all; return its bytes.
+    """Write a changelog of `records` records, in which the users take turns. Returns its bytes.
 
     Steps have `step_users` users and end with the lane's record, as the worker writes them.
     """

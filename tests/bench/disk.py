@@ -1,11 +1,11 @@
-"""Bytes on disk per user with a full window, after every user has been rewritten several times.
+"""Bytes on disk per user with a full window, after every user was rewritten several times.
 
     python -m tests.bench.disk [--users 50000 --updates 20]
 
-The users' windows are full of 128 simulated events each (random ids, hashes, times); the worker reads them back from
-its changelog, then folds live events that touch each user `updates` times on average, so that RocksDB holds old
-versions beside new ones as it does after months. Then the worker is stopped, and everything below `users-N` counts, in
-blocks of the file system.
+Each user has a window of 128 simulated events with random ids, hashes and times. The worker restores the users from its
+changelog. Then it folds live events that touch each user `updates` times on average, so that RocksDB holds old and new
+versions, as it does after months. Then the worker is stopped. Everything below `users-N` counts, in blocks of the file
+system.
 """
 import argparse
 import statistics
@@ -29,11 +29,11 @@ def bench(options: argparse.Namespace) -> int:
         fill_changelog(of, shoppers, pool, options.users, step_users=150)
         state = Path(of.settings['state_dir'])
         worker = of.worker()
-        say(f'{options.users:,} users read back, {disk_bytes(state) / MIB:,.0f} MiB on disk')
+        say(f'{options.users:,} users restored, {disk_bytes(state) / MIB:,.0f} MiB on disk')
         began = time.monotonic()
         templates = Templates(of, shoppers, each=12)
         events, seconds, cpu = drain_s(of, [worker], templates, options.users * options.updates)
-        say(f'{events:,} events folded in {seconds:.1f} s ({time.monotonic() - began:.1f} s with their making)')
+        say(f'{events:,} events folded in {seconds:.1f} s ({time.monotonic() - began:.1f} s including producing them)')
         running = disk_bytes(state)
         peak, whole = memory_mib(worker, 'VmHWM'), cpu_s(worker)
         assert worker.stop() == 0, worker.said()[-3000:]
@@ -49,12 +49,12 @@ def bench(options: argparse.Namespace) -> int:
             store.close()
         assert len(lengths) == options.users and min(windows) == WINDOW, 'not every user has a full window'
         say('    ' + ', '.join(f'{kind or "no suffix"} {size / MIB:,.0f} MiB' for kind, size in _by_kind(folders)))
-        report.add('bytes of a record', statistics.fmean(lengths), 'B')
-        report.add('bytes on disk per user while it runs', running / options.users, 'B')
+        report.add('bytes per record', statistics.fmean(lengths), 'B')
+        report.add('bytes on disk per user, running', running / options.users, 'B')
         report.add('bytes on disk per user, stopped', stopped / options.users, 'B', at_most=4_500)
-        report.add('of the record', stopped / sum(lengths), '1')
-        report.add('events a second meanwhile', events / seconds, 'events/s')
-        report.add('CPU per million events meanwhile', cpu / events * 1e6, 's')
+        report.add('bytes on disk per byte of a record', stopped / sum(lengths), '1')
+        report.add('event rate during the updates', events / seconds, 'events/s')
+        report.add('CPU per million events during the updates', cpu / events * 1e6, 's')
         report.add('CPU of the whole process', whole, 's')
         report.add('peak memory', peak, 'MiB')
     return report.end()

@@ -21,7 +21,7 @@ MIB = 1 << 20
 
 @dataclass
 class Figure:
-    """One number. `holds` is None where there is no target."""
+    """One number. `holds` is None if there is no target."""
 
     name: str
     value: float
@@ -30,7 +30,7 @@ class Figure:
     holds: bool | None = None
 
     def __str__(self) -> str:
-        verdict = {None: '', True: f'   target {self.target}: holds', False: f'   target {self.target}: DOES NOT HOLD'}
+        verdict = {None: '', True: f'   target {self.target}: met', False: f'   target {self.target}: NOT MET'}
         return f'{self.name:<58} {_number(self.value):>12} {self.unit}{verdict[self.holds]}'
 
 

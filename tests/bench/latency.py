@@ -1,15 +1,15 @@
-"""From an event's appending to that of its output, by the broker's clock, at half of the worker's own highest rate.
+"""Latency from an event to its output, by the broker's clock, at half of the worker's highest rate.
 
     python -m tests.bench.latency --scorer constant|embedded|triton [--seconds 60 --warm-s 10 --users 100000]
 
-1. The highest rate: a backlog is worked off, events a second until the last commit (`--rate` skips this).
-2. An open loop sends at half of it, evenly over users and so over partitions; it never waits for the worker, so that a
-   worker that falls behind shows it. The loop's own delay is printed beside.
-3. With `publish = all` each scored user gives an output that says how far its inputs were folded: an event's latency is
+1. Highest rate: the worker processes a backlog; events per second until the last commit (`--rate` skips this).
+2. An open loop sends at half of that rate, evenly over users and so over partitions. It never waits for the worker, so
+   a worker that falls behind shows a growing latency. The loop's own delay is printed too.
+3. With `publish = all` each scored user gives an output that names the offsets folded so far. The latency of an event is
    the time until the first output of its user that covers it.
 
-With Triton also the same requests straight to Triton: as many rows, at the same moments, with the windows that the
-worker had at the end, through the same client library. The worker's p99 beside Triton's own is what the worker adds.
+With Triton, the same requests are also sent to Triton directly: as many rows, at the same moments, with the windows
+that the worker had at the end, by the same client library. The difference of the two p99 is what the worker adds.
 """
 import argparse
 import asyncio
@@ -47,9 +47,9 @@ def percentiles(report: Report, name: str, values_ms: np.ndarray, p99_at_most: f
 
 
 @contextlib.contextmanager
-def triton(folder: Path, wanted: bool) -> Iterator[str]:
-    """Its address, or '' where none is wanted."""
-    if not wanted:
+def triton(folder: Path, with_triton: bool) -> Iterator[str]:
+    """The address of a Triton server, or '' without one."""
+    if not with_triton:
         yield ''
         return
     from deploy.local.parts import Triton
@@ -69,7 +69,7 @@ async def triton_alone_ms(address: str, steps: list[tuple[int, int]], users: lis
     from tritonclient.grpc import InferInput, InferRequestedOutput
     from tritonclient.grpc.aio import InferenceServerClient
     kinds = {'categories': 'INT32', 'numbers': 'FP32', 'counters': 'FP32', 'row_id': 'INT64'}
-    wanted = [InferRequestedOutput(name) for name in OUTPUT_NAMES]
+    outputs = [InferRequestedOutput(name) for name in OUTPUT_NAMES]
     rng, taken = np.random.default_rng(1), []
 
     def inputs(batch: Batch) -> list[Any]:
@@ -82,7 +82,7 @@ async def triton_alone_ms(address: str, steps: list[tuple[int, int]], users: lis
             [user.last_seen_ms for user in whose]))
         requests = [inputs(batch) for batch in batches(inputs_of, ROWS_MAX)]
         began = time.perf_counter()
-        await asyncio.gather(*(client.infer('shopper', request, '1', wanted) for request in requests))
+        await asyncio.gather(*(client.infer('shopper', request, '1', outputs) for request in requests))
         taken.append((time.perf_counter() - began) * 1000)
 
     async with InferenceServerClient(address) as client:
@@ -116,10 +116,10 @@ def measure(of: Shop, shoppers: Shoppers, options: argparse.Namespace, report: R
     report.add('rate', sent.events / lasted, 'events/s')
     report.add("the loop's own delay: p99", float(np.percentile(sent.late_ms, 99)), 'ms')
     report.add("the worker's share of a core", (cpu - before[0]) / lasted, '1')
-    report.add('steps a second', (steps - before[1]) / lasted, '1/s')
-    report.add('windows scored a step', (rows - before[2]) / max(steps - before[1], 1), '1')
+    report.add('steps per second', (steps - before[1]) / lasted, '1/s')
+    report.add('windows scored per step', (rows - before[2]) / max(steps - before[1], 1), '1')
     report.add('peak memory', memory_mib(worker, 'VmHWM'), 'MiB')
-    say('    stages, mean ms a step: ' + ', '.join(_stages(worker)))
+    say('    stages, mean ms per step: ' + ', '.join(_stages(worker)))
     assert worker.metric('stream_dead_letters_total') == 0
     assert worker.stop() == 0, worker.said()[-3000:]
     first_ms = min(batch[3] for batch in sent.batches)
@@ -151,7 +151,7 @@ def bench(options: argparse.Namespace) -> int:
             assert not missing, f'{missing:,} events have no output'
             p99 = percentiles(report, 'event to output', found, 150)
             alerts = [output for output in outputs if output.topic == of.settings['alerts_topic']]
-            report.add('decisions per 1,000 events, warm-up included', 1000 * len(alerts) / sent.events, '1')
+            report.add('decisions per 1,000 events, including the warm-up', 1000 * len(alerts) / sent.events, '1')
             if alerts:
                 percentiles(report, f'event to decision, {len(alerts):,} decisions', decisions_ms(sent, alerts))
             if address:
@@ -159,7 +159,7 @@ def bench(options: argparse.Namespace) -> int:
                 steps = steps_of([output for output in outputs if output.topic == of.settings['scores_topic']], from_ms)
                 users = list(of.users().values())[:20_000]
                 alone = percentiles(report, "Triton's alone", asyncio.run(triton_alone_ms(address, steps, users)))
-                report.add("event to output, p99, in p99 of Triton's alone", p99 / alone, '1', at_most=3)
+                report.add("event to output, p99, relative to Triton's alone", p99 / alone, '1', at_most=3)
     return report.end()
 
 

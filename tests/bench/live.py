@@ -1,4 +1,4 @@
-"""A real broker and `stream worker` processes, started and stopped by a bench, and what can be measured of them."""
+"""A real broker and `stream worker` processes for a bench, and measurements of them."""
 import argparse
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ _TICKS_A_SECOND = os.sysconf('SC_CLK_TCK')
 
 @contextlib.contextmanager
 def broker(properties: Mapping[str, str] | None = None) -> Iterator[tuple[str, Path]]:
-    """A broker of its own: its address, and a folder for what else a bench writes."""
+    """A new broker: its address, and a temporary folder for the bench."""
     from deploy.local.parts import Kafka
     with TemporaryDirectory(prefix='stream-bench-') as folder, \
             Kafka(Path(folder) / 'kafka', properties=properties) as kafka:
@@ -32,7 +32,7 @@ def broker(properties: Mapping[str, str] | None = None) -> Iterator[tuple[str, P
 
 
 def shop(brokers: str, folder: Path, options: argparse.Namespace, **settings: Any) -> Shop:
-    """A shop whose workers have the defaults of the settings, but what is given here and on the command line."""
+    """A shop whose workers have default settings, except those given here and on the command line."""
     kept = ('partitions', 'session_timeout_ms', 'commit_interval_ms', 'merge_wait_ms')
     defaults = {name: Settings.model_fields[name].default for name in kept}
     given = {}
@@ -51,7 +51,7 @@ def changelog_of(of: Shop) -> str:
 
 
 def output_topics(of: Shop) -> list[str]:
-    """Where scores and decisions go."""
+    """The topics of scores and decisions."""
     return [of.settings['alerts_topic'], *([of.settings['scores_topic']] if of.settings.get('publish') else [])]
 
 
@@ -74,7 +74,7 @@ def make_topics(of: Shop, **more: Mapping[str, str]) -> None:
 
 @contextlib.contextmanager
 def stopped(workers: Sequence[Worker]) -> Iterator[None]:
-    """The processes stand still (SIGSTOP), for less than their session: nothing is read meanwhile."""
+    """Stop the processes with SIGSTOP, for less than their session timeout, so that they read nothing."""
     for worker in workers:
         worker.process.send_signal(signal.SIGSTOP)
     try:
@@ -86,7 +86,7 @@ def stopped(workers: Sequence[Worker]) -> Iterator[None]:
 
 
 def wait_balanced(workers: Sequence[Worker], partitions: int) -> None:
-    """Until all partitions run, on all of the workers."""
+    """Wait until all partitions run, spread over all workers."""
     def balanced() -> bool:
         lanes = [[lane for lane in worker.get('/status')['lanes'] if lane['state'] == 'running'] for worker in workers]
         return all(lanes) and sum(map(len, lanes)) == partitions and all(worker.get('/ready')['ready']
@@ -95,24 +95,24 @@ def wait_balanced(workers: Sequence[Worker], partitions: int) -> None:
 
 
 def cpu_s(worker: Worker) -> float:
-    """Seconds of CPU that the process has used so far."""
+    """Seconds of CPU that the process has used."""
     fields = Path(f'/proc/{worker.process.pid}/stat').read_text().rpartition(')')[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS_A_SECOND
 
 
 def memory_mib(worker: Worker, which: str = 'VmRSS') -> float:
-    """Memory of the process as it is (VmRSS), or the most that it ever was (VmHWM)."""
+    """Memory of the process: current (VmRSS) or peak (VmHWM)."""
     lines = Path(f'/proc/{worker.process.pid}/status').read_text().splitlines()
     return int(next(line for line in lines if line.startswith(which)).split()[1]) / 1024
 
 
 def disk_bytes(folder: Path) -> int:
-    """Bytes of disk that the files below a folder take."""
+    """Bytes on disk of all files below a folder."""
     return sum(path.stat().st_blocks * 512 for path in folder.rglob('*') if path.is_file())
 
 
 class Lag:
-    """How far the group's commits are behind the inputs' ends; keeps its connections."""
+    """The lag of the group: how far its commits are behind the ends of the inputs. Keeps its connections open."""
 
     def __init__(self, of: Shop) -> None:
         self._of = of
@@ -130,14 +130,14 @@ class Lag:
         await self._consumer.stop()
 
     async def events(self) -> int:
-        """Records that are not committed."""
+        """Records that are not committed yet."""
         committed = await self._admin.list_consumer_group_offsets(self._of.name)
         ends = await self._consumer.end_offsets(self._tps)
         return sum(ends[tp] - max(committed[tp].offset if tp in committed else 0, 0) for tp in self._tps)
 
 
 async def wait_done(of: Shop, deadline_s: float = 600.0) -> None:
-    """Until everything that is in the inputs is committed. Errors: AssertionError after the deadline."""
+    """Wait until all records of the inputs are committed. Errors: AssertionError after the deadline."""
     until = time.monotonic() + deadline_s
     async with Lag(of) as lag:
         while left := await lag.events():

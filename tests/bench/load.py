@@ -24,7 +24,7 @@ CARTS_SHARE = 0.2           # of all events
 
 
 class Shoppers:
-    """Made-up users, and on which partition each is.
+    """Made-up users, and the partition of each.
 
     ids      bytes, e.g. b'u0000041'; at most 10 million
     of       numbers of the users of each partition, ascending
@@ -59,7 +59,7 @@ def _murmur2(keys: np.ndarray) -> np.ndarray:
 
 
 def event_line(number: int, user: bytes, source: Source, ts_ms: int, rng: random.Random) -> bytes:
-    """A plausible event; `number` makes its id. Both have the same width for all numbers."""
+    """A plausible event. Its id is made of `number`; ids and events have the same width for all numbers."""
     item = rng.randrange(2_000)
     head = b'{"event_id":"%016d","user_id":"%s","ts":%013d,' % (number, user, ts_ms)
     if source is Source.CLICKS:
@@ -71,13 +71,13 @@ def event_line(number: int, user: bytes, source: Source, ts_ms: int, rng: random
 
 
 class RawBatch:
-    """A finished record batch, in the shape in which aiokafka's producer (not an idempotent one) takes a builder."""
+    """A finished record batch that looks like a builder to aiokafka's producer (not to an idempotent one)."""
 
     def __init__(self, data: bytes, records: int) -> None:
         self._data, self._records = data, records
 
     def close(self) -> None:
-        """It is."""
+        """It is closed already."""
 
     def closed(self) -> bool:
         return True
@@ -93,7 +93,7 @@ class RawBatch:
 
 
 class Template:
-    """A batch of events that is sent again and again with other ids and times, for a tenth of the price of a new one.
+    """A batch of events that is sent repeatedly with other ids and times, at a tenth of the cost of a new batch.
 
     Source   Kafka's record batch, version 2: CRC-32C at byte 17 over everything from byte 21 on, the first and the
              largest time at 27 and 35; the records' own times are differences, here 0.
@@ -110,7 +110,7 @@ class Template:
         self._ids, self._times = _after(text, b'"event_id":"', 16), _after(text, b'"ts":', 13)
 
     def batch(self, number: int, ts_ms: int) -> RawBatch:
-        """The events with ids from `number` on, all of one moment."""
+        """The events with ids from `number` on, all with the same time."""
         data = self._data
         data[self._ids] = _digits(np.arange(number, number + self.records), 16)
         data[self._times] = _digits(np.array([ts_ms]), 13)
@@ -175,7 +175,7 @@ async def producing(brokers: str, linger_ms: int = 0) -> AsyncIterator[AIOKafkaP
 
 
 async def send_all(producer: AIOKafkaProducer, batches: Iterable[tuple[str, int, Any]], in_flight_max: int = 64) -> int:
-    """Send batches, a partition's in order; return how many records that were."""
+    """Send batches, those of a partition in order. Returns the number of records."""
     waiting: deque[Any] = deque()
     records = 0
     for topic, partition, batch in batches:
@@ -188,7 +188,7 @@ async def send_all(producer: AIOKafkaProducer, batches: Iterable[tuple[str, int,
 
 
 def prefill(of: Shop, templates: Templates, events: int) -> int:
-    """Put at least so many events into the inputs, a millisecond of event time after one another by rounds."""
+    """Write at least `events` events to the inputs. Each round is a millisecond of event time after the last."""
     async def fill() -> int:
         start_ms = int(time.time() * 1000) - HOUR_MS
         async with producing(of.brokers) as producer:
@@ -199,7 +199,7 @@ def prefill(of: Shop, templates: Templates, events: int) -> int:
 
 
 def drain_s(of: Shop, workers: Sequence[Worker], templates: Templates, events: int) -> tuple[int, float, float]:
-    """Put a backlog into the inputs while the workers stand still, and let them work it off.
+    """Write a backlog to the inputs while the workers are stopped, and let them process it.
 
     Returns   events, seconds until the last commit, seconds of CPU that all workers used meanwhile
     """

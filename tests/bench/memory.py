@@ -1,9 +1,9 @@
-"""Memory at full rate over time: is it flat?
+"""Does memory stay flat at full rate?
 
     python -m tests.bench.memory [--minutes 30 --users 5000]
 
-The inputs are kept `--lag` events ahead of the worker, so that it always has all it can do; the users' windows are full
-long before the first quarter is over. Resident memory is sampled each second. The median of the last quarter is
+The inputs are kept `--lag` events ahead of the worker, so that it always works at full rate. The users' windows are
+full long before the first quarter ends. Resident memory is sampled every second. The median of the last quarter is
 compared with that of the second. All topics are bounded (the changelog is compacted all the time), and so is the disk.
 """
 import argparse
@@ -81,7 +81,7 @@ def bench(options: argparse.Namespace) -> int:
         report.add('memory, median of the last quarter', statistics.median(last), 'MiB')
         report.add('peak memory', memory_mib(worker, 'VmHWM'), 'MiB')
         change = 100 * (statistics.median(last) / statistics.median(second) - 1)
-        report.add('last quarter more than the second', change, '%', at_most=5)
+        report.add('growth from the second to the last quarter', change, '%', at_most=5)
         assert worker.stop() == 0, worker.said()[-3000:]
     return report.end()
 

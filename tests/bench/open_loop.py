@@ -1,4 +1,4 @@
-"""Events sent at a fixed rate that nothing slows down, and the latency of each from its event to its output."""
+"""An open loop: events are sent at a fixed rate that nothing slows down, and the latency of each is measured."""
 import asyncio
 import random
 import time
@@ -18,7 +18,7 @@ from tests.integration.running import Shop
 
 @dataclass
 class Sent:
-    """What an open loop sent: for each batch, where its first record was appended, when, and whose events it holds.
+    """What an open loop sent: for each batch the place and time of its first record, and the users of its events.
 
     late_ms    how much later than planned each batch was appended: what the loop itself, or the broker, held up
     """
@@ -33,7 +33,7 @@ class Sent:
 
 async def drive(of: Shop, shoppers: Shoppers, rate: float, seconds: float, numbers: int = 0, tick_s: float = 0.02,
                 seed: int = 1, each_partition: bool = False) -> Sent:
-    """Send events at a rate that does not slow down when anybody else does; the inputs keep the time of appending.
+    """Send events at a fixed rate, whatever the worker does. The inputs store the time of appending.
 
     rate             events a second over both topics, Poisson within each tick
     each_partition   instead of drawing users, send `rate` events a second to each topic partition, evenly
@@ -81,7 +81,7 @@ async def drive(of: Shop, shoppers: Shoppers, rate: float, seconds: float, numbe
 
 
 def _finished(tasks: set[asyncio.Task]) -> Callable[[asyncio.Task], None]:
-    """Forget a task that is done; an error stays, and comes out at the end."""
+    """Forget a task that is done. A failed one stays, so that its error is raised at the end."""
     def end(task: asyncio.Task) -> None:
         if not task.cancelled() and task.exception() is None:
             tasks.discard(task)
@@ -90,7 +90,7 @@ def _finished(tasks: set[asyncio.Task]) -> Callable[[asyncio.Task], None]:
 
 @dataclass
 class Output:
-    """One message: its user, when it was appended, and the first offsets that its user's state had not folded."""
+    """One message: its user, its time of appending, and the next offsets to fold of the user's state."""
 
     partition: int
     user: bytes
@@ -102,7 +102,7 @@ class Output:
 
 
 def read_outputs(of: Shop, topics: Iterable[str]) -> list[Output]:
-    """Everything in these topics, by topic, partition and offset."""
+    """All messages in these topics, ordered by topic, partition and offset."""
     async def read(topic: str) -> list[Output]:
         found: list[tuple[int, int, Output]] = []
         async for record in records_of(of, topic):
@@ -134,7 +134,7 @@ async def records_of(of: Shop, topic: str) -> AsyncIterator[Any]:
 
 
 def latencies_ms(sent: Sent, outputs: Iterable[Output], skip_s: float = 0.0) -> tuple[np.ndarray, int]:
-    """For each event, from its appending to that of the first output whose cause covers it; and how many have none.
+    """Latency of each event: until the first output whose cause covers it. Also the number of events without one.
 
     skip_s   events of so many first seconds do not count
     """

@@ -1,11 +1,11 @@
-"""Our worker as a peer of the peers' harness: the same process as `stream worker`, with the lines that it listens for.
+"""Our worker as a peer in the peers' harness: the process of `stream worker`, with the log lines it waits for.
 
-    JOB=full     our message per scored user; decoding, outbox, metrics, everything on
+    JOB=full     our message per scored user; decoding, outbox, metrics and everything else on
     JOB=events   our message per event
-    JOB=peers    the peers' job and message: a window of 64 events, {user_id, n, last_ts}; no scores, all else as it is
+    JOB=peers    the peers' job and message: a window of 64 events, {user_id, n, last_ts}; no scores, the rest as usual
 
-The harness hands settings over in the environment: APP_ID, STATE_DIR, EVENTS, COMMIT_S, KAFKA. Its topics are read and
-written under their own names; ours, of alerts and dead letters, and the changelog are named after APP_ID.
+The harness passes settings in the environment: APP_ID, STATE_DIR, EVENTS, COMMIT_S, KAFKA. Its topics keep their names.
+Our topics (alerts, dead letters, changelog) are named after APP_ID.
 """
 import asyncio
 import json

@@ -1,11 +1,11 @@
-"""Our worker beside other stream processors doing the peers' job on one broker: ratios of rates, and CPU per event.
+"""Our worker and other stream processors with the peers' job on one broker: ratios of rates, and CPU per event.
 
     python -m tests.bench.peers FOLDER [--events 400000 --runs 7 --slow-events 30000 --streams kstreams-1t-cache]
 
-FOLDER is the peers' harness (its README says what is measured, and what is not the same for all). It is copied to
-build/bench, gets an environment of its own there, and our worker as three more peers. The runs of a call are
-interleaved; a ratio is the median over the runs of the rates of one round. Quix Streams and idiomatic Faust are in a
-round of their own with fewer events, since they take minutes for them; the start of a worker weighs more there.
+FOLDER is the peers' harness. Its README says what it measures, and what differs between the peers. It is copied to
+build/bench and gets an environment there, and our worker becomes three more peers. The runs of a call are interleaved.
+A ratio is the median, over the runs, of the rates of one round. Quix Streams and idiomatic Faust have a round of their
+own with fewer events, because they take minutes; the start of a worker counts for more there.
 """
 import argparse
 import json

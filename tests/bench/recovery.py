@@ -1,9 +1,9 @@
-"""How fast an empty state directory is filled again from its changelog, by the real worker.
+"""How fast the worker restores an empty state directory from its changelog.
 
     python -m tests.bench.recovery [--records 1000000 --window 22 --runs 3]
 
-The changelog holds real users' records (about 1 KB with the default window) in steps as the worker writes them, each
-user once. The clock runs from the first record that is in the state to the worker's `ready`.
+The changelog holds realistic user records (about 1 KB with the default window), in steps as the worker writes them.
+Each user occurs once. The time runs from the first record in the state until the worker is ready.
 """
 import argparse
 import shutil
@@ -55,8 +55,8 @@ def bench(options: argparse.Namespace) -> int:
             assert users == min(shoppers.count, options.records), f'{users:,} users came back'
             assert worker.stop() == 0, worker.said()[-3000:]
         report.add('bytes per record', size / options.records, 'B')
-        report.spread('records read back', rates, 'records/s', at_least=50_000)
-        report.spread('megabytes read back', [rate * size / options.records / MIB for rate in rates], 'MiB/s')
+        report.spread('records restored', rates, 'records/s', at_least=50_000)
+        report.spread('megabytes restored', [rate * size / options.records / MIB for rate in rates], 'MiB/s')
         report.spread('CPU of the whole process', costs, 's')
         report.spread('peak memory', peaks, 'MiB')
     return report.end()

@@ -1,9 +1,9 @@
-"""How fast a replay is on one core: with the constant scorer, and beside onnxruntime alone on the same windows.
+"""Rate of a replay on one core: with the constant scorer, and compared with onnxruntime alone on the same windows.
 
     .venv/bin/python tests/bench/replay_rate.py --events 1000000 --runs 5
 
 Every figure is the median of interleaved runs in one process, with the smallest and the largest. `speed` is the time of
-a fixed loop of plain Python beside each run: where it varies, the machine was busy with something else.
+a fixed loop of plain Python next to each run. If it varies, the machine was busy with something else.
 """
 import argparse
 import asyncio

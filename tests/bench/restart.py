@@ -1,11 +1,11 @@
-"""How long partitions are silent while one of two workers is restarted, as a rolling restart does it.
+"""How long partitions have no output while one of two workers is restarted, as in a rolling restart.
 
     python -m tests.bench.restart [--rate 10 --users 20000 --steady-s 10]
 
-A producer sends events to every topic partition all the time; with `publish = all` each step gives an output. One
-worker gets SIGTERM and is started again as soon as it has ended. For each partition: the longest time between two
-outputs, by the time at which the broker appended them, from the signal until both workers have worked on for a while;
-beside it the same before the signal. Without and with static membership (`instance_id`), without and with standbys.
+A producer sends events to every topic partition all the time. With `publish = all` each step gives an output. One
+worker gets SIGTERM and is started again as soon as it has ended. For each partition the bench takes the longest time
+between two outputs, by the broker's time of appending, from the signal until both workers have run for a while; and the
+same before the signal. It does so with and without static membership (`instance_id`), and with and without standbys.
 """
 import argparse
 import asyncio
@@ -94,8 +94,8 @@ def bench(options: argparse.Namespace) -> int:
             before = longest_gaps_s(times, at['load'], at['SIGTERM'])
             during = longest_gaps_s(times, at['SIGTERM'], at['end of load'])
             say('    gaps by partition, s: ' + ' '.join(f'{gap:.2f}' for gap in during))
-            report.add(f'{way}: longest silence of a partition before', max(before), 's')
-            report.add(f'{way}: longest silence of a partition around the restart', max(during), 's', at_most=3)
+            report.add(f'{way}: longest time without output of a partition, before', max(before), 's')
+            report.add(f'{way}: longest time without output of a partition, restarting', max(during), 's', at_most=3)
     return report.end()
 
 

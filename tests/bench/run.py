@@ -1,9 +1,9 @@
-"""All benches of the live worker, one after another, and one table of what has a target.
+"""All benches of the live worker, one after another, and one table of the figures that have a target.
 
     python -m tests.bench.run [--peers FOLDER] [--only latency,users] [--out build/bench]
 
-`make bench` calls it; with `PEERS=DIR` the peers' harness joins. Each bench is a command of its own (its docstring says
-what it measures); it takes about two hours in all, and nothing else should run meanwhile.
+`make bench` calls it. With `PEERS=DIR` the peers' harness is included. Each bench is also a command of its own, and its
+docstring says what it measures. All together take about two hours, and nothing else should run on the machine.
 """
 import argparse
 import json
@@ -55,7 +55,7 @@ def main() -> int:
         say(f'| {name} | {figure["name"]} | {figure["value"]:,.4g} {figure["unit"]} | {figure["target"]} | '
             f'{"holds" if figure["holds"] else "does not hold"} |')
     if failed:
-        say(f'No figures of: {", ".join(failed)}; see above.')
+        say(f'No figures of: {", ".join(failed)}. See above.')
     return int(bool(failed) or not all(figure['holds'] for _, figure in rows))
 
 

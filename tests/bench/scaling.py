@@ -1,10 +1,11 @@
-"""What an event costs with 1, 2 and 4 workers: seconds of CPU of all of them per million events.
+"""Cost of an event with 1, 2 and 4 workers: seconds of CPU of all workers per million events.
 
     python -m tests.bench.scaling [--events 1000000 --users 20000 --runs 3]
 
-The constant scorer: what is measured is the pipeline. The workers own all partitions and stand still (SIGSTOP) while
-the same backlog is put into the inputs; CPU counts from when they go on until everything is committed. On a machine
-with fewer cores than workers the rate says little; the cost says what each event would cost on machines of their own.
+The scorer is the constant one, so that the pipeline is measured. The workers own all partitions and are stopped
+(SIGSTOP) while the same backlog is written to the inputs. CPU counts from when they continue until everything is
+committed. If the machine has fewer cores than workers, the rate says little. The cost says what each event would cost
+with one machine per worker.
 """
 import argparse
 
@@ -39,7 +40,7 @@ def bench(options: argparse.Namespace) -> int:
         report.spread(f'{count} workers: CPU per million events', costs[count], 's')
     for count in counts[1:]:
         growth = [100 * (more / one - 1) for one, more in zip(costs[counts[0]], costs[count], strict=True)]
-        report.spread(f'{count} workers: cost per event more than with {counts[0]}', growth, '%', at_most=10)
+        report.spread(f'{count} workers: additional cost per event over {counts[0]}', growth, '%', at_most=10)
     return report.end()
 
 

@@ -1,9 +1,10 @@
-"""What it costs that users are drawn evenly: the rate beside that of users who are drawn as shoppers come, few often.
+"""Cost of drawing users evenly, compared with users who are drawn like real shoppers: few of them often.
 
     python -m tests.bench.skew [--events 1000000 --users 40000 --runs 7]
 
-A worker with the constant scorer works off a backlog of each kind in turn. Skewed: weight 1 / rank**0.9. Drawn evenly,
-fewer events of a step are of one user, so that more users are scored, written and published for as many events.
+A worker with the constant scorer processes a backlog of each kind in turn. Skewed means weight 1 / rank**0.9. If users
+are drawn evenly, fewer events of a step belong to the same user, so that more users are scored, written and published
+for as many events.
 """
 import argparse
 

@@ -1,4 +1,4 @@
-"""What the way to Triton costs: beside no model at all, and beside a client that does nothing but ask.
+"""Cost of scoring with Triton, compared with no model at all, and with a client that does nothing but ask.
 
     .venv/bin/python -m tests.bench.triton                  # everything, small
     .venv/bin/python -m tests.bench.triton --only scorer    # one part: identity, scorer or worker
@@ -6,13 +6,14 @@
 
 Broker, Triton and worker run on this machine, on free ports of 127.0.0.1.
 
-    identity  a worker on a backlog with a served model that only answers constants, beside the same worker with the
-              constant scorer: events/s
-    scorer    the batches that a worker sends, through `TritonScorer` alone, beside a bare client
+    identity  a worker on a backlog with a served model that only returns constants, compared with the same worker and
+              the constant scorer: events/s
+    scorer    the batches of a worker through `TritonScorer` alone, compared with a bare client
               (`tritonclient.grpc.aio`, as many requests in flight, no checks): windows/s
-    worker    a worker on a backlog with the shipped model, beside the same bare client: windows/s, reasons included
+    worker    a worker on a backlog with the shipped model, compared with the same bare client: windows/s, reasons
+              included
 
-Every figure is the median of interleaved runs, with the smallest and the largest; a ratio is that of neighbouring runs.
+Every figure is the median of interleaved runs, with the smallest and the largest. A ratio is that of neighbouring runs.
 """
 import argparse
 import asyncio
@@ -274,7 +275,7 @@ def client_run(triton: Triton, batches: Sequence[Batch], seconds: Callable[[], f
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
-def compare(report: Report, part: str, unit: str, wanted: float, ours: tuple[str, Callable[[], Run]],
+def compare(report: Report, part: str, unit: str, at_least: float, ours: tuple[str, Callable[[], Run]],
             theirs: tuple[str, Callable[[], Run]], runs: int) -> None:
     """Interleaved runs of both; their rates, and the ratio of neighbouring ones beside its target."""
     mine, other = [], []
@@ -287,7 +288,7 @@ def compare(report: Report, part: str, unit: str, wanted: float, ours: tuple[str
     for name, found in ((theirs[0], other), (ours[0], mine)):
         report.spread(f'{part}: {name}', [run.rate for run in found], f'{unit}/s')
     report.spread(f'{part}: {ours[0]} / {theirs[0]}', [m.rate / o.rate for m, o in zip(mine, other, strict=True)], 'x',
-                  at_least=wanted)
+                  at_least=at_least)
 
 
 def describe(batches: Sequence[Batch]) -> str:

@@ -1,10 +1,10 @@
-"""A million users in the state: memory, and latency beside that with ten thousand.
+"""A million users in the state: memory, and latency compared with ten thousand users.
 
     python -m tests.bench.users [--users 1000000 --few 10000 --rate 1000 --seconds 60]
 
-The worker reads the users back from a changelog into an empty folder, then folds events of a steady, moderate rate
-that are drawn evenly from all of them, so that no cache helps much. Its peak memory counts reading back too. Latency:
-from an event's appending to that of its output, by the broker's clock, with the constant scorer.
+The worker restores the users from a changelog into an empty folder. Then it folds events at a steady, moderate rate,
+drawn evenly from all users, so that no cache helps much. Its peak memory includes the recovery. Latency is the time
+from an event to its output, by the broker's clock, with the constant scorer.
 """
 import argparse
 import asyncio
@@ -43,8 +43,8 @@ def with_users(count: int, options: argparse.Namespace, report: Report) -> float
             assert time.monotonic() < until, 'the state was not read back within 1800 s'
             time.sleep(0.2)
         name = f'{count:,} users'
-        say(f'{name}: read back {time.monotonic() - began:.1f} s after the start')
-        report.add(f'{name}: peak memory while reading back', memory_mib(worker, 'VmHWM'), 'MiB')
+        say(f'{name}: restored {time.monotonic() - began:.1f} s after the start')
+        report.add(f'{name}: peak memory during recovery', memory_mib(worker, 'VmHWM'), 'MiB')
         lasted, before = options.warm_s + options.seconds, cpu_s(worker)
         sent = asyncio.run(drive(of, shoppers, options.rate, lasted, seed=2))
         report.add(f"{name}: the worker's share of a core", (cpu_s(worker) - before) / lasted, '1')
@@ -68,7 +68,7 @@ def bench(options: argparse.Namespace) -> int:
     report = Report('users', options)
     few = with_users(options.few, options, report)
     many = with_users(options.users, options, report)
-    report.add(f'p99 with {options.users:,} users in that with {options.few:,}', many / few, '1', at_most=1.5)
+    report.add(f'p99 with {options.users:,} users relative to {options.few:,}', many / few, '1', at_most=1.5)
     return report.end()
 
 

@@ -90,7 +90,7 @@ def test_up_brings_alerts_and_down_leaves_nothing(stack: Stack):
         assert len(stack.pids()) == 4
     os.kill(pids[0], signal.SIGKILL)
     ended = stack('up')
-    assert ended.returncode == 1 and 'kafka ended' in ended.stderr and 'make down' in ended.stderr
+    assert ended.returncode == 1 and 'kafka stopped' in ended.stderr and 'make down' in ended.stderr
 
     pids = stack.pids()
     assert stack('down').stdout == 'Stopped: publisher, worker, triton.\n'
