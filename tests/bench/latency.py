@@ -5,8 +5,8 @@
 1. Highest rate: the worker processes a backlog; events per second until the last commit (`--rate` skips this).
 2. An open loop sends at half of that rate, evenly over users and so over partitions. It never waits for the worker, so
    a worker that falls behind shows a growing latency. The loop's own delay is printed too.
-3. With `publish = all` each scored user gives an output that names the offsets folded so far. The latency of an event is
-   the time until the first output of its user that covers it.
+3. With `publish = all` each scored user gives an output that names the offsets folded so far. The latency of an event
+   is the time until the first output of its user that covers it.
 
 With Triton, the same requests are also sent to Triton directly: as many rows, at the same moments, with the windows
 that the worker had at the end, by the same client library. The difference of the two p99 is what the worker adds.

@@ -11,7 +11,7 @@ FINDINGS_KEPT = 20
 
 
 class Check:
-    """The outcome of one check: how much was looked at, how often it was wrong, and the first findings in words."""
+    """The result of one check: how much was checked, how often it was wrong, and the first findings in words."""
 
     def __init__(self, code: str) -> None:
         self.code = code
@@ -41,22 +41,22 @@ class Report:
         return {code for code, check in self.checks.items() if not check.ok}
 
     def wrong(self, code: str, what: str) -> None:
-        """Note a finding; the words of the first ones are kept."""
+        """Count a finding, and keep the text of the first ones."""
         check = self.checks[code]
         check.wrong += 1
         if len(check.findings) < FINDINGS_KEPT:
             check.findings.append(what)
 
     def saw(self, code: str, what: str, count: int = 1) -> None:
-        """Note that something was looked at."""
+        """Count something that was checked."""
         self.checks[code].looked_at[what] += count
 
     def remark(self, code: str, what: str) -> None:
-        """Note something measured."""
+        """Add a measurement to the report."""
         self.checks[code].remarks.append(what)
 
     def table(self, title: str = 'audit') -> Table:
-        """For a person: one row a check."""
+        """A table with one row per check."""
         table = Table(title=title, title_justify='left')
         for column in ('check', '', 'looked at', 'wrong', 'first finding'):
             table.add_column(column, justify='right' if column == 'wrong' else 'left', overflow='fold')
@@ -67,7 +67,7 @@ class Report:
         return table
 
     def print(self, console: Console, title: str = 'audit') -> None:
-        """The table, and under it all findings that were kept."""
+        """Print the table, and below it all findings that were kept."""
         console.print(self.table(title))
         for check in self.checks.values():
             for finding in check.findings:

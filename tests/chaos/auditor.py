@@ -1,24 +1,23 @@
-"""The auditor: re-reads what a group has read and written, folds it with the reference, and says what is not right.
+"""The auditor: reads again all that a group read and wrote, computes it with the reference, and reports differences.
 
-It knows nothing of the worker. It takes the input topics as the truth, and everything else as a claim:
+It shares no code with the worker. The input topics are the truth, and everything else is a claim that it checks:
 
-    C1 loss          every valid event is counted in its user's record exactly once: applied, duplicate or late
-    C2 phantom       every output was recorded in its user's state; every timer lies within the time that was seen
-    C3 duplicates    one id is one payload; after a clean run no id appears twice
+    C1 loss          every valid event counts exactly once in its user's record: as applied, duplicate or late
+    C2 phantom       every output is recorded in its user's state; no timer fired beyond the newest event time
+    C3 duplicates    an id has one payload; after a clean run no id occurs twice
     C4 order         a user's outputs are in one partition, in the order of the user's states
-    C5 state         reference == changelog == RocksDB with its index of timers, every user, every state in between
-    C6 offsets       never back, never past the end, never past a change or an output that was not yet acknowledged
+    C5 state         reference == changelog == RocksDB with its timer index, for every user and every state
+    C6 offsets       never go back, never pass the end, never pass a change or output that was not acknowledged
     C7 conservation  read = applied + duplicate + late + dead-lettered; dead letters are exactly the invalid records
-    C8 liveness      everything was read in time, and nobody stood still
-    C9 decisions     each recorded decision was published; ids, causes, chains, thresholds and expiry recompute
-    C10 validity     every planned fault fired in mid-stream, with events between
-    C11 bounds       memory, handles and disk stayed below their caps
+    C8 liveness      everything was read in time, and progress never stopped for long
+    C9 decisions     every recorded decision was published; ids, causes, order, thresholds and expiry are correct
+    C10 validity     every planned fault fired during the stream, with events in between
+    C11 bounds       memory, file handles and disk use stayed below their limits
 
-The changelog holds every state of every user (as long as compaction has taken none), with the offsets up to which the
-user had been folded; one step folds both topics in the order of the records' times. So the order in which a user's
-events were folded is known, and counters, late events and timers can be compared exactly, state by state. Where a state
-is missing in between and the order matters, that user's windows and the sum of its counters are compared, which do not
-depend on it.
+Unless compaction removed some, the changelog holds every state of every user, with the offsets up to which the user was
+folded. A step folds both topics in the order of the records' times. So the order in which a user's events were folded
+is known, and counters, late events and timers can be compared exactly, state by state. If a state is missing and the
+order matters, the auditor compares the window and the sum of the counters, which do not depend on the order.
 """
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
@@ -32,9 +31,9 @@ Rescore = Callable[[Sequence[tuple[bytes, dict]]], Awaitable[Iterable[str]]]
 
 async def audit(log: Log, rules: Rules, run: Run, stores: Iterable[Store] = (),
                 rescore: Rescore | None = None) -> Report:
-    """Check everything that can be checked. One partition at a time, so that memory is that of one partition.
+    """Run all checks. They go partition by partition, so that only one is in memory.
 
-    rescore   tells what is wrong with the scores of some messages, given the records that they are about
+    rescore   reports wrong scores of some messages, given the records that they were made from
     """
     report = Report()
     stores = list(stores)
@@ -137,7 +136,7 @@ def _wrong_letter(letter: Record, record: Record, key: bytes) -> Iterable[str]:
 
 
 def _offsets(run: Run, report: Report) -> None:
-    """Committed offsets never go back, and never past the end."""
+    """Check that committed offsets never go back, and never pass the end."""
     before: dict[tuple[Topic, int], int] = {}
     for sample in run.samples:
         report.saw('C6', 'samples')

@@ -31,7 +31,7 @@ def _occasion(message: dict) -> str | None:
 
 def wrong_message(message: dict, user_id: str, state: State, user: User | None, number: int, timer_ms: int | None,
                    rules: Rules) -> Iterable[str]:
-    """What does not follow from the state that announces the message.
+    """What in a message does not follow from the state whose outbox has it.
 
     user       the reference, as of that state; None where it is not known exactly
     number     of the decision, from 1
@@ -98,7 +98,7 @@ def _wrong_content(message: dict, user_id: str, state: State, user: User | None,
 
 
 def wrong_chain(alerts: list[dict], state: State, rules: Rules) -> Iterable[str]:
-    """The user's distinct decisions in the order of the topic, against the user's final state."""
+    """Compare a user's distinct decisions, in the order of the topic, with the user's final state."""
     try:
         previous, last_raised_ms = None, {}
         last: dict[str, dict] = {}

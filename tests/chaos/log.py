@@ -1,4 +1,4 @@
-"""What the auditor reads: topics by their role, the databases of stopped workers, and what a run has noted down."""
+"""The input of the auditor: topics by role, databases of stopped workers, and observations of a run."""
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
@@ -22,13 +22,13 @@ class Record(NamedTuple):
 
 
 class Log(Protocol):
-    """The topics of one group; all have `partitions` partitions. `names`: role to the topic's own name."""
+    """The topics of one group, each with `partitions` partitions. `names`: role -> name of the topic."""
 
     partitions: int
     names: Mapping[Topic, str]
 
     def read(self, topic: Topic, partition: int) -> AsyncIterator[Record]:
-        """Every committed record of a topic partition, from its beginning to its end of now."""
+        """Every committed record of a topic partition, from its beginning to its current end."""
         ...
 
 
@@ -37,7 +37,7 @@ class Store(Protocol):
 
     name: str
     partition: int
-    owner: bool         # it was the partition's owner when everything had been read; else it is a copy of earlier days
+    owner: bool         # whether the worker owned the partition at the end; otherwise it is an older copy
 
     def records(self) -> Iterable[tuple[bytes, bytes]]: ...
 
@@ -46,7 +46,7 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Sample:
-    """Committed offsets, and after them the ends of the topics, as seen at one moment of a run.
+    """Committed offsets, and the ends of the topics, which were read right after them.
 
     at_s        since the start of the run
     committed   (source topic, partition) -> next fetch position; absent: none
@@ -60,7 +60,7 @@ class Sample:
 
 @dataclass
 class Fault:
-    """A fault as it fired.
+    """A fault that fired.
 
     consumed   events before the committed offsets at that moment
     left       events of the whole run behind them
@@ -74,7 +74,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Bound:
-    """The largest value seen of something that has a cap."""
+    """The largest value seen of something with a limit."""
 
     name: str
     seen: float
@@ -84,15 +84,15 @@ class Bound:
 
 @dataclass
 class Run:
-    """What the log itself does not tell. An empty one checks the log alone.
+    """What a run observed in addition to the log. With an empty one, only the log is checked.
 
-    planned         faults that were planned; None: this was no chaos run
-    between_min     events that must have been consumed between two faults
-    settled_s       from the last fault (or the last event, if later) until nothing was left; None: it never came
+    planned         number of planned faults; None: this was not a chaos run
+    between_min     least events consumed between two faults
+    settled_s       from the last fault (or the last event, if later) until all was read; None: it never was
     settle_s_max    its limit
-    stuck_s_max     the longest time in which workers may run, events wait, and no offset moves
-    clean           no worker was killed and no broker failed: no duplicate may appear
-    problems        what else went wrong, as (check, words)
+    stuck_s_max     longest time that events may wait without an offset moving, while workers run
+    clean           no worker was killed and no broker failed, so no duplicate may occur
+    problems        other problems, as (check, text)
     """
 
     samples: list[Sample] = field(default_factory=list)

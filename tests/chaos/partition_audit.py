@@ -37,7 +37,7 @@ NEVER = 1 << 62
 
 
 class _Note(NamedTuple):
-    """A message that a state's outbox announces. `position` counts the states of its user."""
+    """A message in the outbox of a state. `position` is the number of that state among its user's states."""
 
     digest: int
     user_id: str
@@ -48,7 +48,7 @@ class _Note(NamedTuple):
 
 @dataclass
 class _Shopper:
-    """One user: the events of the log by source, the reference as far as states have come, and what was claimed."""
+    """One user: the events in the log by source, the reference up to the newest state, and the claims so far."""
 
     offsets: tuple[list[int], list[int]] = field(default_factory=lambda: ([], []))
     events: tuple[list[Event], list[Event]] = field(default_factory=lambda: ([], []))
@@ -67,7 +67,7 @@ class _Shopper:
 
 
 class Samples:
-    """When a position was committed, and where the ends of topics were then."""
+    """When a position was committed, and where the topics ended at that time."""
 
     def __init__(self, run: Run, partition: int) -> None:
         self._samples = run.samples
@@ -76,7 +76,7 @@ class Samples:
         self._partition = partition
 
     def end_when_committed(self, vector: Sequence[int], topic: Topic) -> int:
-        """Where `topic` ended when both sources were first seen committed up to `vector`; NEVER if never seen."""
+        """The end of `topic` when both sources were first seen committed up to `vector`. NEVER if they never were."""
         first = max(bisect_left(committed, position)
                     for committed, position in zip(self._committed, vector, strict=True))
         if first == len(self._samples):
@@ -85,7 +85,7 @@ class Samples:
 
 
 class PartitionAudit:
-    """One partition number of all topics. Records are given in the order: inputs, changelog, outputs, databases."""
+    """The audit of one partition number. Takes records in this order: inputs, changelog, outputs, databases."""
 
     def __init__(self, partition: int, partitions: int, names: tuple[str, str], rules: Rules, run: Run,
                  report: Report) -> None:
@@ -170,7 +170,7 @@ class PartitionAudit:
         self._lanes.append((record.offset, positions))
 
     def _advance(self, shopper: _Shopper, state: State, change: int, where: str) -> int | None:
-        """Fold what the state claims to have folded; return the timer's due time if it is the state of a timer."""
+        """Fold the events that the state claims to contain. Returns the due time if a timer caused the state."""
         if shopper.user is None:
             shopper.user = User(self._rules)
         claim = [state.clicks, state.carts]
@@ -235,7 +235,7 @@ class PartitionAudit:
             user.fold(event)
 
     def _interleaved(self, shopper: _Shopper, state: State, clicks: list[Event], carts: list[Event]) -> None:
-        """States are missing in between. Take the order that explains this one, if one of the simple ones does."""
+        """Some states are missing. Find the order of events that leads to this one, among the simple orders."""
         assert shopper.user is not None
         for order in (_in_time_order(clicks, carts), clicks + carts, carts + clicks):
             twin = shopper.user.clone()
@@ -325,7 +325,7 @@ class PartitionAudit:
     # -- ends
 
     def end_of_changes(self) -> None:
-        """All states are known: is every event in one, and does every lane record speak the truth?"""
+        """All states are known. Check that every event is in one, and that every lane record is true."""
         report, partition = self._report, self._partition
         for user_id, shopper in self._users.items():
             report.saw('C1', 'users')
@@ -426,7 +426,7 @@ class PartitionAudit:
         shopper.last_positions[topic] = max(last, note.position)
 
     def _cause_exists(self, shopper: _Shopper, message: dict, vector: list[int], where: str) -> None:
-        """For an output whose state compaction has removed."""
+        """Check an output whose state was removed by compaction."""
         events = 0
         for source in (CLICKS, CARTS):
             place = bisect_left(shopper.offsets[source], vector[source])
@@ -437,7 +437,7 @@ class PartitionAudit:
             self._report.wrong('C9', f'{where}: events_seen is {message["events_seen"]} of {events} in its cause')
 
     def end_of_outputs(self) -> None:
-        """All outputs are known: was every recorded message published, and are the chains unbroken?"""
+        """All outputs are known. Check that every recorded message was published, and that the chains are unbroken."""
         report = self._report
         for identity, note in self._notes.items():
             if identity not in self._seen:
@@ -455,7 +455,7 @@ class PartitionAudit:
     # -- databases
 
     def take_store(self, store: Store) -> None:
-        """A database of this partition. An owner's is the folded changelog; another's holds states that once were."""
+        """Check a database. That of the owner must equal the changelog; another must hold earlier states only."""
         report = self._report
         found: set[str] = set()
         timers: set[bytes] = set()
@@ -466,7 +466,7 @@ class PartitionAudit:
             shopper = self._users.get(user_id)
             report.saw('C5', 'records in RocksDB' if store.owner else 'records in older copies')
             if shopper is None or shopper.state is None:
-                report.wrong('C5', f'{store.name}: holds {user_id!r}, of whom the changelog knows nothing')
+                report.wrong('C5', f'{store.name}: holds {user_id!r}, who is not in the changelog')
                 continue
             found.add(user_id)
             if store.owner and value != shopper.raw:
@@ -487,7 +487,7 @@ class PartitionAudit:
 
 
 def _in_time_order(clicks: list[Event], carts: list[Event]) -> list[Event]:
-    """The order in which one step folds both topics: by the records' times, clicks first of equal ones."""
+    """The order in which a step folds both topics: by the records' times; with equal times, clicks first."""
     return sorted([*clicks, *carts], key=lambda event: event.record_ms)
 
 

@@ -1,4 +1,4 @@
-"""One seed draws the whole run: which faults, in which order, at which event, on which worker."""
+"""The plan of a run, drawn from one seed: the faults, their order, the event at which each fires, and the worker."""
 import random
 from dataclasses import dataclass
 from typing import Literal
@@ -36,7 +36,7 @@ class Planned:
 
     @property
     def name(self) -> str:
-        """For a person."""
+        """The fault in words."""
         parts = [self.kind]
         if self.stage:
             parts.append(f'{self.when} {self.stage} (call {self.calls})')
@@ -49,7 +49,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run. `ahead`: how far the publisher may be ahead of what is consumed, changing as the run goes on."""
+    """The plan of a run. `ahead`: how far the publisher may be ahead of the consumer, which changes during the run."""
 
     seed: int
     events: int
@@ -64,7 +64,7 @@ class Plan:
 
 def draw(seed: int, events: int, kills: int, rebalances: int, terms: int, brokers: int, tritons: int,
          shoppers: int) -> Plan:
-    """Errors: ValueError where the faults do not fit between so few events."""
+    """Draw a plan. Errors: ValueError if there are too few events for the faults."""
     rng = random.Random(seed)
     named: list[dict] = [{'stage': stage, 'when': 'after', 'calls': _calls(rng, stage)} for stage in STAGES]
     named += [{'stage': stage, 'when': 'during', 'calls': _calls(rng, stage), 'cut_ms': rng.choice((0, 1, 3, 10))}

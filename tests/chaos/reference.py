@@ -1,4 +1,4 @@
-"""The plain, slow reference: what a log of events must have made of each user, by the documented rules.
+"""The plain, slow reference: the state of each user that follows from a log of events by the documented rules.
 
 Written from the guides and the docstrings of `stream/core`, and it imports nothing of `stream`: a defect of the
 product's decoder, fold, codec or partitioner shows as a difference. Slowness is welcome here, cleverness is not.
@@ -27,7 +27,7 @@ _F32 = struct.Struct('<f')
 
 @dataclass(frozen=True)
 class Rules:
-    """The settings that decide what is right; the defaults are the documented ones. Times in ms."""
+    """The settings that the rules depend on. The defaults are the documented ones. Times in ms."""
 
     group: str = 'stream'
     publish: str = 'changes'
@@ -68,11 +68,11 @@ class Event(NamedTuple):
 
 
 class InvalidError(Exception):
-    """The record is no event: it must be a dead letter."""
+    """The record is not an event, so it must be a dead letter."""
 
 
 def parse(value: bytes | None, key: bytes | None, record_ts_ms: int, rules: Rules) -> Event:
-    """One input record, strictly. Errors: InvalidError."""
+    """Parse an input record strictly. Errors: InvalidError."""
     if not value or len(value) > rules.record_bytes_max:
         raise InvalidError('no value, or too many bytes')
     try:
@@ -154,7 +154,7 @@ def _hash(text: str | None, mask: int) -> int:
 
 @functools.lru_cache(maxsize=1 << 17)
 def partition_of(key: bytes, partitions: int) -> int:
-    """Where Kafka's Java client puts a key: murmur2 (seed 0x9747b28c) without the sign bit, modulo the partitions."""
+    """The partition that Kafka's Java client chooses: murmur2 (seed 0x9747b28c) without its sign bit, modulo `partitions`."""
     mix, low32 = 0x5BD1E995, 0xFFFF_FFFF
     hashed = 0x9747B28C ^ len(key)
     whole = len(key) // 4 * 4
@@ -169,7 +169,7 @@ def partition_of(key: bytes, partitions: int) -> int:
 
 
 class User:
-    """One user, folded event by event in the order of arrival. Attributes are named as the record's fields."""
+    """One user, folded event by event in the order of arrival. Attributes have the names of the record's fields."""
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
@@ -184,7 +184,7 @@ class User:
         self.silence = self.due_ms = 0
 
     def clone(self) -> 'User':
-        """A copy that can be folded on."""
+        """An independent copy."""
         twin = User.__new__(User)
         twin.__dict__.update(self.__dict__)
         twin.window, twin.counts = list(self.window), list(self.counts)
@@ -192,7 +192,7 @@ class User:
         return twin
 
     def fold(self, event: Event) -> str:
-        """Put one event in; say what became of it: applied, duplicate, late, or overslept (a timer was due first)."""
+        """Fold an event. Returns its outcome: applied, duplicate, late, or overslept (a timer was due first)."""
         if event.ts_ms < self.last_seen_ms - self.rules.span_ms:
             self.late += 1
             return 'late'
@@ -216,14 +216,14 @@ class User:
         return 'applied'
 
     def fire(self) -> int:
-        """Fire the silence timer; say when it was due."""
+        """Fire the silence timer. Returns its due time."""
         due_ms, delays = self.due_ms, self.rules.silence_ms
         self.silence += 1
         self.due_ms = self.last_seen_ms + delays[self.silence] if self.silence < len(delays) else 0
         return due_ms
 
     def clock_ms(self) -> int:
-        """How far the user's time has come."""
+        """The user's current event time."""
         return self.last_seen_ms + (self.rules.silence_ms[self.silence - 1] if self.silence else 0)
 
     def _count(self, event: Event) -> None:
@@ -266,7 +266,7 @@ class User:
 
 
 def window_of(events: list[Event], rules: Rules) -> list[tuple[int, int, bytes]]:
-    """The window of a set of events, whatever their order: the newest ones within the span of the newest."""
+    """The window of a set of events in any order: the newest ones within the span of the newest."""
     if not events:
         return []
     newest_ms = max(event.ts_ms for event in events)
@@ -276,7 +276,7 @@ def window_of(events: list[Event], rules: Rules) -> list[tuple[int, int, bytes]]
 
 
 def median_tier(probabilities: list[float]) -> int:
-    """The tier below or at which half of the probability lies, on the grid of 1e-4."""
+    """The median tier, with probabilities on the grid of 1e-4."""
     total = 0.0
     for tier, probability in enumerate(probabilities):
         total += probability

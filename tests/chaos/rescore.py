@@ -1,4 +1,4 @@
-"""Scores that were published, computed once more from the records that they are about.
+"""Computes published scores again from the records that they were made from.
 
 The one part of the audit that uses the product's own code: features and a scorer. It finds what the reference cannot
 see: rows that changed places, another model, scores of another moment.
@@ -18,7 +18,7 @@ ROWS_AT_ONCE = 1_000
 
 
 async def wrong_scores(announced: Sequence[tuple[bytes, dict]], scorer: Scorer) -> Iterable[str]:
-    """What is wrong with the scores of messages.
+    """Reports wrong scores of messages.
 
     announced   records as they were when a message was written, and the message
     """

@@ -1,9 +1,10 @@
-"""Chaos: a real broker, workers that are killed, a stream that goes on meanwhile, and the auditor at the end.
+"""Chaos: workers and a real broker are killed while events keep flowing; at the end the auditor checks everything.
 
     python -m tests.chaos.run --seed N [--events 1000000 --kills 20 --rebalances 10 --publish changes|all|both ...]
 
-One seed draws the whole run and is printed first; the auditor's table comes last; exit code 0 if everything holds.
-Whatever was started is stopped at the end, also on Ctrl-C, and dies with this process if that is killed.
+One seed determines the whole run and is printed first. The auditor's table is printed last. The exit code is 0 if no
+check failed. Everything that was started is stopped at the end, also on Ctrl-C, and dies with this process if it is
+killed.
 """
 import argparse
 import asyncio
@@ -40,21 +41,21 @@ from tests.chaos.supervisor import Worker, console
 from tests.chaos.workload import Input, records
 
 SAMPLE_S = 0.5
-FAULT_S_MAX = 120.0         # for a fault to become due, and to fire
-BROKER_GRACE_S = 5.0        # for a worker to give up after the broker was away
-STILL_S = 3.0               # without a new change or output, everything read: nothing more will come
+FAULT_S_MAX = 120.0         # time for a fault to become due, and to fire
+BROKER_GRACE_S = 5.0        # time for a worker to give up after a broker outage
+STILL_S = 3.0               # everything is read and nothing new was written for so long: the run is over
 MEMORY_MIB_MAX, HANDLES_MAX, DISK_MIB_MAX = 1_500, 2_000, 4_000
 BATCH_BYTES_MAX = 512 << 10
-TRICKLE_ROWS, TRICKLE_S = 25, 0.05      # while a fault is due: the stream goes on, and little of it is used up
+TRICKLE_ROWS, TRICKLE_S = 25, 0.05      # while a fault is due: the stream goes on slowly
 
 
 class ChaosError(Exception):
-    """The run itself cannot go on; what it has shown so far is audited."""
+    """The run cannot go on. What happened so far is audited."""
 
 
 @dataclass
 class Options:
-    """What to run."""
+    """The options of a run."""
 
     seed: int
     events: int = 1_000_000
@@ -91,18 +92,18 @@ class Chaos:
         self._config = folder / 'stream.toml'
         self.settings = self._write_config()
         self._workers = [Worker(name, folder, self._config, self._note, self._ended) for name in 'ab']
-        self._broker_back_s = 0.0           # when the broker was last heard of again; inf: it is away
+        self._broker_back_s = 0.0           # when the broker last came back; inf: it is down
         self._sent = 0
         self._all_sent = False
-        self._due_at: int | None = plan.faults[0].at if plan.faults else None       # of the fault that is next
-        self._moved = asyncio.Event()       # a new sample is there
+        self._due_at: int | None = plan.faults[0].at if plan.faults else None       # of the next fault
+        self._moved = asyncio.Event()       # a new sample was taken
 
     def _note(self, code: str, what: str) -> None:
         console.print(f'[bold]{code}[/] {what}', markup=True, highlight=False)
         self.run.problems.append((code, what))
 
     def _ended(self, worker: Worker, code: int) -> None:
-        """A worker has ended that nobody has touched."""
+        """A worker has ended that no fault was aimed at."""
         what = f'{worker.name} ended by itself with {code}: {worker.tail(2)}'
         if time.monotonic() < self._broker_back_s + BROKER_GRACE_S:
             console.print(f'    while the broker was away: {what}', markup=False, highlight=False)
@@ -131,7 +132,7 @@ class Chaos:
     # -- the whole
 
     async def play(self) -> Report:
-        """Everything, from topics to the audit."""
+        """The whole run, from creating the topics to the audit."""
         await self._create_topics()
         tasks: list[asyncio.Task] = []
         try:
@@ -159,8 +160,8 @@ class Chaos:
             fault.left = self._sent - fault.consumed
         console.print(f'{self._clock()} everything stopped; {self._sent:,} records were sent; auditing')
         log = KafkaLog(self._kafka.brokers, self._names, self._options.partitions)
-        stores = list(self._stores()) if self.run.settled_s is not None else []     # else nobody owns anything for sure
-        # Also what Triton has scored: it serves the same weights.
+        stores = list(self._stores()) if self.run.settled_s is not None else []     # else ownership is not certain
+        # This scorer also checks what Triton scored: both have the same weights.
         scorer = make_scorer(self.settings.model_copy(update={
             'scorer': 'embedded' if self.settings.scorer == 'triton' else self.settings.scorer}), console.print)
         try:
@@ -170,7 +171,7 @@ class Chaos:
 
     @staticmethod
     async def _while(tasks: list[asyncio.Task], work: Awaitable[None]) -> None:
-        """Do the work, but fail at once where a task in the background does."""
+        """Do the work, but fail at once if a background task fails."""
         main = asyncio.ensure_future(work)
         watched = [task for task in tasks if not task.done()]
         try:
@@ -193,7 +194,7 @@ class Chaos:
             failed = [error for error in answer.topic_errors if error[1]]
             if failed:
                 raise ChaosError(f'The input topics cannot be created: {failed}')
-            # The worker makes the others, but the sampler asks for them before it is there.
+            # The worker creates the others, but the sampler needs this one before the worker runs.
             await admin.create_topics([
                 NewTopic(self._names['scores'], self._options.partitions, 1,
                          topic_configs={'cleanup.policy': 'compact', 'min.compaction.lag.ms': '86400000'})])
@@ -246,14 +247,14 @@ class Chaos:
                 batch = producer.create_batch()
                 batch.append(**row)
         waiting.append(await producer.send_batch(batch, topic, partition=partition))
-        # A batch that the broker did not take in time may or may not be there: the auditor reads what is.
+        # A batch that was not acknowledged in time may be in the topic or not. The auditor reads what is there.
         await asyncio.gather(*waiting)
 
     # -- what is seen
 
     @property
     def consumed(self) -> int:
-        """Events before the committed offsets, as last seen."""
+        """Events before the committed offsets, in the last sample."""
         return sum(self.run.samples[-1].committed.values()) if self.run.samples else 0
 
     async def _sampled(self, timeout_s: float = FAULT_S_MAX) -> None:
@@ -262,7 +263,7 @@ class Chaos:
             async with asyncio.timeout(timeout_s):
                 await self._moved.wait()
         except TimeoutError as error:
-            raise ChaosError(f'The broker has not told its offsets for {timeout_s:.0f} s') from error
+            raise ChaosError(f'The broker has not answered a request for offsets for {timeout_s:.0f} s') from error
 
     async def _sample_for_ever(self) -> None:
         while True:
@@ -276,7 +277,7 @@ class Chaos:
                         self._moved.set()
                         await asyncio.sleep(max(SAMPLE_S - (time.monotonic() - began), 0.05))
             except (KafkaError, TimeoutError, OSError):
-                await asyncio.sleep(0.5)        # the broker is away, which is part of the plan
+                await asyncio.sleep(0.5)        # the broker is down, as planned
 
     @contextlib.asynccontextmanager
     async def _observer(self) -> AsyncIterator[Callable[[], Awaitable[Sample]]]:
@@ -289,14 +290,14 @@ class Chaos:
 
         async def sample() -> Sample:
             offsets = await admin.list_consumer_group_offsets(self._group)
-            if len(known) < len(places):        # the worker creates topics when it first starts
+            if len(known) < len(places):        # the worker creates topics at its first start
                 found = await consumer.topics()
                 known[:] = [place for place in places if place.topic in found]
             ends = await consumer.end_offsets(known)
             committed = {(sources[place.topic], place.partition): meta.offset for place, meta in offsets.items()
                          if place.topic in sources and meta.offset >= 0}
             if not committed and self.consumed:
-                raise TimeoutError      # the group's coordinator has just started and knows of nothing yet
+                raise TimeoutError      # the group's coordinator has just started and has no offsets yet
             return Sample(time.monotonic() - self._began, committed,
                           {places[place]: end for place, end in ends.items()})
 
@@ -334,7 +335,7 @@ class Chaos:
         self._due_at = None
 
     async def _until(self, condition: Callable[[], bool], what: str, timeout_s: float = FAULT_S_MAX) -> None:
-        """Wait for a condition that samples change; the limit starts anew whenever something was consumed."""
+        """Wait for a condition on the samples. The time limit starts again whenever something was consumed."""
         seen, since = -1, time.monotonic()
         while not condition():
             if self.consumed > seen:
@@ -373,7 +374,7 @@ class Chaos:
                     self._broker_back_s = time.monotonic()
 
     async def _die(self, target: Worker, planned: Planned) -> None:
-        """Have it kill itself at a named point. One that owns nothing never gets there: then the other one dies."""
+        """Let a worker kill itself at a named point. One that owns nothing never gets there: then try the other."""
         others = [worker for worker in self._workers if worker is not target and worker.running]
         for worker in (target, *others, target):
             order = {'stage': planned.stage, 'when': planned.when, 'calls': planned.calls, 'delay_ms': planned.cut_ms}
@@ -411,7 +412,7 @@ class Chaos:
     # -- the end
 
     async def _settle(self) -> None:
-        """Wait until everything is sent and read and nothing more comes out, the second worker gone."""
+        """Stop the second worker, and wait until everything is sent and read and no more output comes."""
         if self._workers[1].running:
             await self._workers[1].leave()
         await self._until(lambda: self._all_sent, 'the last record to be sent')
@@ -454,7 +455,7 @@ def _take(rows: Iterator[Input], count: int) -> list[Input]:
 
 
 def rules_of(settings: Settings) -> Rules:
-    """The reference's rules from the worker's settings."""
+    """The rules of the reference, from the worker's settings."""
     policy = settings.policy()
     kinds = {'purchase_power.updated': 'power', 'purchase_intent.alert': 'intent', 'churn.alert': 'churn'}
     limits = settings.window_limits()
@@ -471,7 +472,7 @@ def rules_of(settings: Settings) -> Rules:
 
 
 async def play(options: Options, folder: Path, kafka: Any, triton: Any, prefix: str) -> Report:
-    """One run on a broker that is there. Errors: ValueError for a plan that cannot be."""
+    """One run on a running broker. Errors: ValueError if the plan is impossible."""
     tritons = options.tritons if triton is not None else 0
     plan = draw(options.seed, options.events, options.kills, options.rebalances, options.terms, options.brokers,
                 tritons, options.shoppers)
@@ -484,7 +485,7 @@ def main() -> int:
     from deploy.local.parts import Kafka, Triton
     options = _options()
     console.print(f'SEED={options.seed}')
-    logging.getLogger('aiokafka').setLevel(logging.CRITICAL)        # the broker's absence is no news here
+    logging.getLogger('aiokafka').setLevel(logging.CRITICAL)        # broker outages are expected here
     folder = Path(tempfile.mkdtemp(prefix='stream-chaos-'))
     modes = ('changes', 'all') if options.publish == 'both' else (options.publish,)
     reports: list[tuple[str, Report]] = []
@@ -506,7 +507,7 @@ def main() -> int:
                 play(one, folder / mode, kafka, triton if scorer == 'triton' else None, f'chaos-{mode}'))
             reports.append((f'publish={mode} scorer={scorer} SEED={options.seed}', report))
     except KeyboardInterrupt:
-        console.print('stopped; nothing was audited that is not shown below')
+        console.print('stopped; only the audits shown below were done')
     finally:
         for part in (triton, kafka):
             if part is not None:
@@ -525,12 +526,12 @@ def main() -> int:
 def _options() -> Options:
     defaults = Options(0)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--seed', type=int, default=None, help='draws everything; none: one is drawn and printed')
+    parser.add_argument('--seed', type=int, default=None, help='determines the run; drawn and printed if not given')
     for name in ('events', 'kills', 'rebalances', 'terms', 'brokers', 'tritons', 'partitions', 'shoppers'):
         parser.add_argument(f'--{name}', type=int, default=getattr(defaults, name))
     parser.add_argument('--publish', choices=('changes', 'all', 'events', 'both'), default=defaults.publish)
     parser.add_argument('--scorer', choices=('embedded', 'triton', 'constant', 'mix'), default=defaults.scorer,
-                        help='mix: the last mode runs on Triton, the others on the embedded model')
+                        help='mix: the last mode uses Triton, the others the embedded model')
     parser.add_argument('--settle-s-max', type=float, default=defaults.settle_s_max)
     parser.add_argument('--set', dest='settings', action='append', default=[], metavar='NAME=VALUE',
                         help='any setting of the worker')

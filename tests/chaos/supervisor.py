@@ -1,4 +1,4 @@
-"""A worker process under supervision: started again whenever it ends, and told to stop, leave or die."""
+"""A supervised worker process: it is restarted whenever it ends, and can be told to stop, leave or die."""
 import asyncio
 import contextlib
 import ctypes
@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 ROOT = Path(__file__).parents[2]
-STOP_S_MAX = 30.0           # for a worker to end after SIGTERM
+STOP_S_MAX = 30.0           # time for a worker to end after SIGTERM
 console = Console(width=min(Console().width, 200) if sys.stdout.isatty() else 180)
 
 
@@ -22,7 +22,7 @@ def _die_with_parent() -> None:
 
 
 class Worker:
-    """One worker under supervision: it is started again whenever it ends, until it is told to leave."""
+    """A supervised worker. It is restarted whenever it ends, until it is told to leave."""
 
     def __init__(self, name: str, folder: Path, config: Path, note: Callable[[str, str], None],
                  ended: Callable[['Worker', int], None]) -> None:
@@ -47,7 +47,7 @@ class Worker:
         return self._process is not None and self._process.returncode is None
 
     def start(self) -> None:
-        """Run it from now on."""
+        """Start it, and keep it running."""
         self._leaving = False
         self._supervisor = asyncio.create_task(self._supervise())
 
@@ -76,25 +76,25 @@ class Worker:
         return ['--set', f'instance_id=chaos-{self.name}'] if self.name == 'a' else []
 
     def _up(self) -> bool:
-        """Whether it has come so far that it can stop in order."""
+        """Whether it has started so far that it can shut down cleanly."""
         with self.log.open('rb') as log:
             log.seek(self._log_from)
             return b'health and metrics' in log.read(1 << 16)
 
     def tail(self, lines: int = 3) -> str:
-        """The end of its log."""
+        """The last lines of its log."""
         with self.log.open('rb') as log:
             log.seek(max(os.path.getsize(self.log) - 4_000, 0))
             return ' | '.join(log.read().decode(errors='replace').strip().splitlines()[-lines:])
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL. It is restarted."""
         self.expected = True
         if self.running and self._process:
             self._process.kill()
 
     async def terminate(self) -> None:
-        """SIGTERM, and again, and wait for the end."""
+        """Send SIGTERM twice, and wait until it has ended. It is restarted."""
         process = self._process
         if process is None or process.returncode is not None:
             return
@@ -117,14 +117,14 @@ class Worker:
         console.print(f'    {self.name} stopped within {time.monotonic() - began:.1f} s')
 
     async def leave(self) -> None:
-        """SIGTERM, and not started again."""
+        """Send SIGTERM, and do not restart it."""
         self._leaving = True
         await self.terminate()
         if self._supervisor:
             await self._supervisor
 
     async def end(self) -> None:
-        """Whatever happens, it runs no more."""
+        """Kill it if it still runs, and do not restart it."""
         self._leaving = self.expected = True
         if self._supervisor:
             self._supervisor.cancel()
@@ -134,7 +134,7 @@ class Worker:
             await self._process.wait()
 
     def measure(self) -> None:
-        """Memory and handles as they are."""
+        """Record memory and file handles."""
         if not self.running or not self._process:
             return
         with contextlib.suppress(OSError, StopIteration, ValueError):
@@ -144,5 +144,5 @@ class Worker:
             self.peak_handles = max(self.peak_handles, len(os.listdir(f'/proc/{self._process.pid}/fd')))
 
     def disk_mib(self) -> float:
-        """Size of its data directory."""
+        """Size of its state directory."""
         return sum(path.stat().st_size for path in self.state.rglob('*') if path.is_file()) / (1 << 20)

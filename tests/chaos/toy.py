@@ -1,4 +1,4 @@
-"""A worker as small as can be, in memory, that keeps the promises and can be made to break them.
+"""A minimal worker in memory that keeps the promises, and can be made to break them.
 
 It is what the auditor is tried on: it makes logs as the real worker does, from the product's own core, with crashes in
 between. `bugs` names promises to break, at the place in the code where a real worker would.
@@ -31,7 +31,7 @@ LANE_KEY = b'\xfflane'
 
 
 class CrashError(Exception):
-    """The process is gone."""
+    """The process was killed."""
 
 
 class WildScorer:
@@ -61,7 +61,7 @@ class WildScorer:
 
 
 class MemoryLog:
-    """Topics as lists; records get the next offset of their partition."""
+    """Topics as lists. A record gets the next offset of its partition."""
 
     def __init__(self, partitions: int) -> None:
         self.partitions = partitions
@@ -103,7 +103,7 @@ class MemoryStore:
 
 @dataclass
 class Outcome:
-    """What a toy run leaves behind."""
+    """The result of a toy run."""
 
     log: MemoryLog
     run: Run
@@ -111,7 +111,7 @@ class Outcome:
 
 
 class Toy:
-    """One lane per partition, crashing now and then.
+    """One lane per partition, with occasional crashes.
 
     crashes   chance of a crash after a stage of a step
     bugs      promises to break: see the calls of `bug`
@@ -134,7 +134,7 @@ class Toy:
         self._stores = [MemoryStore(f'users-{partition}', partition) for partition in range(partitions)]
 
     async def work(self) -> Outcome:
-        """Consume everything, crash and recover as often as it comes."""
+        """Consume everything, with all crashes and recoveries."""
         for partition in range(self.log.partitions):
             while True:
                 try:
@@ -146,21 +146,21 @@ class Toy:
         return Outcome(self.log, self.run, self._stores)
 
     def sample(self) -> None:
-        """What an observer would see now."""
+        """What an observer sees at this moment."""
         topics: tuple[Topic, ...] = (*SOURCES, 'alerts', 'scores', 'dead_letters', 'changelog')
         ends: dict[tuple[Topic, int], int] = {
             (topic, place): self.log.end(topic, place) for topic in topics for place in range(self.log.partitions)}
         self.run.samples.append(Sample(float(len(self.run.samples)) / 100, dict(self._committed), ends))
 
     def bug(self, name: str, every: int = 1) -> bool:
-        """Whether a promise is broken here and now: each `every`-th time that it is asked."""
+        """Whether to break a promise now: true on every `every`-th call."""
         if name not in self._bugs:
             return False
         self._asked[name] += 1
         return self._asked[name] % every == 0
 
     def crash(self) -> None:
-        """Perhaps the end of the process."""
+        """Possibly crash here."""
         if self._rng.random() < self._crashes:
             raise CrashError
 

@@ -1,4 +1,4 @@
-"""`stream worker` as it is, but it can be told to die at a named point: before, during or after a stage of a step.
+"""`stream worker`, which can be told to die at a named point: before, during or after a stage of a step.
 
     python -m tests.chaos.worker ORDERS worker --config FILE
 
@@ -31,7 +31,7 @@ POINTS = {
 
 
 class Executioner:
-    """Counts calls of the stage that is named in the orders, once there are any."""
+    """Counts the calls of the stage that the orders name, as soon as there are orders."""
 
     def __init__(self, orders: Path) -> None:
         self._orders = orders
@@ -41,7 +41,7 @@ class Executioner:
         self._delay_s = 0.0
 
     def before(self, stage: str) -> bool:
-        """A call of a stage begins; True if the process shall die when it ends."""
+        """A call of a stage begins. Returns True if the process must die when it ends."""
         if not self._stage and self._orders.exists():
             try:
                 order = json.loads(self._orders.read_text())
@@ -61,14 +61,14 @@ class Executioner:
         return self._when == 'after'
 
     def die(self) -> None:
-        """The end."""
+        """Die."""
         self._orders.rename(self._orders.with_suffix('.done'))
         os.kill(os.getpid(), signal.SIGKILL)
         threading.Event().wait()        # nothing more happens
 
 
 def wrap(method: Callable, stage: str, executioner: Executioner) -> Callable:
-    """The method, counted."""
+    """The method, with its calls counted."""
     if inspect.iscoroutinefunction(method):
         @functools.wraps(method)
         async def counted_async(*args: Any, **kwargs: Any) -> Any:
@@ -90,7 +90,7 @@ def wrap(method: Callable, stage: str, executioner: Executioner) -> Callable:
 
 
 def main() -> None:
-    """Wrap the stages, then be the command line."""
+    """Wrap the stages, then run the command line."""
     executioner = Executioner(Path(sys.argv.pop(1)))
     for stage, (module, owner, name) in POINTS.items():
         kind = getattr(__import__(module, fromlist=[owner]), owner)

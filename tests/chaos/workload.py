@@ -1,4 +1,4 @@
-"""The events of a run: simulated shoppers whose time goes on from chunk to chunk, with noise and poison between them.
+"""The events of a run: simulated shoppers whose time continues from chunk to chunk, with noise and invalid records.
 
 Memory is that of one chunk. The same options give the same records in the same order.
 """
@@ -21,7 +21,7 @@ _NAMES = {'u000003': 'é', 'u000004': 'e\N{COMBINING ACUTE ACCENT}', 'u000005': 
 
 
 class Input(NamedTuple):
-    """One record to be sent. `partition` None: where murmur2 puts the key; `timestamp_ms` 0: the time of sending."""
+    """A record to send. `partition` None: the one that murmur2 chooses; `timestamp_ms` 0: the time of sending."""
 
     topic: Topic
     key: bytes | None
@@ -32,7 +32,7 @@ class Input(NamedTuple):
 
 
 def records(seed: int, shoppers: int, days: int = 30, noise: float = 0.02, poison: float = 0.002) -> Iterator[Input]:
-    """Records without end.
+    """An endless sequence of records.
 
     shoppers   of each chunk; they are the same users in every chunk, so that windows fill
     days       of simulated time in a chunk
