@@ -25,7 +25,7 @@ class Check:
         return self.wrong == 0
 
 
-class Report:
+class AuditReport:
     """All checks of one audit."""
 
     def __init__(self) -> None:

@@ -21,7 +21,7 @@ order matters, the auditor compares the window and the sum of the counters, whic
 """
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
-from tests.chaos.audit_report import Report
+from tests.chaos.audit_report import AuditReport
 from tests.chaos.log import SOURCES, Log, Record, Run, Store, Topic
 from tests.chaos.partition_audit import NEVER, PartitionAudit, Samples
 from tests.chaos.reference import CARTS, CLICKS, Rules
@@ -30,12 +30,12 @@ Rescore = Callable[[Sequence[tuple[bytes, dict]]], Awaitable[Iterable[str]]]
 
 
 async def audit(log: Log, rules: Rules, run: Run, stores: Iterable[Store] = (),
-                rescore: Rescore | None = None) -> Report:
+                rescore: Rescore | None = None) -> AuditReport:
     """Run all checks. They go partition by partition, so that only one is in memory.
 
     rescore   reports wrong scores of some messages, given the records that they were made from
     """
-    report = Report()
+    report = AuditReport()
     stores = list(stores)
     counted = {'read': 0, 'applied': 0, 'duplicate': 0, 'late': 0}
     invalid: dict[bytes, Record] = {}
@@ -78,7 +78,7 @@ async def audit(log: Log, rules: Rules, run: Run, stores: Iterable[Store] = (),
     return report
 
 
-async def _dead_letters(log: Log, run: Run, report: Report, invalid: dict[bytes, Record],
+async def _dead_letters(log: Log, run: Run, report: AuditReport, invalid: dict[bytes, Record],
                         counted: dict[str, int]) -> None:
     letters: set[bytes] = set()
     samples = [Samples(run, partition) for partition in range(log.partitions)]
@@ -135,7 +135,7 @@ def _wrong_letter(letter: Record, record: Record, key: bytes) -> Iterable[str]:
             yield f'header {name} is missing'
 
 
-def _offsets(run: Run, report: Report) -> None:
+def _offsets(run: Run, report: AuditReport) -> None:
     """Check that committed offsets never go back, and never pass the end."""
     before: dict[tuple[Topic, int], int] = {}
     for sample in run.samples:
@@ -151,7 +151,7 @@ def _offsets(run: Run, report: Report) -> None:
             report.wrong('C6', f'{place[0]}-{place[1]}: nothing is committed any more at {sample.at_s:.1f} s')
 
 
-def _liveness(run: Run, report: Report) -> None:
+def _liveness(run: Run, report: AuditReport) -> None:
     if run.settled_s is None or run.settled_s > run.settle_s_max:
         report.wrong('C8', f'not everything was read within {run.settle_s_max:.0f} s of the last fault')
     else:
@@ -176,7 +176,7 @@ def _liveness(run: Run, report: Report) -> None:
                     report.wrong('C8', f'{topic}-{place[1]}: committed {committed} of {end} at the end')
 
 
-def _faults(run: Run, report: Report) -> None:
+def _faults(run: Run, report: AuditReport) -> None:
     if run.planned is None:
         return
     report.saw('C10', f'faults of {run.planned} planned', len(run.faults))

@@ -10,7 +10,7 @@ from typing import Any
 from xxhash import xxh3_128_hexdigest
 
 from tests.chaos.log import Record
-from tests.chaos.record import Record as State
+from tests.chaos.record import State
 from tests.chaos.reference import Rules, User, is_number, median_tier
 
 ANY_TIMER = -1

@@ -10,12 +10,11 @@ from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
-from tests.chaos.audit_report import Report
+from tests.chaos.audit_report import AuditReport
 from tests.chaos.decisions import ANY_TIMER, SCORES, wrong_chain, wrong_headers, wrong_message
 from tests.chaos.log import SOURCES, Record, Run, Store, Topic
-from tests.chaos.record import Record as State
+from tests.chaos.record import State, pack_days, unpack
 from tests.chaos.record import messages as announced_by
-from tests.chaos.record import pack_days, unpack
 from tests.chaos.reference import (
     CARTS,
     CLICKS,
@@ -88,7 +87,7 @@ class PartitionAudit:
     """The audit of one partition number. Takes records in this order: inputs, changelog, outputs, databases."""
 
     def __init__(self, partition: int, partitions: int, names: tuple[str, str], rules: Rules, run: Run,
-                 report: Report) -> None:
+                 report: AuditReport) -> None:
         self.invalid: dict[bytes, Record] = {}
         self.announced: list[tuple[bytes, dict]] = []       # records, each with a message about it: a sample
         self.counted = {'read': 0, 'applied': 0, 'duplicate': 0, 'late': 0}

@@ -19,7 +19,7 @@ _SCORES = struct.Struct('<32sqqdHHHBBBI')
 _SCORES_BIT = 1 << 31
 
 
-class Record(NamedTuple):
+class State(NamedTuple):
     """A decoded record; names as in the layout."""
 
     alerting: int
@@ -57,7 +57,7 @@ class Record(NamedTuple):
     rows: bytes
 
 
-def unpack(value: bytes) -> Record:
+def unpack(value: bytes) -> State:
     """A record's fields. Errors: ValueError where the bytes are not one record of the known layout."""
     if len(value) < _HEADER.size:
         raise ValueError(f'{len(value)} bytes are shorter than a header')
@@ -70,12 +70,12 @@ def unpack(value: bytes) -> Record:
         at.append(at[-1] + size)
     if at[-1] != len(value):
         raise ValueError(f'{len(value)} bytes, the header says {at[-1]}')
-    return Record(
+    return State(
         alerting, tier, *fields[6:15], list(fields[15:29]), *fields[29:-1],
         value[at[0]:at[1]], value[at[1]:at[2]], value[at[2]:at[3]], value[at[3]:])
 
 
-def messages(user_id: str, record: Record) -> list[bytes]:
+def messages(user_id: str, record: State) -> list[bytes]:
     """What the record's outbox announces, by the docstring of `stream/core/outbox.pyx`.
 
     Errors   ValueError where it is cut short.
@@ -93,7 +93,7 @@ def messages(user_id: str, record: Record) -> list[bytes]:
     return found
 
 
-def _scores(user_id: str, record: Record, item: bytes) -> list[bytes]:
+def _scores(user_id: str, record: State, item: bytes) -> list[bytes]:
     digest, as_of_ms, timer_ms, spend, intent, power, churn, tiers, name, version, events = _SCORES.unpack_from(item)
     rest = item[_SCORES.size:]
     table = struct.unpack_from(f'<{tiers}H', rest)

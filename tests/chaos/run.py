@@ -31,13 +31,13 @@ from aiokafka.errors import KafkaError
 
 from stream.config import Settings
 from stream.scoring.make import make_scorer
-from tests.chaos.audit_report import Report
+from tests.chaos.audit_report import AuditReport
 from tests.chaos.auditor import audit
 from tests.chaos.log import SOURCES, Bound, Fault, KafkaLog, RocksStore, Run, Sample, Topic
 from tests.chaos.plan import EVENTS_BETWEEN_MIN, Plan, Planned, draw
 from tests.chaos.reference import Rules, partition_of
 from tests.chaos.rescore import wrong_scores
-from tests.chaos.supervisor import Worker, console
+from tests.chaos.supervisor import SupervisedWorker, console
 from tests.chaos.workload import Input, records
 
 SAMPLE_S = 0.5
@@ -91,7 +91,7 @@ class Chaos:
         self._places = [(topic, place) for topic in self._names for place in range(options.partitions)]
         self._config = folder / 'stream.toml'
         self.settings = self._write_config()
-        self._workers = [Worker(name, folder, self._config, self._note, self._ended) for name in 'ab']
+        self._workers = [SupervisedWorker(name, folder, self._config, self._note, self._ended) for name in 'ab']
         self._broker_back_s = 0.0           # when the broker last came back; inf: it is down
         self._sent = 0
         self._all_sent = False
@@ -102,7 +102,7 @@ class Chaos:
         console.print(f'[bold]{code}[/] {what}', markup=True, highlight=False)
         self.run.problems.append((code, what))
 
-    def _ended(self, worker: Worker, code: int) -> None:
+    def _ended(self, worker: SupervisedWorker, code: int) -> None:
         """A worker has ended that no fault was aimed at."""
         what = f'{worker.name} ended by itself with {code}: {worker.tail(2)}'
         if time.monotonic() < self._broker_back_s + BROKER_GRACE_S:
@@ -131,7 +131,7 @@ class Chaos:
 
     # -- the whole
 
-    async def play(self) -> Report:
+    async def play(self) -> AuditReport:
         """The whole run, from creating the topics to the audit."""
         await self._create_topics()
         tasks: list[asyncio.Task] = []
@@ -373,7 +373,7 @@ class Chaos:
                 if part is self._kafka:
                     self._broker_back_s = time.monotonic()
 
-    async def _die(self, target: Worker, planned: Planned) -> None:
+    async def _die(self, target: SupervisedWorker, planned: Planned) -> None:
         """Let a worker kill itself at a named point. One that owns nothing never gets there: then try the other."""
         others = [worker for worker in self._workers if worker is not target and worker.running]
         for worker in (target, *others, target):
@@ -382,13 +382,13 @@ class Chaos:
                 return
         raise ChaosError(f'No worker came to the point {planned.name}: {target.tail()}')
 
-    async def _again(self, target: Worker, planned: Planned) -> None:
+    async def _again(self, target: SupervisedWorker, planned: Planned) -> None:
         if planned.again:
             order = {'stage': 'take_over', 'when': 'during', 'calls': 1, 'delay_ms': planned.cut_ms}
             if not await self._obeys(target, order, False, FAULT_S_MAX / 3):
                 self._note('C10', f'{target.name} took over nothing, so it was not killed again')
 
-    async def _obeys(self, worker: Worker, order: dict, empty: bool, timeout_s: float) -> bool:
+    async def _obeys(self, worker: SupervisedWorker, order: dict, empty: bool, timeout_s: float) -> bool:
         done, starts = worker.orders.with_suffix('.done'), worker.starts
         done.unlink(missing_ok=True)
         worker.empty_next, worker.expected = empty, True
@@ -404,7 +404,7 @@ class Chaos:
         return True
 
     @staticmethod
-    async def _restarted(worker: Worker, starts: int) -> None:
+    async def _restarted(worker: SupervisedWorker, starts: int) -> None:
         async with asyncio.timeout(FAULT_S_MAX):
             while worker.starts == starts:
                 await asyncio.sleep(0.02)
@@ -471,7 +471,7 @@ def rules_of(settings: Settings) -> Rules:
                       for rule in policy.actions))
 
 
-async def play(options: Options, folder: Path, kafka: Any, triton: Any, prefix: str) -> Report:
+async def play(options: Options, folder: Path, kafka: Any, triton: Any, prefix: str) -> AuditReport:
     """One run on a running broker. Errors: ValueError if the plan is impossible."""
     tritons = options.tritons if triton is not None else 0
     plan = draw(options.seed, options.events, options.kills, options.rebalances, options.terms, options.brokers,
@@ -488,7 +488,7 @@ def main() -> int:
     logging.getLogger('aiokafka').setLevel(logging.CRITICAL)        # broker outages are expected here
     folder = Path(tempfile.mkdtemp(prefix='stream-chaos-'))
     modes = ('changes', 'all') if options.publish == 'both' else (options.publish,)
-    reports: list[tuple[str, Report]] = []
+    reports: list[tuple[str, AuditReport]] = []
     signal.signal(signal.SIGINT, signal.default_int_handler)        # a shell's background job ignores it
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     triton = None

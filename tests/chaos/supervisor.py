@@ -21,11 +21,11 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
 
 
-class Worker:
+class SupervisedWorker:
     """A supervised worker. It is restarted whenever it ends, until it is told to leave."""
 
     def __init__(self, name: str, folder: Path, config: Path, note: Callable[[str, str], None],
-                 ended: Callable[['Worker', int], None]) -> None:
+                 ended: Callable[['SupervisedWorker', int], None]) -> None:
         self.name = name
         self.state = folder / f'state-{name}'
         self.log = folder / f'worker-{name}.log'

@@ -9,7 +9,7 @@ import orjson
 import pytest
 
 from tests.chaos import workload
-from tests.chaos.audit_report import Report
+from tests.chaos.audit_report import AuditReport
 from tests.chaos.auditor import audit
 from tests.chaos.log import Bound, Fault, Record, Sample, Topic
 from tests.chaos.reference import DAY_MS, Rules, partition_of
@@ -30,7 +30,7 @@ def run_toy(publish: str, bugs: Iterable[str] = (), crashes: float = 0.03, seed:
     return asyncio.run(Toy(inputs(), PARTITIONS, seed, crashes, publish, bugs).work())  # type: ignore[arg-type]
 
 
-def check(outcome: Outcome, publish: str = 'all') -> Report:
+def check(outcome: Outcome, publish: str = 'all') -> AuditReport:
     rules = Rules(group=GROUP, publish=publish, events_max=24, span_ms=200 * DAY_MS)
     rescore = functools.partial(wrong_scores, scorer=WildScorer())
     return asyncio.run(audit(outcome.log, rules, outcome.run, outcome.stores, rescore))
