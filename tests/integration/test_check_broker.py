@@ -133,5 +133,5 @@ def test_inputs_without_records_say_that_there_are_too_few(kafka: Kafka, topics:
     if len(topics) == 2:
         asyncio.run(ensure_topics(given))
     texts = [text for _, text in of(checked(given), 'partitioner')]
-    assert texts == ([f'0 keys of {given.clicks_topic} are too few to tell, 13 are needed.',
-                      f'0 keys of {given.carts_topic} are too few to tell, 13 are needed.'] if len(topics) == 2 else [])
+    assert texts == ([f'0 keys of {given.clicks_topic} are too few to tell; 13 are needed.',
+                      f'0 keys of {given.carts_topic} are too few to tell; 13 are needed.'] if len(topics) == 2 else [])
