@@ -114,6 +114,7 @@ def test_demo_shows_alerts_with_reasons_and_where_the_report_is(tmp_path: Path):
     done = stream(tmp_path, 'demo', '--shoppers', '60', '--days', '120', '--set', f'model={MODEL}')
     assert 'churn.alert raised' in done.stdout
     assert '+ nothing for' in done.stdout
+    assert done.stdout.startswith('60 simulated shoppers over 120 days: ')
     assert 'report: demo/alerts.html' in done.stdout
     assert (tmp_path / 'demo' / 'alerts.html').exists()
 
