@@ -27,7 +27,6 @@ Sources: Retailrocket recommender system dataset (Kaggle); REES46 eCommerce beha
 UCI Online Retail; CDNOW master data of Fader and Hardie; Tmall (Alibaba big data competition 2014).
 """
 import csv
-import io
 import math
 import re
 from collections.abc import Callable, Generator, Iterator
@@ -36,13 +35,14 @@ from datetime import UTC, datetime, timedelta
 from functools import lru_cache, partial
 from operator import itemgetter, methodcaller
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import orjson
 from xxhash import xxh3_64_hexdigest
 
 from stream.core.events import EventRecord
-from stream.errors import InputError
+from stream.errors import INSTALL_REPORT, InputError, extra_module
+from stream.replay.compression import DAMAGED, is_compressed, open_to_read
 from stream.replay.topic_records import Inputs
 
 _READ_BUFFER_BYTES = 1 << 20
@@ -107,6 +107,7 @@ class Format:
 
         occurrences  shared by the files of one recording; None: this file stands alone
         Errors       InputError where the file as a whole cannot be read: missing, truncated, the wrong columns.
+                     UsageError for a Parquet file where pyarrow is not installed.
         """
         return self.read(path, Occurrences() if occurrences is None else occurrences)
 
@@ -125,7 +126,7 @@ class _UnusableRowError(Exception):
 def _lines(path: Path) -> Generator[bytes, None, None]:
     """The lines of a text file without their line ends; InputError where it cannot be read to its end."""
     try:
-        with _open(path) as file:
+        with open_to_read(path) as file:
             rest = b''
             while chunk := file.read(_READ_BUFFER_BYTES):       # split by hand: twice as fast as asking for each line
                 text = rest + chunk
@@ -135,27 +136,15 @@ def _lines(path: Path) -> Generator[bytes, None, None]:
                 yield _without_cr(rest)
     except FileNotFoundError as error:
         raise InputError(f'There is no file {path}.', 'check the path.') from error
-    except OSError as error:
+    except (OSError, *DAMAGED) as error:
         raise InputError(f'{path} cannot be read: {error}.', _how_to_read(path)) from error
 
 
 _without_cr = methodcaller('rstrip', b'\r')
 
 
-def _open(path: Path) -> BinaryIO:
-    if path.suffix.lower() not in _COMPRESSIONS:
-        return open(path, 'rb', buffering=_READ_BUFFER_BYTES)
-    # Arrow's streams, unlike zstandard's, say when a file was cut short; imported here because it takes 0.2 s.
-    import pyarrow
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression=_COMPRESSIONS[path.suffix.lower()]),
-                             _READ_BUFFER_BYTES)
-
-
-_COMPRESSIONS = {'.gz': 'gzip', '.zst': 'zstd'}
-
-
 def _how_to_read(path: Path) -> str:
-    if path.suffix.lower() in _COMPRESSIONS:
+    if is_compressed(path):
         return (f'copy or download the file again if it was cut short; a file that is not compressed must not end in '
                 f'{path.suffix}.')
     return 'name a file (not a folder) that this user may read.'
@@ -169,7 +158,8 @@ def _event_rows(path: Path, _occurrences: Occurrences) -> Rows:
 
 def _parquet_rows(path: Path) -> Rows:
     """Rows of a Parquet file whose columns are named as the event's fields; other columns are not read."""
-    import pyarrow
+    extra_module('pyarrow', 'A Parquet file', INSTALL_REPORT)
+    import pyarrow  # here, because it takes 0.2 s and few recordings need it
     from pyarrow import parquet
     try:
         with parquet.ParquetFile(path) as file:
