@@ -77,4 +77,7 @@ def extra_module(name: str, what: str, do: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise UsageError(f'{what} needs {error.name}, which is not installed.', do) from error
+        package = (error.name or '').partition('.')[0]
+        if package == 'stream':
+            raise       # a mistake in here, which no install mends
+        raise UsageError(f'{what} needs {package}, which is not installed.', do) from error
