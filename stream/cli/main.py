@@ -66,7 +66,7 @@ def demo(
         _check_report()
     out.mkdir(parents=True, exist_ok=True)
     events = out / 'events.jsonl'
-    say('Simulating the shoppers.')
+    say(f'Simulating {shoppers:,} shoppers. Their events go to {events}.')
     _simulate(events, shoppers, days, seed, noise=0.002)
     say('Scoring their events.')
     outcome = _replay([events], 'events', out / 'alerts.jsonl', settings, report, state_dir=None)
@@ -85,7 +85,8 @@ def simulate(
         min=0, max=0.5, help='Share of rows that are repeated, delayed or broken, as real feeds have them.')] = 0.0,
 ) -> None:
     """Write the events of simulated shoppers, and beside them what is true of each (FILE with .truth.jsonl)."""
-    _simulate(out, shoppers, days, seed, noise)
+    events, truth = _simulate(out, shoppers, days, seed, noise)
+    say(f'{events:,} events of {shoppers:,} simulated shoppers over {days} days: {out} (truth: {truth})')
 
 
 @app.command()
@@ -275,13 +276,14 @@ def _state(settings: Settings, state_dir: Path | None, stack: ExitStack) -> Any:
     return state
 
 
-def _simulate(out: Path, shoppers: int, days: int, seed: int, noise: float) -> None:
+def _simulate(out: Path, shoppers: int, days: int, seed: int, noise: float) -> tuple[int, Path]:
+    """How many events were written to `out`, and the file beside it that says what is true of each shopper."""
     from stream.simulator.shop import SimulatorOptions, simulate, write
     _check_target(out, 'Events')
     truth = out.with_suffix('.truth.jsonl')
     simulation = simulate(SimulatorOptions(shoppers=shoppers, days=days, seed=seed, noise=noise))
     write(simulation, out, truth)
-    say(f'{simulation.events:,} events of {shoppers:,} simulated shoppers over {days} days: {out} (truth: {truth})')
+    return simulation.events, truth
 
 
 def _check_target(out: Path, what: str) -> None:
