@@ -8,20 +8,25 @@ INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint $(C
 .PHONY: help demo up down test chaos bench check train clean
 .DELETE_ON_ERROR:
 
-# A compiled module that is gone is made again.
-ifneq ($(foreach source,$(wildcard stream/*/*.pyx),$(if $(wildcard $(source:.pyx=.*.so)),,$(source))),)
+# A missing compiled module makes both stamps stale. `foreach` leaves a space for each source, so strip them.
+NOT_COMPILED := $(strip $(foreach source,$(wildcard stream/*/*.pyx),\
+	$(if $(wildcard $(source:.pyx=.*.so)),,$(source))))
+ifneq ($(NOT_COMPILED),)
 .PHONY: .venv/base .venv/test
 endif
 
 help:
-	@echo 'make demo    simulated shoppers to alerts with reasons and a report, on embedded parts'
-	@echo 'make up      a real Kafka and Triton, a worker, and simulated shoppers publishing; make down stops them'
-	@echo 'make test    all tests (installs torch for the training tests)'
-	@echo 'make chaos   kill workers and a broker over a million events, twice, and audit (SEED=n repeats a run)'
-	@echo 'make bench   the figures of the README; PEERS=DIR joins the harness of its peers, ONLY=names chooses'
-	@echo 'make check   lint and types'
-	@echo 'make train   train the shipped model anew and export it into triton_models/'
-	@echo 'make clean   remove the environment and what the demo wrote'
+	@echo 'make demo    Score simulated shoppers: prints alerts and writes a report.'
+	@echo 'make up      Start Kafka, Triton, a worker and simulated shoppers here.'
+	@echo 'make down    Stop everything that make up started.'
+	@echo 'make test    Run all tests. Installs PyTorch for the training tests.'
+	@echo 'make chaos   Kill workers and a broker during a million events, twice, and'
+	@echo '             audit the output. SEED=n repeats a run.'
+	@echo 'make bench   Measure the published figures. ONLY=names selects some of them;'
+	@echo '             PEERS=DIR adds the peer systems whose harness is in DIR.'
+	@echo 'make check   Lint, check the types, and check which package imports which.'
+	@echo 'make train   Train the shipped model again and export it to triton_models/.'
+	@echo 'make clean   Delete .venv, build/ and demo/.'
 
 demo: .venv/base
 	@$(BIN)/stream demo
@@ -29,8 +34,9 @@ demo: .venv/base
 up: .venv/base
 	@$(BIN)/python -m deploy.local.stack up
 
-down: .venv/base
-	@$(BIN)/python -m deploy.local.stack down
+# Stopping needs no install: where nothing was ever installed, nothing runs.
+down:
+	@if [ -e .venv/base ]; then $(BIN)/python -m deploy.local.stack down; else echo 'Nothing is up.'; fi
 
 test: .venv/test
 	@$(BIN)/python -m deploy.local.stack install
@@ -45,6 +51,7 @@ bench: .venv/test
 check: .venv/test
 	@$(BIN)/ruff check stream tests deploy
 	@$(BIN)/pyright
+	@$(BIN)/lint-imports --no-cache
 
 train: .venv/test
 	$(BIN)/stream train --simulate 9000 --days 730 --seed 11 --out build/shopper
@@ -53,19 +60,27 @@ train: .venv/test
 clean:
 	rm -rf .venv demo build
 
+# Installs the libraries first and the package second, so that each line tells what is happening now.
+# $(1): how much it is, in words; $(2): the extras
+define install
+	@echo 'Installing the libraries $(1), once.'
+	@$(INSTALL) --requirement pyproject.toml $(2)
+	@echo 'Compiling and installing stream.'
+	@$(INSTALL) --no-deps --editable .
+endef
+
 .venv/bin/uv: $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'stream needs Python 3.11 or newer. Do: make PYTHON=python3.11'; exit 2; }
+	@echo 'Creating the Python environment .venv.'
 	@$(PYTHON) -m venv .venv || { echo 'Do: install the venv module (Debian: apt-get install python3-venv)'; exit 2; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) uv
 	@touch $@
 
 .venv/base: .venv/bin/uv pyproject.toml $(NATIVE)
-	@echo 'installing into .venv'
-	@$(INSTALL) --editable .
+	$(call install,(about 500 MB),--extra report)
 	@touch $@
 
 .venv/test: .venv/bin/uv pyproject.toml $(NATIVE)
-	@echo 'installing into .venv, with torch for the training tests'
-	@$(INSTALL) --editable '.[train,test]'
+	$(call install,and PyTorch (some GB),--extra train --extra test)
 	@touch $@ .venv/base

@@ -1,7 +1,10 @@
 """Errors split by whose fault they are. Every message ends with what to do."""
+import importlib
+from typing import Any
 
-INSTALL_TRAINING = ("install it, in the project's folder: .venv/bin/uv pip install -c deploy/constraints.txt "
-                    "-e '.[train]'.")
+_INSTALL = "install it, in the project's folder: .venv/bin/uv pip install -c deploy/constraints.txt -e '.[{}]'"
+INSTALL_TRAINING = _INSTALL.format('train') + '.'
+INSTALL_REPORT = _INSTALL.format('report') + '.'
 
 
 class StreamError(Exception):
@@ -61,3 +64,20 @@ class ScorerUnavailable(ModelError):     # noqa: N818 (a state rather than a mis
 
 class ResponseRefused(ModelError):     # noqa: N818 (what was done about it)
     """An answer that does not fit its question: other rows, names, types or shapes. None of it may be used."""
+
+
+def extra_module(name: str, what: str, do: str) -> Any:
+    """The module of that name, which needs packages of an extra.
+
+    name    a module of stream, or a package
+    what    what needs it, as the subject of a sentence in the singular
+    do      INSTALL_REPORT, INSTALL_TRAINING, or more than that
+    Errors  UsageError where a package is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        package = (error.name or '').partition('.')[0]
+        if package == 'stream':
+            raise       # a mistake in here, which no install mends
+        raise UsageError(f'{what} needs {package}, which is not installed.', do) from error

@@ -170,7 +170,8 @@ def record(
     overrides: Overrides = None,
 ) -> None:
     """Record topics in a file that `stream replay --format kafka` reads."""
-    from stream.replay.record import check_target, compressed
+    from stream.replay.compression import compressed
+    from stream.replay.record import check_target
     from stream.replay.record import record as read
     settings = effective_settings(config, **parsed(overrides))
     check_target(out)

@@ -1,5 +1,4 @@
 """Commands of the model: learn from recorded events, export, score everybody as of a time."""
-import importlib
 import os
 import re
 import sys
@@ -28,7 +27,7 @@ from stream.cli.shared import (
 )
 from stream.config import Settings
 from stream.core.events import parse_rfc3339_ms
-from stream.errors import INSTALL_TRAINING, UsageError
+from stream.errors import INSTALL_REPORT, INSTALL_TRAINING, UsageError, extra_module
 from stream.scoring.artefact import MANIFEST, load_artefact
 
 app = typer.Typer()
@@ -212,8 +211,9 @@ def evaluate(
     settings = effective_settings(config, **parsed(overrides))
     _refuse_a_file(out)
     times_ms = _times_ms(at)
+    backtest_report = extra_module('stream.learn.judging.backtest_report', 'The report', INSTALL_REPORT)
     from stream.learn import dataset
-    from stream.learn.judging import backtest, backtest_report
+    from stream.learn.judging import backtest
     from stream.learn.judging.questions import default_cutoffs
     from stream.scoring.make import shipped
     version_dir = version_of(model) if model else shipped(settings.model)
@@ -344,11 +344,7 @@ def _given(fitting: Any) -> str:
 
 
 def _learning(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise UsageError(f'Training needs {error.name}, which is not installed.',
-                         INSTALL_TRAINING) from error
+    return extra_module(module, 'Training', INSTALL_TRAINING)
 
 
 def _refuse_a_file(out: Path) -> None:

@@ -5,16 +5,14 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import msgspec
 import orjson
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from stream.cli.kafka import app as kafka_commands
 from stream.cli.learn import app as learn_commands
@@ -33,9 +31,10 @@ from stream.cli.shared import (
     say,
     written,
 )
+from stream.cli.summary import Outcome, print_alerts, print_seen, print_summary
 from stream.cli.worker import app as worker_commands
 from stream.config import Settings, as_toml
-from stream.errors import InputError, StreamError, UsageError
+from stream.errors import INSTALL_REPORT, InputError, StreamError, UsageError, extra_module
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode='rich',
@@ -45,6 +44,7 @@ app = typer.Typer(
 
 Seed = Annotated[int, typer.Option(help='The same seed gives the same bytes.')]
 Model = Annotated[Path | None, typer.Option(metavar='DIR', help='Folder of a model version (setting `model`).')]
+WithReport = Annotated[bool, typer.Option('--report/--no-report', help='Write the HTML report.')]
 Publish = Annotated[str | None, typer.Option(
     metavar='changes|all|events', help='What is written (setting `publish`): decisions only; also the scores of every '
                                        'scored user; also one output per event.')]
@@ -56,17 +56,23 @@ def demo(
     days: Annotated[int, typer.Option(min=1, help='Days that are simulated.')] = 180,
     seed: Seed = 7,
     out: Annotated[Path, typer.Option(metavar='DIR', help='Folder for events, alerts and the report.')] = Path('demo'),
+    report: WithReport = True,
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
     """Simulate shoppers, replay their events through the shipped model, show alerts with reasons and a report."""
     settings = effective_settings(config, **parsed(overrides))
+    if report:
+        _check_report()
     out.mkdir(parents=True, exist_ok=True)
     events = out / 'events.jsonl'
+    say(f'Simulating {shoppers:,} shoppers. Their events go to {events}.')
     _simulate(events, shoppers, days, seed, noise=0.002)
-    outcome = _replay([events], 'events', out / 'alerts.jsonl', settings, with_report=True, state_dir=None)
-    _print_alerts(outcome.alerts_shown)
-    _print_summary(outcome)
+    say('Scoring their events.')
+    outcome = _replay([events], 'events', out / 'alerts.jsonl', settings, report, state_dir=None)
+    print_seen(shoppers, days, outcome)
+    print_alerts(outcome.alerts_shown)
+    print_summary(outcome)
 
 
 @app.command()
@@ -79,7 +85,8 @@ def simulate(
         min=0, max=0.5, help='Share of rows that are repeated, delayed or broken, as real feeds have them.')] = 0.0,
 ) -> None:
     """Write the events of simulated shoppers, and beside them what is true of each (FILE with .truth.jsonl)."""
-    _simulate(out, shoppers, days, seed, noise)
+    events, truth = _simulate(out, shoppers, days, seed, noise)
+    say(f'{events:,} events of {shoppers:,} simulated shoppers over {days} days: {out} (truth: {truth})')
 
 
 @app.command()
@@ -98,7 +105,7 @@ def replay(
     state: Annotated[str | None, typer.Option(metavar='memory|rocksdb', help='Setting `state`.')] = None,
     state_dir: Annotated[Path | None, typer.Option(
         metavar='DIR', help='Keep the RocksDB state here (new or empty); without it, it is temporary.')] = None,
-    report: Annotated[bool, typer.Option(help='Write the HTML report.')] = True,
+    report: WithReport = True,
     as_json: AsJson = False,
     config: ConfigFile = None,
     overrides: Overrides = None,
@@ -110,7 +117,7 @@ def replay(
     if as_json:
         sys.stdout.write(orjson.dumps(msgspec.to_builtins(outcome.counts)).decode() + '\n')
     else:
-        _print_summary(outcome)
+        print_summary(outcome)
 
 
 @app.command(name='journal')
@@ -170,19 +177,6 @@ def _stop(number: int, _frame: object) -> NoReturn:
     sys.exit(128 + number)      # on the way out, half-written files are removed
 
 
-class Outcome(msgspec.Struct):
-    """What a replay leaves for its summary."""
-
-    counts: Any
-    alerts_shown: list[dict[str, Any]]
-    refused_scores: int
-    trained_on: str
-    out: Path
-    dead_letters: Path
-    report: Path | None
-    seconds: float
-
-
 def _replay(
     files: list[Path], format_name: str, out: Path, settings: Settings, with_report: bool, state_dir: Path | None,
     journal: Path | None = None,
@@ -194,6 +188,8 @@ def _replay(
     from stream.replay.replay import Replay
 
     _check_target(out, 'Messages')
+    if with_report:
+        _check_report()     # first, so that nothing is replayed in vain
     collect_seldom()
     dead_letters, report = out.with_suffix('.dead.jsonl'), out.with_suffix('.html')
     if journal and format_name != 'kafka':
@@ -254,8 +250,13 @@ def _replay(
                 churn_clear=settings.churn_clear)
             write_report(report, run.account.statistics, counts, scorer.model, about)
     account = run.account
-    return Outcome(counts, account.statistics.alerts_shown, account.refused_scores, scorer.trained_on, out,
-                   dead_letters, report if with_report else None, seconds)
+    return Outcome(counts, account.statistics.alerts_shown, sum(account.statistics.alerts_per_hour.values(), Counter()),
+                   account.refused_scores, scorer.trained_on, out, dead_letters, report if with_report else None,
+                   seconds)
+
+
+def _check_report() -> None:
+    extra_module('stream.replay.report', 'The HTML report', f'add --no-report, or {INSTALL_REPORT}')
 
 
 def _scorer(settings: Settings) -> Any:
@@ -275,59 +276,16 @@ def _state(settings: Settings, state_dir: Path | None, stack: ExitStack) -> Any:
     return state
 
 
-def _simulate(out: Path, shoppers: int, days: int, seed: int, noise: float) -> None:
+def _simulate(out: Path, shoppers: int, days: int, seed: int, noise: float) -> tuple[int, Path]:
+    """How many events were written to `out`, and the file beside it that says what is true of each shopper."""
     from stream.simulator.shop import SimulatorOptions, simulate, write
     _check_target(out, 'Events')
     truth = out.with_suffix('.truth.jsonl')
     simulation = simulate(SimulatorOptions(shoppers=shoppers, days=days, seed=seed, noise=noise))
     write(simulation, out, truth)
-    say(f'{simulation.events:,} events of {shoppers:,} simulated shoppers over {days} days: {out} (truth: {truth})')
+    return simulation.events, truth
 
 
 def _check_target(out: Path, what: str) -> None:
     if out.suffix != '.jsonl' or not out.parent.is_dir():
         raise UsageError(f'{what} cannot be written to {out}.', 'name a .jsonl file in an existing folder.')
-
-
-_SCORE_OF = {'purchase_intent.alert': 'purchase_intent', 'churn.alert': 'churn'}
-
-
-def _print_alerts(alerts: list[dict[str, Any]]) -> None:
-    table = Table(title='The newest alerts of each kind', show_lines=True)
-    for column in ('when (UTC)', 'user'):
-        table.add_column(column, no_wrap=True)
-    table.add_column('alert')
-    for column in ('score', 'tier'):
-        table.add_column(column, justify='right')
-    table.add_column('because (+ raised it, - lowered it)', ratio=1)
-    table.add_column('proposed')
-    for value in alerts:
-        when = datetime.fromtimestamp(value['as_of_ms'] / 1000, UTC)
-        reasons = [f'{"+" if reason["effect"] > 0 else "-"} {reason["text"]}' for reason in value['reasons'] or ()]
-        score = _SCORE_OF.get(value['type'], 'purchase_power')
-        tier = '-' if value['tier'] is None else str(value['tier'])
-        if 'previous_tier' in value and value['previous_tier'] is not None:
-            tier = f'{value["previous_tier"]} to {tier}'
-        table.add_row(f'{when:%Y-%m-%d %H:%M}', value['user_id'],
-                      ' '.join(filter(None, (value['type'], value.get('state')))), f'{value["scores"][score]:.2f}',
-                      tier, '\n'.join(reasons), value['action'] or '-')
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
-
-
-def _print_summary(outcome: Outcome) -> None:
-    counts = outcome.counts
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(
-        f'{counts.read:,} rows in {outcome.seconds:.1f} s: {counts.applied:,} applied, {counts.duplicate:,} duplicate, '
-        f'{counts.late:,} late, {counts.dead:,} dead. {counts.users:,} users, {counts.scored:,} scored windows, '
-        f'{counts.alerts:,} alerts.', markup=False)
-    if outcome.refused_scores:
-        console.print(f'{outcome.refused_scores:,} scores were refused (not numbers in range): check the model.',
-                      markup=False)
-    if 2 * counts.dead > counts.read:
-        console.print('More than half of the rows are dead letters: check --format, and the reasons given there.',
-                      markup=False)
-    console.print(f'scored by a model trained on {outcome.trained_on}', markup=False)
-    console.print(f'alerts: {outcome.out}\ndead letters: {outcome.dead_letters}', markup=False)
-    if outcome.report:
-        console.print(f'report: {outcome.report}', markup=False)

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from stream.core.events import EventRecord
-from stream.errors import InputError
+from stream.errors import INSTALL_REPORT, InputError, extra_module
 from stream.replay.rows import DETAIL_CHARS_MAX, BadRow, Occurrences, Rows, dumps, lines
 
 _PARQUET_BATCH_ROWS = 8192
@@ -21,7 +21,8 @@ def event_rows(path: Path, _occurrences: Occurrences) -> Rows:
 
 def _parquet_rows(path: Path) -> Rows:
     """Rows of a Parquet file. Its columns have the names of the event's fields; other columns are ignored."""
-    import pyarrow
+    extra_module('pyarrow', 'A Parquet file', INSTALL_REPORT)
+    import pyarrow  # here, because it takes 0.2 s and few recordings need it
     from pyarrow import parquet
     try:
         with parquet.ParquetFile(path) as file:

@@ -6,13 +6,11 @@ until it is stopped.
 """
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import msgspec
-import pyarrow
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.structs import ConsumerRecord
 
@@ -21,13 +19,13 @@ from stream.core.events import parse_rfc3339_ms
 from stream.errors import KafkaError, UsageError
 from stream.kafka.clients import open_admin, open_consumer
 from stream.kafka.topics import Topics, read_topics
+from stream.replay.compression import SUFFIXES
 from stream.replay.topic_records import TopicRecord, encode_record
 
 POLL_MS = 250
 POLL_RECORDS_MAX = 5_000
 FETCH_BYTES_MAX = 4 << 20     # of one partition in one fetch
 STALLED_S = 60.0        # without progress and not at the end: the brokers are gone
-_COMPRESSIONS = {'.gz': 'gzip', '.zst': 'zstd'}
 
 
 class Recorded(msgspec.Struct):
@@ -43,21 +41,10 @@ class Recorded(msgspec.Struct):
     seconds: float = 0.0
 
 
-@contextmanager
-def compressed(file: IO[bytes], path: Path) -> Iterator[Any]:
-    """A stream that writes to `file`, compressed if the name of `path` says so."""
-    kind = _COMPRESSIONS.get(path.suffix.lower())
-    if kind is None:
-        yield file
-    else:
-        with pyarrow.CompressedOutputStream(file, kind) as stream:
-            yield stream
-
-
 def check_target(path: Path) -> None:
     """Errors: UsageError if a recording cannot be written to `path`, or would overwrite a file."""
     name = path.name.lower()
-    for suffix in _COMPRESSIONS:
+    for suffix in SUFFIXES:
         name = name.removesuffix(suffix)
     if not name.endswith('.jsonl') or not path.parent.is_dir():
         raise UsageError(f'A recording cannot be written to {path}.',

@@ -5,21 +5,20 @@ field that holds a line break therefore gives bad rows; in return, a quote that 
 
 Text files may be compressed (.gz, .zst).
 """
-import io
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from operator import methodcaller
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import orjson
 
 from stream.errors import InputError
+from stream.replay.compression import DAMAGED, is_compressed, open_to_read
 from stream.replay.topic_records import Inputs
 
 _READ_BUFFER_BYTES = 1 << 20
 DETAIL_CHARS_MAX = 200     # a detail quotes the row, and a row may be long; the whole row is in `raw`
-_COMPRESSIONS = {'.gz': 'gzip', '.zst': 'zstd'}
 _without_cr = methodcaller('rstrip', b'\r')
 
 
@@ -96,7 +95,7 @@ class UnusableRowError(Exception):
 def lines(path: Path) -> Generator[bytes, None, None]:
     """The lines of a text file without their line ends. Errors: InputError if it cannot be read to its end."""
     try:
-        with _open(path) as file:
+        with open_to_read(path) as file:
             rest = b''
             while chunk := file.read(_READ_BUFFER_BYTES):       # split by hand: twice as fast as asking for each line
                 text = rest + chunk
@@ -106,21 +105,12 @@ def lines(path: Path) -> Generator[bytes, None, None]:
                 yield _without_cr(rest)
     except FileNotFoundError as error:
         raise InputError(f'There is no file {path}.', 'check the path.') from error
-    except OSError as error:
+    except (OSError, *DAMAGED) as error:
         raise InputError(f'{path} cannot be read: {error}.', _how_to_read(path)) from error
 
 
-def _open(path: Path) -> BinaryIO:
-    if path.suffix.lower() not in _COMPRESSIONS:
-        return open(path, 'rb', buffering=_READ_BUFFER_BYTES)
-    # Arrow's streams report a file that was cut short; zstandard's do not. The import takes 0.2 s, so it is made here.
-    import pyarrow
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression=_COMPRESSIONS[path.suffix.lower()]),
-                             _READ_BUFFER_BYTES)
-
-
 def _how_to_read(path: Path) -> str:
-    if path.suffix.lower() in _COMPRESSIONS:
+    if is_compressed(path):
         return (f'copy or download the file again if it was cut short. A file that is not compressed must not end in '
                 f'{path.suffix}.')
     return 'name a file, not a folder, that this user may read.'

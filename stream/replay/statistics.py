@@ -12,7 +12,7 @@ from stream.core.outbox import Message
 from stream.core.scores import STEPS_PER_UNIT, Scores
 
 SCORE_BINS = 50
-ALERTS_SHOWN_PER_LABEL = 4
+ALERTS_SHOWN_PER_LABEL = 2
 _HOUR_TYPE = 256        # an hour and a type code in one integer
 
 

@@ -30,7 +30,7 @@ def test_every_command_has_help(tmp_path: Path, command: str):
     (('record', '--out', 'r.jsonl.zst', NOWHERE), KafkaError.exit_code, 'No broker'),
     (('record', '--out', 'r.csv', NOWHERE), UsageError.exit_code, '.jsonl.zst'),
     (('record', '--out', 'r.jsonl', '--from', 'yesterday', NOWHERE), UsageError.exit_code, 'beginning'),
-    (('record', '--out', 'events.jsonl', NOWHERE), UsageError.exit_code, 'not overwritten'),
+    (('record', '--out', 'events.jsonl', NOWHERE), UsageError.exit_code, 'never overwrites'),
     (('publish', 'absent.jsonl', NOWHERE), InputError.exit_code, 'absent.jsonl'),
     (('publish', 'events.jsonl', '--format', 'tapes', NOWHERE), UsageError.exit_code, 'kafka'),
     (('topics', '--set=brokers=here'), UsageError.exit_code, 'host:port'),

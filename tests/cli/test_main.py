@@ -114,6 +114,7 @@ def test_demo_shows_alerts_with_reasons_and_where_the_report_is(tmp_path: Path):
     done = stream(tmp_path, 'demo', '--shoppers', '60', '--days', '120', '--set', f'model={MODEL}')
     assert 'churn.alert raised' in done.stdout
     assert '+ nothing for' in done.stdout
+    assert done.stdout.startswith('60 simulated shoppers over 120 days: ')
     assert 'report: demo/alerts.html' in done.stdout
     assert (tmp_path / 'demo' / 'alerts.html').exists()
 
@@ -130,7 +131,7 @@ def test_config_prints_what_is_in_effect_and_the_schema(tmp_path: Path):
     (('replay', 'events.jsonl', '--format', 'rees46', '--scorer', 'constant'), InputError.exit_code, '--format'),
     (('replay', 'journal.jsonl', '--format', 'kafka', '--scorer', 'constant'), InputError.exit_code, '--journal'),
     (('replay', 'events.jsonl', '--set', 'brokres=x'), UsageError.exit_code, 'did you mean brokers?'),
-    (('replay', 'events.jsonl', '--config', '.'), UsageError.exit_code, 'is no file'),
+    (('replay', 'events.jsonl', '--config', '.'), UsageError.exit_code, 'is not a file'),
     (('replay', 'events.jsonl', '--model', 'nowhere'), ModelError.exit_code, 'no model'),
     (('replay', 'events.jsonl', '--publish', 'some'), UsageError.exit_code, 'publish'),
     (('replay', 'events.jsonl', '--set', 'churn_raise'), UsageError.exit_code, 'NAME=VALUE'),

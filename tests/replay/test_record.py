@@ -6,7 +6,8 @@ import pytest
 import zstandard
 
 from stream.errors import UsageError
-from stream.replay.record import check_target, compressed, parse_start
+from stream.replay.compression import compressed
+from stream.replay.record import check_target, parse_start
 
 
 @pytest.mark.parametrize('name', ['r.jsonl', 'r.jsonl.gz', 'r.jsonl.zst'])
