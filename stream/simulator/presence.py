@@ -85,14 +85,14 @@ class Calendar:
         return tiers @ self._rates_of_tier
 
 
-def as_chance(values: np.ndarray) -> np.ndarray:
+def as_chance(values: np.ndarray | float) -> np.ndarray:
     """The values within [0, 1], where the law puts them.
 
     A difference of two chances, or a quotient of two sums, can miss that range by its last bit. Which ones do depends
     on the processor, since numpy rounds exp and pow differently with each instruction set. One value of -1e-16 is
     enough: its logarithm is NaN.
     """
-    return np.clip(values, 0.0, 1.0)
+    return np.minimum(np.maximum(values, 0.0), 1.0)
 
 
 def interest(period_days: np.ndarray, phase: np.ndarray, day: float | np.ndarray) -> np.ndarray:
