@@ -1,17 +1,49 @@
 """A real broker and a real Triton for every test that asks: started once in a session, gone at its end however it ends.
 
-A machine that cannot run them fails these tests with what to install; nothing is skipped.
+A machine that cannot run them fails these tests with what to install.
+
+Tests skip only where a machine lacks something that `tests/skips.py` lists. These are all of them:
+
+    real data         tests/learn/judging/test_bgnbd.py::test_the_published_parameters_of_cdnow
+                      tests/learn/judging/test_questions.py::test_cdnow_as_published
+    docker-compose    tests/deploy/test_docker.py::test_compose_accepts_it
+                      tests/deploy/test_docker.py::test_the_gpu_takes_the_cpus_place
+    make environment  tests/test_readme.py::test_make_demo
+    no GPU            tests/deploy/test_gpu_bench.py::test_without_a_gpu_it_says_so
+
+Without the [train] extra the files of the training tests skip as a whole. `make test` installs it.
 """
-from collections.abc import Iterator
+# ruff: noqa: E402  (the libraries read the number of threads when they are imported)
+import os
+
+# One thread for each library's sums. The tests' matrices are tiny: a second thread only waits for the first, and where
+# another process has its core it waits for a whole time slice, at each product. The processes that tests start inherit
+# it.
+for _variable in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'):
+    os.environ.setdefault(_variable, '1')
+
+from collections.abc import Generator, Iterator
 
 import hypothesis
 import pytest
 
 from deploy.local.parts import Kafka, Triton
+from tests.skips import MAY_LACK
 
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile('stream', deadline=None)
 hypothesis.settings.load_profile('stream')
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that skips for a reason of its own has failed."""
+    report = yield
+    if report.skipped and not hasattr(report, 'wasxfail'):
+        reason = report.longrepr[2].removeprefix('Skipped: ')
+        if reason not in MAY_LACK.values():
+            report.outcome, report.longrepr = 'failed', f'{item.nodeid} skips: {reason}. tests/skips.py has no such.'
+    return report
 
 
 @pytest.fixture(scope='session')
