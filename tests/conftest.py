@@ -2,16 +2,7 @@
 
 A machine that cannot run them fails these tests with what to install.
 
-Tests skip only where a machine lacks something that `tests/skips.py` lists. These are all of them:
-
-    real data         tests/learn/judging/test_bgnbd.py::test_the_published_parameters_of_cdnow
-                      tests/learn/judging/test_questions.py::test_cdnow_as_published
-    docker-compose    tests/deploy/test_docker.py::test_compose_accepts_it
-                      tests/deploy/test_docker.py::test_the_gpu_takes_the_cpus_place
-    make environment  tests/test_readme.py::test_make_demo
-    no GPU            tests/deploy/test_gpu_bench.py::test_without_a_gpu_it_says_so
-
-Without the [train] extra the files of the training tests skip as a whole. `make test` installs it.
+A few tests skip where the machine lacks something: `tests/skips.py` lists them all, with the reasons.
 """
 # ruff: noqa: E402  (the libraries read the number of threads when they are imported)
 import os
@@ -28,7 +19,7 @@ import hypothesis
 import pytest
 
 from deploy.local.parts import Kafka, Triton
-from tests.skips import MAY_LACK
+from tests.skips import may_skip
 
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile('stream', deadline=None)
@@ -37,12 +28,13 @@ hypothesis.settings.load_profile('stream')
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """A test that skips for a reason of its own has failed."""
+    """A test that skips but is not listed fails."""
     report = yield
     if report.skipped and not hasattr(report, 'wasxfail'):
         reason = report.longrepr[2].removeprefix('Skipped: ')
-        if reason not in MAY_LACK.values():
-            report.outcome, report.longrepr = 'failed', f'{item.nodeid} skips: {reason}. tests/skips.py has no such.'
+        if not may_skip(item.nodeid, reason):
+            report.outcome = 'failed'
+            report.longrepr = f'{item.nodeid} skips: {reason}. Do: list it in tests/skips.py, or let it run.'
     return report
 
 

@@ -88,7 +88,7 @@ def test_every_command_is_followed_by_a_test():
 
 def test_make_demo(tmp_path: Path):
     if not (ROOT / '.venv' / 'base').exists():
-        skip_without('make environment')
+        skip_without('an environment of make')
     done = subprocess.run(['make', 'demo'], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     assert 'churn.alert raised' in done.stdout
