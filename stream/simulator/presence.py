@@ -92,7 +92,7 @@ def as_chance(values: np.ndarray | float) -> np.ndarray:
     on the processor, since numpy rounds exp and pow differently with each instruction set. One value of -1e-16 is
     enough: its logarithm is NaN.
     """
-    return np.minimum(np.maximum(values, 0.0), 1.0)
+    return np.clip(values, 0.0, 1.0)
 
 
 def interest(period_days: np.ndarray, phase: np.ndarray, day: float | np.ndarray) -> np.ndarray:
