@@ -38,9 +38,10 @@ up: .venv/base
 down:
 	@if [ -e .venv/base ]; then $(BIN)/python -m deploy.local.stack down; else echo 'Nothing is up.'; fi
 
+# Two processes, each with a Kafka and a Triton of its own. A file stays in one of them, so its fixtures are made once.
 test: .venv/test
 	@$(BIN)/python -m deploy.local.stack install
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 chaos: .venv/test
 	@$(BIN)/python -m tests.chaos.run --publish both --scorer mix $(if $(SEED),--seed $(SEED)) $(CHAOS)

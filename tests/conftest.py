@@ -1,17 +1,41 @@
 """A real broker and a real Triton for every test that asks: started once in a session, gone at its end however it ends.
 
-A machine that cannot run them fails these tests with what to install; nothing is skipped.
+A machine that cannot run them fails these tests with what to install.
+
+A few tests skip where the machine lacks something: `tests/skips.py` lists them all, with the reasons.
 """
-from collections.abc import Iterator
+# ruff: noqa: E402  (the libraries read the number of threads when they are imported)
+import os
+
+# One thread for each library's sums. The tests' matrices are tiny: a second thread only waits for the first, and where
+# another process has its core it waits for a whole time slice, at each product. The processes that tests start inherit
+# it.
+for _variable in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'):
+    os.environ.setdefault(_variable, '1')
+
+from collections.abc import Generator, Iterator
 
 import hypothesis
 import pytest
 
 from deploy.local.parts import Kafka, Triton
+from tests.skips import may_skip
 
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile('stream', deadline=None)
 hypothesis.settings.load_profile('stream')
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that skips but is not listed fails."""
+    report = yield
+    if report.skipped and not hasattr(report, 'wasxfail'):
+        reason = report.longrepr[2].removeprefix('Skipped: ')
+        if not may_skip(item.nodeid, reason):
+            report.outcome = 'failed'
+            report.longrepr = f'{item.nodeid} skips: {reason}. Do: list it in tests/skips.py, or let it run.'
+    return report
 
 
 @pytest.fixture(scope='session')

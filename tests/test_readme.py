@@ -18,6 +18,7 @@ import typer.main
 from stream.cli.main import app
 from stream.config import Settings
 from stream.core.events import TYPE_CODES, Decoder, Event, EventRules
+from tests.skips import skip_without
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
@@ -87,7 +88,7 @@ def test_every_command_is_followed_by_a_test():
 
 def test_make_demo(tmp_path: Path):
     if not (ROOT / '.venv' / 'base').exists():
-        pytest.skip('the environment was not made by make')
+        skip_without('an environment of make')
     done = subprocess.run(['make', 'demo'], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     assert 'churn.alert raised' in done.stdout

@@ -76,6 +76,7 @@ def create_app(settings: Settings, partitions: int, consumer: BlockConsumer, sto
         web_enabled=False,
         canonical_url=f'http://{settings.instance_id or settings.group}',
         topic_disable_leader=True,
+        topic_allow_declare=False,      # topics are made and checked before; Faust would start a producer for this
         stream_wait_empty=True,         # has Faust call the consumer's `wait_empty`, which is bounded
         broker_commit_interval=settings.commit_interval_ms / 1000,
         broker_session_timeout=settings.session_timeout_ms / 1000,
@@ -179,10 +180,10 @@ class Consumer(FaustConsumer):
     async def verify_all_partitions_active(self) -> None:
         """Faust only logs what it finds; the assignment has a watchdog that exits."""
 
-    async def create_topic(self, *args: Any, **kwargs: Any) -> None:
-        """Topics are made and checked before the app starts."""
-
     # Never called: Faust's base class asks for them, its own loop and recovery would use them.
+
+    async def create_topic(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError('topics are made and checked before the app starts')
 
     async def position(self, tp: TP) -> int | None:
         raise NotImplementedError('positions are those of the block consumer')

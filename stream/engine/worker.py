@@ -141,9 +141,10 @@ async def _until(stop: asyncio.Event, assignment: Assignment, publisher: Publish
 async def _stop(app: App, assignment: Assignment, publisher: Publisher, timeout_s: float) -> None:
     """End within the time, whatever a service of the app waits for."""
     async def end() -> None:
-        await app.stop()
-        await assignment.close()
-        await publisher.stop()
+        async with AsyncExitStack() as last:        # whatever fails first, the rest is closed
+            last.push_async_callback(publisher.stop)
+            last.push_async_callback(assignment.close)
+            last.push_async_callback(app.stop)
 
     log.info('stopping')
     ending = asyncio.create_task(end())

@@ -214,9 +214,10 @@ class Desire:
             first_of_category += float(weight.sum()) if hypothesis.category == _NOTHING else 0.0
         self._keep(found)
         all_ways = sum(float(weight.sum()) for _, weight in found)
-        share = fresh / all_ways
+        # The same weights summed in two orders: rounding must not make the share of fresh picks more than all.
+        share = min(fresh / all_ways, 1.0)
         self._category_counts[category] += first_of_category / all_ways
-        self._levels = self._levels * (share * of_levels / picked + 1 - share)
+        self._levels = self._levels * (share * of_levels / picked + (1 - share))
         self._levels = self._levels / self._levels.sum()
         self._step, self._seen = Step.VIEWED, item
 

@@ -43,7 +43,7 @@ from stream.errors import UsageError
 from stream.simulator import shop as law
 from stream.simulator.desire import Desire, Shelf
 from stream.simulator.futures import Futures, join, survival
-from stream.simulator.presence import Calendar, Presence, Visit
+from stream.simulator.presence import Calendar, Presence, Visit, as_chance
 
 HORIZONS_DAYS = (1, 7, 30, 90)
 SILENCE_MS = DAY_MS // 96           # 15 minutes: nobody pauses so long within a session
@@ -111,7 +111,7 @@ def _bought(waiting: list[Futures], alive: list[float], calendar: Calendar, rng:
     unsold, weights = survival(join(waiting), HORIZONS_DAYS, calendar, rng)
     starts = np.cumsum([0, *map(len, waiting[:-1])])
     unsold = np.add.reduceat(unsold, starts) / np.add.reduceat(weights, starts)[:, None]
-    return np.array(alive)[:, None] * (1 - unsold)
+    return np.array(alive)[:, None] * as_chance(1 - unsold)
 
 
 def _as_of_each(

@@ -59,7 +59,7 @@ class Calendar:
         density = x ** (law.VISIT_RATE_SHAPE - 1) * np.exp(-x * law.VISIT_RATE_SHAPE / law.VISIT_RATE_MEAN)
         below = np.array([np.interp(edges / factor, x, density.cumsum() / density.sum())
                           for factor in law.TIER_VISIT_FACTORS])
-        self._rates_of_tier = np.diff(below, axis=1, prepend=0, append=1)               # [tiers, rates]
+        self._rates_of_tier = as_chance(np.diff(below, axis=1, prepend=0, append=1))    # [tiers, rates]
 
         low, high = law.FADE_DAYS
         self.fades = np.concatenate([[0], low + (high - low) * (np.arange(FADE_NODES) + 0.5) / FADE_NODES])
@@ -83,6 +83,16 @@ class Calendar:
     def rate_chances(self, tiers: np.ndarray) -> np.ndarray:
         """Prior of the own rate [rates], given the chances of the tiers."""
         return tiers @ self._rates_of_tier
+
+
+def as_chance(values: np.ndarray | float) -> np.ndarray:
+    """The values within [0, 1], where the law puts them.
+
+    A difference of two chances, or a quotient of two sums, can miss that range by its last bit. Which ones do depends
+    on the processor, since numpy rounds exp and pow differently with each instruction set. One value of -1e-16 is
+    enough: its logarithm is NaN.
+    """
+    return np.clip(values, 0.0, 1.0)
 
 
 def interest(period_days: np.ndarray, phase: np.ndarray, day: float | np.ndarray) -> np.ndarray:
@@ -142,8 +152,8 @@ class _Return:
 
     def share_between(self, a: float, b: np.ndarray | float) -> np.ndarray:
         """Of the unseen ones at a, the share that comes by b."""
-        share = law.COME_BACK_FOR_CART * (_returned(b - self.day) - _returned(a - self.day))
-        return np.maximum(share, 0) / self.left
+        share = law.COME_BACK_FOR_CART * as_chance(_returned(b - self.day) - _returned(a - self.day))
+        return share / self.left
 
     def hazard(self, day: float) -> float:
         return law.COME_BACK_FOR_CART * _return_density(day - self.day) / self.left
@@ -245,7 +255,8 @@ class Presence:
 
         # Every length of fading with every day of death that the events allow.
         fade, dies, low, high = self._ends(now, seen)
-        mass = still_there(np.maximum(low - born[:, None], 0)) - still_there(np.maximum(high - born[:, None], 0))
+        mass = as_chance(still_there(np.maximum(low - born[:, None], 0))
+                         - still_there(np.maximum(high - born[:, None], 0)))
         later = still_there(now + calendar.fades - born[:, None]) * calendar.fade_chances       # [cells, fades]
         with np.errstate(divide='ignore'):      # what the law rules out weighs nothing
             log_ends = np.log(mass * calendar.fade_chances[fade])
@@ -258,7 +269,7 @@ class Presence:
         log_joint += (logs[0][way, point, rate_at] - np.log(proposal[picked]))[:, None]
         joint = np.exp(log_joint - log_joint.max())
         there = np.append(dies > now, True)
-        alive = float(joint[:, there].sum() / joint.sum())
+        alive = float(as_chance(joint[:, there].sum() / joint.sum()))
         cell, end = np.divmod(stratified((joint * there).ravel(), draws, rng), joint.shape[1])
         return self._who(now, cell, end, rate, period, phase, born, later, (fade, low, high), returns, unseen, visit,
                          rng), alive
@@ -357,7 +368,9 @@ class Presence:
         fading = end < len(fade_of_end)
         known = np.where(fading, end, 0)
         # Of those who do not fade yet: the length, then a life that lasts longer than it.
-        unborn = (rng.random(draws)[:, None] * later.sum(1)[cell][:, None] > later.cumsum(1)[cell]).sum(1)
+        # Of the running sum's own end, so that no draw lies beyond it.
+        summed = later.cumsum(1)[cell]
+        unborn = (rng.random(draws)[:, None] * summed[:, -1:] > summed).sum(1)
         fade = self.calendar.fades[np.where(fading, fade_of_end[known], unborn)]
         age = now + fade - born[cell]
         scale = _life_scale_days()
@@ -391,4 +404,6 @@ def stratified(weights: np.ndarray, count: int, rng: np.random.Generator) -> np.
     """
     summed = weights.cumsum()
     at = (np.arange(count) + rng.random(count)) / count * summed[-1]
+    # The last part's place may round up to the sum itself. Just below it lies the last index that weighs anything.
+    at = np.minimum(at, np.nextafter(summed[-1], 0.0))
     return np.minimum(np.searchsorted(summed, at, side='right'), len(weights) - 1)

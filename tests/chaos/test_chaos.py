@@ -10,7 +10,6 @@ from tests.chaos.plan import STAGES, Plan, draw
 from tests.chaos.run import Options, console, play
 
 
-@pytest.mark.timeout(180)
 def test_one_kill_and_one_rebalance_lose_nothing(kafka: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.CRITICAL, 'aiokafka')
     options = Options(seed=4, events=20_000, kills=1, rebalances=1, terms=0, brokers=0, tritons=0, partitions=4,

@@ -27,6 +27,7 @@ from stream.scoring.embedded import EmbeddedScorer
 from stream.scoring.repository import ENGINE_CACHE
 from stream.scoring.triton import TritonScorer
 from tests.contract.test_scorers import SHIPPED, made_up_batch
+from tests.skips import skip_without
 
 ROOT = Path(__file__).parents[2]
 COMPOSE_FILE, GPU_FILE = ROOT / 'docker-compose.yml', ROOT / 'deploy' / 'docker' / 'gpu.yml'
@@ -236,7 +237,7 @@ def test_the_brokers_settings_start_a_real_broker(tmp_path: Path):
 def compose():
     found = shutil.which('docker-compose')
     if found is None:
-        pytest.skip('docker-compose is not installed (Debian: apt-get install docker-compose); the other tests judge')
+        skip_without('docker-compose')      # the other tests judge
 
     def run(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(('STREAM_', 'TRITON_'))}

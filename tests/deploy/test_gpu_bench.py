@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.skips import skip_without
+
 pytest.importorskip('torch', reason='torch is not installed: pip install stream-scoring[train]')
 
 BENCH = Path(__file__).parents[2] / 'deploy' / 'gpu' / 'bench'
@@ -52,6 +54,6 @@ def test_the_peak_is_that_of_the_card_by_its_name(monkeypatch: pytest.MonkeyPatc
 def test_without_a_gpu_it_says_so(tmp_path: Path):
     import torch
     if torch.cuda.is_available():
-        pytest.skip('there is a GPU')
+        skip_without('a machine without a GPU')
     done = subprocess.run([sys.executable, BENCH, '--out', tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and 'Do: ' in done.stderr and not list(tmp_path.iterdir())

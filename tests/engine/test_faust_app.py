@@ -44,6 +44,7 @@ def test_neither_a_web_server_nor_a_leader_nor_a_producer_nor_replies_are_starte
     started = [type(service).__name__ for service in app.boot_strategy.server()]
     assert started == ['Consumer', 'AgentManager', 'Conductor', 'TableManager']
     assert not app.conf.web_enabled
+    assert not app.conf.topic_allow_declare     # it would start a producer of Faust's
 
 
 def test_the_changelog_has_the_name_that_faust_gives_it(stores: PartitionStores):

@@ -1,5 +1,6 @@
 """One tiny shop and one tiny training for all tests of this folder; both are made when first asked for."""
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from stream.core.events import EventRules
 from stream.learn import dataset
 from stream.simulator.shop import SimulatorOptions, simulate
+from tests.skips import skip_without
 
 SHOP = SimulatorOptions(shoppers=120, days=240, seed=5)
 
@@ -59,10 +61,21 @@ def checkpoint(tiny_options, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture
+def two_threads() -> Iterator[int]:
+    """How many threads torch has until the end of the test: more than the one that training sets for itself."""
+    torch = pytest.importorskip('torch', reason='torch is not installed: pip install stream-scoring[train]')
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield 2
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope='session')
 def real_data() -> Path:
     """The folder of real shopping data: REAL_DATA, else shared/data beside the checkout. Skips where there is none."""
-    folder = Path(os.environ.get('REAL_DATA', Path(__file__).parents[3] / 'shared' / 'data'))
+    checkout = Path(__file__).parents[2]
+    folder = Path(os.environ.get('REAL_DATA', checkout.parent / 'shared' / 'data'))
     if not folder.is_dir():
-        pytest.skip(f'no real shopping data in {folder}: set REAL_DATA to its folder')
+        skip_without('real data')
     return folder

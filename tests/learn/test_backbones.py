@@ -5,9 +5,10 @@ What a checkpoint was made from is gone before it is exported, and one Triton se
 # ruff: noqa: E402  (the imports below need torch: skip first)
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -45,38 +46,51 @@ class Made:
     card: str
 
 
+class Models(dict[str, Made]):
+    """All of the models by name, each trained and exported when it is first asked for.
+
+    All at once they would take longer than one test may.
+    """
+
+    def __init__(self, make: Callable[[str], Made]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, case: str) -> Made:
+        self[case] = self._make(case)
+        return self[case]
+
+
 @pytest.fixture(scope='module')
-def made(lines, tiny_fit, tiny_options, tmp_path_factory) -> dict[str, Made]:
-    """All of the models by name; what they were made from is gone."""
+def made(lines, tiny_fit, tiny_options, tmp_path_factory) -> Models:
     folder = tmp_path_factory.mktemp('backbones')
-    catalogue = folder / 'items.jsonl'
     items = {event['item_id']: event['category'] for event in map(json.loads, lines) if event.get('item_id')}
-    catalogue.write_text('\n'.join(json.dumps({'item_id': item, 'category': category, 'text': f'{category} {item}'})
-                                   for item, category in items.items()))
-    sources = {name: save_tiny(name, folder / f'{name}-tiny', positions=64) for name in TEXT_BACKBONES}
-    for case in CASES:
+    texts = '\n'.join(json.dumps({'item_id': item, 'category': category, 'text': f'{category} {item}'})
+                      for item, category in items.items())
+
+    def make(case: str) -> Made:
         name, _, tuning = case.partition('-')
-        options = tiny_fit(
-            examples=dataset.ExampleOptions(2, 1.0), rows_per_epoch=80, epochs=2, tiers=TIERS.get(case, 5),
-            refund=case != 'events', backbone=BackboneOptions(
-                name, str(sources.get(name, '')), TUNINGS.get(tuning, 'full'),
-                catalogue=str(catalogue) if case in WITH_CATALOGUE else None))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(evaluate, 'RESAMPLES', 4)     # intervals are others' concern
-            train(tiny_options(fit=options, refit=False), folder / case)
-    catalogue.unlink()
-    for source in sources.values():
-        source.rename(source.with_name(f'{source.name}-gone'))
-    found = {}
-    for case in CASES:
+        with TemporaryDirectory() as scratch:       # gone before the export
+            catalogue = Path(scratch) / 'items.jsonl'
+            catalogue.write_text(texts)
+            source = str(save_tiny(name, Path(scratch) / f'{name}-tiny', positions=64)) if tuning else ''
+            options = tiny_fit(
+                examples=dataset.ExampleOptions(2, 1.0), rows_per_epoch=80, epochs=2, tiers=TIERS.get(case, 5),
+                refund=case != 'events', backbone=BackboneOptions(
+                    name, source, TUNINGS.get(tuning, 'full'),
+                    catalogue=str(catalogue) if case in WITH_CATALOGUE else None))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(evaluate, 'RESAMPLES', 4)     # intervals are others' concern
+                train(tiny_options(fit=options, refit=False), folder / case)
         version_dir = export(folder / case, folder / 'repository', case)
-        found[case] = Made(load(folder / case), version_dir, (version_dir.parent / 'README.md').read_text())
-    return found
+        return Made(load(folder / case), version_dir, (version_dir.parent / 'README.md').read_text())
+
+    return Models(make)
 
 
 @pytest.fixture(scope='module')
 def server(made, tmp_path_factory) -> Iterator[Triton]:
-    first, *others = (model.version_dir for model in made.values())
+    first, *others = (made[case].version_dir for case in CASES)
     with Triton(tmp_path_factory.mktemp('triton') / 'triton', first, others=others) as part:
         yield part
 
@@ -90,6 +104,19 @@ def batches(kept: Checkpoint) -> list[Batch]:
     real = [tuple(batch[name][:16] for name in ('categories', 'numbers', 'counters', 'row_id'))
             for batch in kept.windows.values()]
     return [Batch(*(part.numpy() for part in parts)) for parts in (*real, *made_up)]
+
+
+# First, so that each of these tests makes one model: the server needs them all.
+@pytest.mark.parametrize('case', CASES)
+def test_the_card_names_backbone_source_and_tuning(case, made):
+    name, _, tuning = case.partition('-')
+    card = made[case].card
+    assert f'backbone `{name}`' in card
+    assert ('`items.jsonl`' in card) == (case in WITH_CATALOGUE)
+    if tuning:
+        assert f'from `{name}-tiny`, tuning `{TUNINGS[tuning]}`' in card
+        assert f'the weights of `{name}-tiny`, which it started from, have one of their own' in card
+        assert 'never for a credit decision' in card
 
 
 @pytest.mark.parametrize('case', CASES)
@@ -115,22 +142,10 @@ def test_both_scorers_give_torchs_scores(case, made, server):
             np.testing.assert_allclose(getattr(theirs, name), getattr(mine, name), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('case', CASES)
-def test_the_card_names_backbone_source_and_tuning(case, made):
-    name, _, tuning = case.partition('-')
-    card = made[case].card
-    assert f'backbone `{name}`' in card
-    assert ('`items.jsonl`' in card) == (case in WITH_CATALOGUE)
-    if tuning:
-        assert f'from `{name}-tiny`, tuning `{TUNINGS[tuning]}`' in card
-        assert f'the weights of `{name}-tiny`, which it started from, have one of their own' in card
-        assert 'never for a credit decision' in card
-
-
 def test_the_window_matters_to_every_model(made):
     """Else parity would say nothing of the backbone."""
-    for case, model in made.items():
-        kept, (batch, *_) = model.kept, batches(model.kept)
+    for case in CASES:
+        kept, (batch, *_) = made[case].kept, batches(made[case].kept)
         with torch.no_grad():
             logits = kept.model.window_logits(torch.from_numpy(batch.categories), torch.from_numpy(batch.numbers))
         assert (logits - logits[:1]).abs().max() > 1e-3, case

@@ -37,12 +37,11 @@ def test_the_loss_falls_and_the_best_epoch_is_kept(fitted):
     assert fitted.epochs[fitted.best_epoch - 1]['validation'] == min(epoch['validation'] for epoch in fitted.epochs)
 
 
-def test_twice_the_same(fitted, history, tiny_fit):
-    threads = torch.get_num_threads()
+def test_twice_the_same(fitted, history, tiny_fit, two_threads):
     again = fit(history, range(len(history.user_ids)), history.end_ms, tiny_fit(), LIMITS, quiet())
     for name, tensor in fitted.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name]), name
-    assert torch.get_num_threads() == threads and not torch.are_deterministic_algorithms_enabled()
+    assert torch.get_num_threads() == two_threads and not torch.are_deterministic_algorithms_enabled()
 
 
 def test_the_mean_of_the_newest_settled_labels_comes_out(fitted):

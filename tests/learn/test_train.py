@@ -38,15 +38,14 @@ def test_the_loss_falls(checkpoint):
         epoch['validation'] for epoch in metrics['epochs'])
 
 
-def test_twice_the_same(checkpoint, tiny_options, tmp_path):
-    threads = torch.get_num_threads()
+def test_twice_the_same(checkpoint, tiny_options, tmp_path, two_threads):
     train(tiny_options(), tmp_path)
     for name in ('model.safetensors', 'windows.safetensors', 'config.json'):
         assert (tmp_path / name).read_bytes() == (checkpoint / name).read_bytes(), name
     first, second = (json.loads((where / 'metrics.json').read_bytes()) | {'seconds': 0}
                      for where in (checkpoint, tmp_path))
     assert first == second
-    assert torch.get_num_threads() == threads and not torch.are_deterministic_algorithms_enabled()
+    assert torch.get_num_threads() == two_threads and not torch.are_deterministic_algorithms_enabled()
 
 
 def test_twice_the_same_of_a_pretrained_backbone(tiny_fit, tiny_options, tmp_path):

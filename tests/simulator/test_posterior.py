@@ -13,6 +13,7 @@ from stream.core.parse import Event
 from stream.errors import InputError, UsageError
 from stream.learn.dataset import Kind, outcomes
 from stream.learn.judging.quality import auc, ece
+from stream.simulator import posterior as posterior_module
 from stream.simulator import shop as law
 from stream.simulator.desire import Desire, Shelf
 from stream.simulator.posterior import HORIZONS_DAYS, Resolution, posterior, posteriors
@@ -170,6 +171,17 @@ def test_a_basket_being_filled_is_bought():
     chances = posterior(events, [one.ts_ms for one in events], YEAR, np.random.default_rng(1))
     assert chances[2] == pytest.approx(1, abs=1e-9)
     assert (chances[1] < 0.9).all()
+
+
+def test_nobody_who_surely_buys_nothing_has_a_chance_below_zero(monkeypatch):
+    # The weighted mean of ones, as it may round: the weights are summed twice.
+    def rounded(futures, horizons_days, *_rest):
+        weights = np.ones(len(futures))
+        return np.outer(np.nextafter(weights, 2), np.ones(len(horizons_days))), weights
+
+    monkeypatch.setattr(posterior_module, 'survival', rounded)
+    chances = posterior([event(10.0)], [at(20.0)], YEAR, np.random.default_rng(1))
+    assert (chances == 0).all()
 
 
 # ---- the interface --------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from stream.errors import ModelError, UsageError
 _PRIOR_DEVIATION = 3.0      # of the logarithm of a parameter: a factor of 20 either way is one deviation
 _LOG_MAX = 12.0
 _DAYS_PER_WEEK = 7.0
+_NODE_MIN = 1e-300          # far enough from 0 that a time times it keeps all its digits
 _NODES = 20                 # of the quadrature over the chance to die; 10 give the same to 12 digits
 
 
@@ -65,7 +66,7 @@ class BgNbd:
         """Chance that the customer is alive. Without a repeat order nobody has died yet: 1."""
         recency, age = recency_days / _DAYS_PER_WEEK, age_days / _DAYS_PER_WEEK
         repeat = np.maximum(frequency, 1)       # of those without, the odds are not looked at
-        log_odds_dead = (np.log(self.a) - np.log(self.b + repeat - 1)
+        log_odds_dead = (np.log(self.a) - np.log(self.b + (repeat - 1))
                          + (self.r + frequency) * np.log((self.alpha_weeks + age) / (self.alpha_weeks + recency)))
         return np.where(frequency > 0, np.exp(-np.logaddexp(0.0, log_odds_dead)), 1.0)
 
@@ -154,7 +155,8 @@ def _beta_nodes(a: float, b: float) -> tuple[np.ndarray, np.ndarray]:
     squares[1:] = (4 * k * (k + a - 1) * (k + b - 1) * (k + a + b - 2)
                    / ((total - 2) ** 2 * (total - 1) * (total - 3)))
     nodes, vectors = eigh_tridiagonal(diagonal, np.sqrt(squares))
-    return (1 + nodes) / 2, vectors[0] ** 2
+    # A node within 1e-16 of an end may be solved to lie on it or beyond; at 0 the mean over it would be 0 / 0.
+    return np.clip((1 + nodes) / 2, _NODE_MIN, 1.0), vectors[0] ** 2
 
 
 def _log_likelihood(
@@ -162,7 +164,7 @@ def _log_likelihood(
 ) -> np.ndarray:
     """Per customer: the paper's likelihood, its two cases (alive, dead since the last order) added as logarithms."""
     alive = -(r + frequency) * np.log(alpha + age)
-    dead = np.where(frequency > 0, np.log(a) - np.log(b + np.maximum(frequency, 1) - 1)
+    dead = np.where(frequency > 0, np.log(a) - np.log(b + (np.maximum(frequency, 1) - 1))
                     - (r + frequency) * np.log(alpha + recency), -np.inf)
     return (gammaln(r + frequency) - gammaln(r) + r * np.log(alpha) + betaln(a, b + frequency) - betaln(a, b)
             + np.logaddexp(alive, dead))

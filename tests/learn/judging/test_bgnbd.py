@@ -11,6 +11,7 @@ pytest.importorskip('sklearn', reason='scikit-learn is not installed: pip instal
 from scipy.special import hyp2f1
 
 from stream.errors import ModelError, UsageError
+from stream.learn.judging import bgnbd
 from stream.learn.judging.bgnbd import BgNbd, GammaGamma
 
 TRUE = BgNbd(r=0.8, alpha_weeks=6.0, a=0.9, b=2.5)
@@ -76,6 +77,21 @@ def test_where_the_closed_form_breaks_down():
     rate_per_day = (TRUE.r + 2000) / (TRUE.alpha_weeks * 7 + 365)
     assert 0.99 * rate_per_day < frequent < rate_per_day
     assert np.isfinite(TRUE.buys_within(5000 * one, 10 * one, 365 * one, 1.0)).all()
+
+
+def test_a_chance_to_die_that_is_solved_to_zero_or_below(monkeypatch):
+    # Beta(a, b) with a far smaller than b lies within 1e-16 of 0; on which side an eigenvalue falls is up to rounding.
+    solve = bgnbd.eigh_tridiagonal
+    repeat, model = np.array([0.0, 3.0]), BgNbd(1.0, 5.0, 1e-5, 1e10)
+    expected = (model.r + repeat) * 30 / (model.alpha_weeks * 7 + 60)       # orders of whoever does not die
+    for least in (-1 - 2.0**-52, -1.0, np.nextafter(-1.0, 0)):
+        monkeypatch.setattr(bgnbd, 'eigh_tridiagonal', lambda *matrix, least=least: (
+            np.append(least, solve(*matrix)[0][1:]), solve(*matrix)[1]))
+        assert model.orders_within(repeat, 50 * (repeat > 0), np.full(2, 60.0), 30.0) == pytest.approx(
+            expected, rel=1e-4)
+    tiny = BgNbd(1.0, 5.0, 1.0, 1e-20)      # b + 1 - 1 would be 0, whose logarithm is none
+    assert tiny.alive(np.ones(1), np.full(1, 50.0), np.full(1, 60.0)) == pytest.approx(0, abs=1e-15)
+    assert np.isfinite(bgnbd._log_likelihood(1.0, 5.0, 1.0, 1e-20, np.ones(1), np.full(1, 7.0), np.full(1, 9.0))).all()
 
 
 def test_alive():
