@@ -574,13 +574,13 @@ def test_a_journal_for_a_person():
             RecoveredEntry(0, 4, ['u1'])],
         3: [block(3, 1, 5, 6)]}
     assert list(described(journal, TOPICS)) == [
-        ' lane      step  cause                                    came to be     model        users',
-        '    0         0  a new owner found this                                               all of the step',
+        ' lane      step  cause                                    took effect    model        users',
+        '    0         0  take-over, newest step found                                         all users of the step',
         '    0         1  clicks [0, 40)                           to step 4      000000000000',
         '    0         4  7 timers                                 to step 4      000000000000 '
         'u0 u1 u2 u3 u4 and 2 more',
         '    0         5  clicks [40, 41)                          nothing        000000000000',
-        '    0         4  a new owner found this                                               u1',
+        '    0         4  take-over, newest step found                                         u1',
         '    3         1  clicks [5, 6)                            all            000000000000']
     assert 'u5 u6' in list(described(journal, TOPICS, with_users=True))[3]
 
