@@ -32,8 +32,8 @@ def read_journal(path: Path) -> Journal:
     for (topic, partition, _), entry in sorted(placed.items(), key=lambda item: item[0]):
         if homes.setdefault(entry.lane, (topic, partition)) != (topic, partition):
             raise InputError(f'The entries of lane {entry.lane} are in more than one topic partition, so their order '
-                             'is unknown.', 'record a journal topic whose number of partitions has never changed, '
-                             'and no other topic.')
+                             'is unknown.', 'record only the journal topic, and never change its number of '
+                             'partitions.')
         journal.setdefault(entry.lane, []).append(entry)
     if not journal:
         raise InputError(f'{path} has no journal entry.', 'name a recording of the journal topic (setting '
