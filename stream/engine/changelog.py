@@ -93,7 +93,7 @@ class ChangelogReader:
 
     async def _run(self, driver: aiokafka.AIOKafkaConsumer) -> None:
         deadline = time.monotonic() + self._settings.recovery_timeout_ms / 1000
-        told_at = time.monotonic()
+        logged_at = time.monotonic()
         sought = False
         while not self._stop:
             if sought:
@@ -125,8 +125,8 @@ class ChangelogReader:
                     f'{self._settings.recovery_timeout_ms} ms, {sum(self.recovering.values())} records are left.',
                     'check the brokers and the disk; if the restore was only slow, raise recovery_timeout_ms, or '
                     'set standbys so that another worker has a copy ready.')
-            if self.recovering and now - told_at > PROGRESS_S:
-                told_at = now
+            if self.recovering and now - logged_at > PROGRESS_S:
+                logged_at = now
                 log.info('Restoring state: %s', ', '.join(
                     f'partition {number}: {left:,} records left' for number, left in sorted(self.recovering.items())))
 

@@ -180,7 +180,7 @@ class Lane:
         return self.done != self.intake.expected or any(self.lag(source) for source in Source)
 
     def lag(self, source: Source) -> int:
-        """Positions from the finished one to the end of the topic partition at its last fetch; 0 if not known."""
+        """How many positions `done` is behind the end of the topic partition at its last fetch; 0 if not known."""
         return max((self._tools.consumer.end_offset(self.tps[source]) or 0) - self.done[source], 0)
 
     # ---- life ------------------------------------------------------------------------------------------------------
@@ -494,7 +494,7 @@ class Lane:
     # ---- the sweep of silent users ---------------------------------------------------------------------------------
 
     async def _sweep(self) -> None:
-        """Fire timers that are due by the lane's clock, one step of them, so that waiting events come next."""
+        """Fire timers that are due by the lane's clock, in one step. Waiting events come before the next such step."""
         clock_ms = self.clock_ms()
         if self._stopping or self.store.none_due(clock_ms):
             return

@@ -115,9 +115,9 @@ async def _until(stop: asyncio.Event, assignment: Assignment, publisher: Publish
         await publisher.start()
         await app.start()
 
-    told = asyncio.create_task(stop.wait())
+    stopping = asyncio.create_task(stop.wait())
     starting = asyncio.create_task(start())
-    ends = [told, assignment.failure, watchdog]
+    ends = [stopping, assignment.failure, watchdog]
     await asyncio.wait([*ends, starting], return_when=asyncio.FIRST_COMPLETED)
     if starting.done():
         with kafka_errors('Joining the group'):
@@ -127,7 +127,7 @@ async def _until(stop: asyncio.Event, assignment: Assignment, publisher: Publish
         crashed.cancel()
     else:
         starting.cancel()
-    told.cancel()
+    stopping.cancel()
     error = assignment.failure.result() if assignment.failure.done() else app.crash_reason
     if error is None and watchdog.done():
         error = watchdog.exception()

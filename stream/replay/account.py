@@ -57,6 +57,6 @@ class Account:
         self.statistics.dead[letter.refusal.reason] += 1
 
     def add_user(self, user: User) -> None:
-        """Add a user in the final state."""
+        """Count a user after the last step."""
         self.counts.users += 1
         self.statistics.add_final_tier(user.tier)

@@ -172,7 +172,7 @@ class JournalReplay:
         if survivors is None:
             lane.state.save(entry.user for entry in step.touched)
         else:
-            lane.state.save(_as_it_was(entry.user, survivors, before) for entry in step.touched
+            lane.state.save(_kept_or_before(entry.user, survivors, before) for entry in step.touched
                             if entry.user.user_id in survivors or entry.user.user_id in before)
             messages = [message for user, outbox in scored.outboxes if user.user_id in survivors for message in outbox]
         self.account.add_step(scored, messages)
@@ -282,5 +282,5 @@ def _records(users: Mapping[str, User]) -> dict[str, bytes]:
     return {user_id: encode(user) for user_id, user in users.items() if user.step}
 
 
-def _as_it_was(user: User, survivors: frozenset[str], before: Mapping[str, bytes]) -> User:
+def _kept_or_before(user: User, survivors: frozenset[str], before: Mapping[str, bytes]) -> User:
     return user if user.user_id in survivors else decode(user.user_id, before[user.user_id])

@@ -35,7 +35,7 @@ class RecordedTopics:
     """
 
     def __init__(self, paths: Sequence[Path], inputs: Inputs, spool_dir: Path | None = None) -> None:
-        """Read nothing yet. `spool_dir` is the folder for the temporary file; None: the system's temporary folder."""
+        """`spool_dir` is the folder for the temporary file; None: the system's temporary folder."""
         if not paths:
             raise UsageError('No file to replay was named.', 'name at least one file.')
         self.inputs = inputs

@@ -137,7 +137,7 @@ class PartitionStore:
                                  'permissions and the limit on open files; nothing was changed.') from error
             self._set_aside()
             self._open(memory)
-        with self._damage_told():
+        with self._marking_damage():
             stored: Any = self._db.get(_META)
         self.meta = msgspec.json.decode(stored, type=Meta) if stored else Meta()
         self._earliest_ms = 0           # a lower bound on the due times of all timers
@@ -148,7 +148,7 @@ class PartitionStore:
         self.directory.rename(self.set_aside)
 
     @contextmanager
-    def _damage_told(self) -> Iterator[None]:
+    def _marking_damage(self) -> Iterator[None]:
         """Raise StateError if damage shows in use, and mark the directory, which the next start then sets aside."""
         try:
             yield
@@ -167,7 +167,7 @@ class PartitionStore:
     def load(self, user_ids: Iterable[str]) -> dict[str, User]:
         """These users, in this order. An unknown user has no events. Errors: StateError if a record is damaged."""
         wanted = list(user_ids)
-        with self._damage_told():
+        with self._marking_damage():
             records: Any = self._db.get([user_id.encode() for user_id in wanted]) if wanted else []
         return {user_id: User(user_id) if record is None else decode(user_id, record)
                 for user_id, record in zip(wanted, records, strict=True)}
@@ -186,7 +186,7 @@ class PartitionStore:
                     batch.put(_DUE.pack(change.due_ms) + change.user_id, b'', handle)
                     earliest_ms = min(earliest_ms, change.due_ms)
         batch.put(_META, msgspec.json.encode(meta))
-        with self._damage_told():
+        with self._marking_damage():
             self._db.write(batch)
         self.meta, self._earliest_ms = meta, earliest_ms
 
@@ -211,7 +211,7 @@ class PartitionStore:
                 unsent[key.decode()] = None
         meta.unsent = list(unsent)
         batch = WriteBatch(raw_mode=True)
-        with self._damage_told():
+        with self._marking_damage():
             stored: Any = self._db.get(list(newest)) if newest else []
         for (key, record), before in zip(newest.items(), stored, strict=True):
             due_before_ms = _I64.unpack_from(before, _DUE_AT)[0] if before is not None else NO_TIMER_MS
@@ -227,7 +227,7 @@ class PartitionStore:
             else:
                 batch.put(key, record)
         batch.put(_META, msgspec.json.encode(meta))
-        with self._damage_told():
+        with self._marking_damage():
             self._db.write(batch)
         self.meta = meta
 
