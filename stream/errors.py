@@ -1,4 +1,4 @@
-"""Errors split by whose fault they are. Every message ends with what to do."""
+"""Errors, divided by their cause. Every message ends with what to do."""
 import importlib
 from typing import Any
 
@@ -10,7 +10,7 @@ INSTALL_REPORT = _INSTALL.format('report') + '.'
 class StreamError(Exception):
     """An error that an operator can act on.
 
-    `problem` says what is wrong, `do` what to do about it; the command line prints both and exits with `exit_code`.
+    `problem` says what is wrong, and `do` what to do about it. The command line prints both and exits with `exit_code`.
     """
 
     exit_code = 1
@@ -22,39 +22,39 @@ class StreamError(Exception):
 
 
 class UsageError(StreamError):
-    """The command, a setting or a path is wrong: nothing was started."""
+    """The command, a setting or a path is wrong. Nothing was started."""
 
     exit_code = 2
 
 
 class InputError(StreamError):
-    """A file as a whole cannot be read (a bad row is a dead letter, never this)."""
+    """A whole file cannot be read. A bad row is never this error: it becomes a dead letter."""
 
     exit_code = 3
 
 
 class StateError(StreamError):
-    """A stored record or store cannot be trusted."""
+    """A stored record, or a whole store, cannot be trusted."""
 
     exit_code = 4
 
 
 class ModelError(StreamError):
-    """The model's files are missing, changed or give impossible scores."""
+    """The model's files are missing or changed, or the model returns impossible scores."""
 
     exit_code = 5
 
 
 class KafkaError(StreamError):
-    """The brokers cannot be reached, refuse, or hold topics that do not fit the settings."""
+    """The brokers cannot be reached, refuse a request, or have topics that do not fit the settings."""
 
     exit_code = 6
 
 
 class ScorerUnavailable(ModelError):     # noqa: N818 (a state rather than a mistake)
-    """The scorer cannot answer for the moment; nothing of the question was lost, and nothing of it was answered.
+    """The scorer cannot answer for the moment. It has scored no part of the request.
 
-    Hold what was to be scored and ask again after `retry_after_ms`: no answer comes earlier.
+    Keep the request and send it again after `retry_after_ms`. An earlier retry gets no answer.
     """
 
     def __init__(self, problem: str, do: str, retry_after_ms: int) -> None:
@@ -62,22 +62,22 @@ class ScorerUnavailable(ModelError):     # noqa: N818 (a state rather than a mis
         self.retry_after_ms = retry_after_ms
 
 
-class ResponseRefused(ModelError):     # noqa: N818 (what was done about it)
-    """An answer that does not fit its question: other rows, names, types or shapes. None of it may be used."""
+class ResponseRefused(ModelError):     # noqa: N818 (the caller's reaction rather than a mistake)
+    """A response does not match its request: other rows, names, types or shapes. No part of it may be used."""
 
 
 def extra_module(name: str, what: str, do: str) -> Any:
-    """The module of that name, which needs packages of an extra.
+    """Import a module that needs packages of an extra.
 
     name    a module of stream, or a package
-    what    what needs it, as the subject of a sentence in the singular
-    do      INSTALL_REPORT, INSTALL_TRAINING, or more than that
-    Errors  UsageError where a package is not installed.
+    what    what needs the module: the singular subject of the error's sentence
+    do      the advice of the error: INSTALL_REPORT, INSTALL_TRAINING, or a text that includes one of them
+    Errors  UsageError if a package is not installed.
     """
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         package = (error.name or '').partition('.')[0]
         if package == 'stream':
-            raise       # a mistake in here, which no install mends
+            raise       # a defect of stream itself, which no installation can fix
         raise UsageError(f'{what} needs {package}, which is not installed.', do) from error

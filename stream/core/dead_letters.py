@@ -1,7 +1,7 @@
-"""A dead letter: a record that is no event, kept as it came, with where it was read and why it was refused.
+"""Dead letters: records that are not valid events, kept unchanged, with the place they came from and the reason.
 
-The worker writes it to a topic, under a key that names the place, so that a redelivered record overwrites its letter.
-A replay writes it to a file, one JSON object a line.
+The worker writes dead letters to a topic. Each key names the record's topic, partition and offset, so a record that is
+delivered again overwrites its own letter. A replay writes dead letters to a file, one JSON object per line.
 """
 from base64 import b64encode
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ Header = tuple[str, bytes | None]
 class DeadLetter(msgspec.Struct, frozen=True, gc=False):
     """One refused record.
 
-    topic, partition, offset   where it was read; an empty topic: it was no record of a topic
-    file, row                  where a replay read it; an empty file: it was not read from a file by rows
+    topic, partition, offset   where the record was read; the topic is empty if the record came from no topic
+    file, row                  where a replay read the record; the file is empty if no replay read it
     """
 
     refusal: Refusal
@@ -34,7 +34,7 @@ class DeadLetter(msgspec.Struct, frozen=True, gc=False):
     row: int = 0
 
     def as_record(self) -> tuple[bytes, bytes | None, list[Header]]:
-        """Key, value and headers of its record in the dead-letter topic. The record's own headers come first."""
+        """Key, value and headers for the dead-letter topic. The refused record's own headers come first."""
         headers = [*self.headers, ('stream_topic', self.topic.encode()),
                    ('stream_partition', b'%d' % self.partition), ('stream_offset', b'%d' % self.offset),
                    ('stream_timestamp_ms', b'%d' % self.timestamp_ms),
@@ -45,7 +45,7 @@ class DeadLetter(msgspec.Struct, frozen=True, gc=False):
         return f'{self.topic}-{self.partition}-{self.offset}'.encode(), self.value, headers
 
     def as_line(self) -> bytes:
-        """One line of JSON, with the line end."""
+        """One line of JSON, including the line end."""
         line: dict[str, Any] = {'file': _escaped(self.file), 'row': self.row} if self.file else {}
         if self.topic:
             line |= {'topic': self.topic, 'partition': self.partition, 'offset': self.offset}
@@ -54,7 +54,7 @@ class DeadLetter(msgspec.Struct, frozen=True, gc=False):
 
 
 def _readable(value: bytes | None) -> dict[str, str | None]:
-    """The value as text, or in base64 where it is not UTF-8."""
+    """The value as text, or in base64 if it is not UTF-8."""
     try:
         return {'value': None if value is None else value.decode()}
     except UnicodeDecodeError:
@@ -62,5 +62,5 @@ def _readable(value: bytes | None) -> dict[str, str | None]:
 
 
 def _escaped(text: str) -> str:
-    """Text that JSON can hold: names and quoted bytes may carry what was no UTF-8."""
+    """Text that JSON can hold. File names and quoted bytes may contain surrogates, which stand for invalid UTF-8."""
     return text.encode('utf-8', 'backslashreplace').decode()

@@ -1,16 +1,22 @@
 """Scores become decisions: tier changes, intent alerts, churn alerts raised and cleared.
 
-    purchase power   a shopper's tier is the median one: half of the probability lies at or below it. It replaces the
-                     published tier if more than half plus `tier_margin` lies beyond that one (hysteresis), the power
-                     moved by `power_move_min`, and the last change is `power_cooldown_ms` old. (The likeliest tier
-                     would jump between the ends, where most of the probability of an undecided shopper lies.) A new
-                     model's tiers replace the old one's without a message: a new ruler is no news of the shopper.
-    purchase intent  raised at `intent_raise`; re-armed, without a message, at `intent_clear`
-    churn            raised at `churn_raise` for shoppers with `churn_orders_min` orders, cleared at `churn_clear`
+    purchase power   The tier is the median of the tier probabilities: half of the probability lies at or below it. The
+                     most likely tier would be less stable: an undecided shopper has most of the probability in the
+                     lowest and the highest tier. A new median replaces the published tier if all of these hold:
+                         - at least half plus `tier_margin` of the probability lies beyond the published tier
+                           (hysteresis)
+                         - the power has moved by at least `power_move_min`
+                         - the last change is at least `power_cooldown_ms` old
+                     After a change of model, the new tier replaces the old one without a message: the shopper has not
+                     changed, only the measure has.
+    purchase intent  raised at `intent_raise`; re-armed at `intent_clear`, without a message
+    churn            raised at `churn_raise` for shoppers with at least `churn_orders_min` orders; cleared at
+                     `churn_clear`
 
-Two thresholds each keep a score that trembles around one of them quiet. In a cool-down the state does not move either,
-so an alert comes when it ends, if it is still true. A churn alert is cleared without a cool-down: a coupon for somebody
-who has just bought is the mistake that costs. Decisions are taken on the grid values that are published.
+Each alert has two thresholds, so a score that fluctuates around one of them causes no flood of messages. During a
+cool-down an alert is not raised at all. If the score still calls for it when the cool-down ends, it is raised then. A
+churn alert is cleared without a cool-down, because a coupon for someone who has just bought wastes money. Decisions use
+the rounded scores that are published.
 """
 import enum
 from collections.abc import Iterator
@@ -36,11 +42,11 @@ class Kind(enum.StrEnum):
 
 
 class ActionRule(msgspec.Struct, frozen=True):
-    """Propose `action` on an occasion to shoppers with a tier in [tier_min, tier_max]; the first rule that fits.
+    """Propose `action` on an occasion to shoppers with a tier in [tier_min, tier_max]. The first matching rule wins.
 
-    tier_min    the default also fits shoppers who have no tier yet (-1)
-    spend_min   of the shopper so far, in the configured currency: who is about to leave has a low tier, whatever the
-                past was worth
+    tier_min    the default, -1, also matches shoppers who have no tier yet
+    spend_min   minimum spend of the shopper so far, in the configured currency. The tier cannot stand in for it: a
+                shopper who is about to leave has a low tier, however much they have spent
     """
 
     occasion: Occasion
@@ -80,7 +86,7 @@ class Policy(msgspec.Struct, frozen=True):
         return {Kind.INTENT: self.intent_ttl_ms, Kind.CHURN: self.churn_ttl_ms}.get(kind, self.power_ttl_ms)
 
     def action(self, occasion: Occasion, tier: int, spend: float) -> str | None:
-        """What to propose, None where no rule fits."""
+        """The action to propose; None if no rule matches."""
         for rule in self.actions:
             if rule.occasion == occasion and rule.tier_min <= tier <= rule.tier_max and spend >= rule.spend_min:
                 return rule.action
@@ -88,7 +94,7 @@ class Policy(msgspec.Struct, frozen=True):
 
 
 class Decision(msgspec.Struct, frozen=True):
-    """What changes for the user of row `row`; a decision without an occasion changes state and publishes nothing."""
+    """What changes for the user in row `row`. A decision without an occasion changes state but publishes nothing."""
 
     row: int
     kind: Kind
@@ -98,14 +104,14 @@ class Decision(msgspec.Struct, frozen=True):
 
 
 def decide(headers: np.ndarray, as_of_ms: np.ndarray, scores: Scores, policy: Policy, model: bytes) -> list[Decision]:
-    """Decisions for N scored users, by row, then power, intent, churn.
+    """Decisions for N scored users, ordered by row, then by kind: power, intent, churn.
 
     headers   HEADER_DTYPE [N], the users' state before the decision
     as_of_ms  int64 [N]
     model     first 8 bytes of the model's SHA-256
     """
     power = list(_power(headers, as_of_ms, scores, policy, model))
-    tiers = headers['tier'].astype(np.int64)        # as they are after this step's changes
+    tiers = headers['tier'].astype(np.int64)        # the loop below applies this step's changes
     for decision in power:
         tiers[decision.row] = decision.tier
     decisions = [*power, *_intent(headers, as_of_ms, scores, policy, tiers),
@@ -134,12 +140,12 @@ def _power(headers: np.ndarray, as_of_ms: np.ndarray, scores: Scores, policy: Po
            model: bytes) -> Iterator[Decision]:
     rows = np.arange(len(scores))
     tier = headers['tier'].astype(np.int64)
-    below = _steps(scores.tiers.cumsum(axis=1))     # probability at or below each tier, on the grid
+    below = _steps(scores.tiers.cumsum(axis=1))     # probability at or below each tier, in grid steps
     median = np.minimum((below < STEPS_PER_UNIT / 2).sum(axis=1), scores.tiers.shape[1] - 1)
     first = (tier == NO_TIER) & (headers['applied'] >= policy.tier_events_min)
     known = (tier != NO_TIER) & (tier < scores.tiers.shape[1])
     remodelled = (tier != NO_TIER) & (headers['model'] != np.void(model))
-    # In whole steps of the grid: a difference of two floats may fall just short of a threshold that it meets.
+    # Compare in whole grid steps: the difference of two floats may fall just short of a threshold that it meets.
     published = np.where(known, tier, 0)
     beyond = np.where(median > tier, below[:, -1] - below[rows, published], below[rows, np.maximum(published - 1, 0)])
     move = np.abs(_steps(scores.power) - headers['power_grid'])

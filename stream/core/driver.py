@@ -1,20 +1,21 @@
-"""The step driver: the one way from events and due timers to messages.
+"""The step driver turns events and due timers into messages.
 
-Whoever has events calls it: a lane of the worker, a replay of files, a replay of a journal. They read and decode, load
-the users, keep what comes out and send it. What happens in between is here, and is the same for all:
+It has three callers: a lane of the worker, a replay of files, and a replay of a journal. The callers read and decode
+records, load the users, store the results and send the messages. The driver does everything in between, in the same way
+for all of them:
 
     run      cut a run of events into steps
-    sweep    make a step of due silence timers
-    score    score a step's users; decide, explain, and put the messages into the users' outboxes
+    sweep    make a step out of due silence timers
+    score    score a step's users, decide, explain, and put the messages into the users' outboxes
 
-A step is events, or timers, whose users are scored, decided and written together. Two rules cut a run into steps, so
-that a timer fires at its due time and before the user's next later event is folded:
+A step is a group of events or timers. Its users are scored, decided and written together. A timer must fire at its due
+time, before any later event of the same user is folded. Two rules ensure this:
 
-    before the run    timers due at or before a user's first event of the run fire first, as a sweep
-    within the run    a user's events at or after the due time that earlier events of the run have set wait for the next
-                      step; users do not wait for one another
+    before the run    A timer that is due at or before the user's first event of the run fires first, in a sweep.
+    within the run    An event of the run may set a timer. The user's events at or after the due time wait for the next
+                      step. Other users' events do not wait.
 
-The scorer is handed in. No clock, network or file is touched here.
+The caller provides the scorer. The driver itself uses no clock, network or file.
 """
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
@@ -34,9 +35,9 @@ from stream.core.scorer import Scorer
 from stream.core.scores import Scores, collect
 from stream.core.user import User, clock_ms, fire_timer, fold_runs, join, overdue, stamp
 
-PADDING_SLOTS_MAX = 256         # that few windows of a length may cost, to save a request of their own
+PADDING_SLOTS_MAX = 256         # padding that is cheaper than a separate request for a few short windows
 
-# Who is explained first when the budget is short: the alerts that cost money before the news. A first tier is neither.
+# When the budget for reasons is short, alerts that lead to spending come before tier changes. A first tier gets none.
 _PRIORITY = {Kind.CHURN: 0, Kind.INTENT: 1, Kind.POWER: 2}
 
 Silent = Callable[[], Iterable[User]]
@@ -44,14 +45,15 @@ _by_due_time = attrgetter('due_ms', 'user_id')
 
 
 def nobody() -> Iterable[User]:
-    """No other user has a timer to fire."""
+    """The default for `silent`: no other user has a timer to fire."""
     return ()
 
 
 class Touched(msgspec.Struct, gc=False):
-    """One user of a step: scored as of `origin`; `origin` is None where nothing was applied and nothing is scored.
+    """One user of a step.
 
-    applied     the events applied in this step, in order (none for a timer)
+    origin      the time and cause of the user's score; None if no event was applied, so nothing is scored
+    applied     the events applied in this step, in order; empty for a timer
     """
 
     user: User
@@ -62,11 +64,11 @@ class Touched(msgspec.Struct, gc=False):
 class Step(msgspec.Struct):
     """Events or timers of some users, which are scored and written together.
 
-    number   counts the steps of one driver; users carry it in their records
+    number   counts the steps of one driver; the users' records store it
     touched  the step's users
-    new      of each touched user, whether there was no record before
-    counts   what became of the events, by `stream.core.layout.Fold`
-    waiting  events of the same run that come in later steps
+    new      for each touched user, whether the user had no record before
+    counts   number of events per outcome, indexed by `stream.core.layout.Fold`
+    waiting  events of the same run that wait for later steps
     """
 
     number: int
@@ -77,11 +79,11 @@ class Step(msgspec.Struct):
 
 
 class Scored(msgspec.Struct):
-    """What a step leads to.
+    """The result of scoring a step.
 
     rows      the touched users that were scored, in the order of `scores`
-    outboxes  everything to publish, user by user, in order
-    refused   rows whose scores are not numbers in range; they decide nothing
+    outboxes  all messages to publish, user by user, in order
+    refused   number of rows with scores that are NaN or out of range; such rows lead to no decision
     """
 
     rows: list[Touched]
@@ -91,15 +93,15 @@ class Scored(msgspec.Struct):
 
     @property
     def messages(self) -> list[Message]:
-        """Everything to publish, in order."""
+        """All messages to publish, in order."""
         return [message for _, messages in self.outboxes for message in messages]
 
 
 class StepDriver:
     """Drives one serial stream of steps.
 
-    number      of the newest step
-    generation  of the owner, as the users' records name it; 0 where there is only one
+    number      number of the newest step
+    generation  generation of the owner, stored in the users' records; 0 if ownership never changes
     """
 
     def __init__(self, rules: StepRules, scorer: Scorer, generation: int = 0) -> None:
@@ -109,12 +111,12 @@ class StepDriver:
         self._generation = generation
 
     def run(self, users: dict[str, User], events: list[Event], silent: Silent = nobody) -> Iterator[Step]:
-        """Cut a run of events into its steps. Each is made when it is asked for; the one before is decided by then.
+        """Cut a run of events into steps, lazily. The caller must score each step before it asks for the next one.
 
-        users    has every user of `events`; they are changed in place
-        silent   who else has a timer to fire before the events that are left; asked until there is nobody
+        users    all users of `events`, by id; changed in place
+        silent   returns other users with a timer to fire before the remaining events; called until it returns none
         Yields   at least one step: a run without events is one step that changes nothing.
-        Promise  every event is counted exactly once; in a run that is delivered again nobody is scored.
+        Promise  every event is counted exactly once; a run that is delivered again scores nobody.
         """
         if not events:
             yield self._step([], [0] * len(Fold), [])
@@ -126,14 +128,14 @@ class StepDriver:
             events = step.waiting
 
     def sweep(self, users: Iterable[User], waiting: list[Event] | None = None) -> Step:
-        """Fire the due timer of each user, in this order. They are scored as of the time it was due."""
+        """Fire the due timer of each user, in this order. Each user is scored as of the timer's due time."""
         touched = [Touched(user, Origin(due_ms := fire_timer(user, self._rules.limits), due_ms), []) for user in users]
         return self._step(touched, [0] * len(Fold), waiting or [])
 
     async def score(self, step: Step) -> Scored:
         """Score, decide, explain, and write the messages into the users' outboxes.
 
-        Errors   ModelError from the scorer. The users' alert state is untouched then, and the step can be scored again.
+        Errors   ModelError from the scorer. The users' alert state is then unchanged, and the step can be scored again.
         """
         rows = [entry for entry in step.touched if entry.origin is not None]
         for entry in step.touched:
@@ -164,7 +166,7 @@ class StepDriver:
         self, rows: Sequence[Touched], decisions: Sequence[Decision], scores: Scores,
         reasons: Mapping[Decision, list[dict]],
     ) -> dict[int, list[Message]]:
-        """Apply the decisions to the users; give the messages about them, by row."""
+        """Apply the decisions to the users; return the messages about them, by row."""
         model, decided = self._scorer.model, dict[int, list[Message]]()
         for decision in decisions:
             user, origin = rows[decision.row].user, rows[decision.row].origin
@@ -179,7 +181,7 @@ class StepDriver:
     def _outboxes(
         self, rows: Sequence[Touched], decided: Mapping[int, list[Message]], scores: Scores,
     ) -> list[tuple[User, list[Message]]]:
-        """Put into each user's outbox what is to be published, and give it."""
+        """Put the messages to publish into each user's outbox; return the users and their messages."""
         outboxes: list[tuple[User, list[Message]]] = []
         if self._rules.publish == 'changes':
             for row, messages in decided.items():
@@ -209,7 +211,7 @@ async def _reasons(
     decisions: Sequence[Decision], snapshots: Snapshots, inputs: Features, scores: Scores, scorer: Scorer,
     rows_max: int,
 ) -> dict[Decision, list[dict]]:
-    """The reasons of the alerts and tier changes that the budget allows, the most urgent first."""
+    """Reasons for as many alerts and tier changes as the budget allows, the most urgent first."""
     alerts = [decision for decision in decisions if decision.occasion not in (None, 'power_first')]
     by_priority = sorted(alerts, key=lambda decision: (_PRIORITY[decision.kind], decision.row))
     unique = np.array(list(dict.fromkeys(decision.row for decision in by_priority)), np.int64)
@@ -224,7 +226,7 @@ async def _reasons(
 
 
 def snapshot(touched: Sequence[Touched]) -> Snapshots:
-    """The scored users' records as the model's input sees them; one row per entry, all of which have an origin."""
+    """The scored users' records as snapshots, one row per entry. Every entry must have an origin."""
     headers, days, rows = join([entry.user for entry in touched])
     return Snapshots.join([headers], [days], [rows],
                           [entry.origin.as_of_ms for entry in touched if entry.origin is not None])

@@ -1,22 +1,23 @@
-"""Bytes become events, or a refusal with its reason.
+"""Decodes a record's bytes into an event, or into a refusal with a reason.
 
-`EventRecord` is the contract with whoever sends events; the JSON Schema is generated from it. `Decoder` turns one
-record's bytes into an `Event`, the fixed-width form that the window keeps, or into a `Refusal` that becomes a dead
-letter. It never raises for what a record contains. What most records are is read by `stream.core.parse`, the rest here.
+`EventRecord` is the contract with producers of events. The JSON Schema is generated from it. `Decoder` turns the bytes
+of one record into an `Event`, the fixed-width form that the window keeps, or into a `Refusal`, which becomes a dead
+letter. It never raises because of a record's content. `stream.core.parse` reads ordinary records, which are most of
+them. This module reads the rest.
 
-What a sender may rely on:
+A producer may rely on these rules:
 
-    text       strict JSON in UTF-8: NaN, Infinity, 1e999, lone surrogates, a byte order mark, anything after the object
-               and any nesting that the decoder cannot follow are refused; of a key given twice the last one counts,
-               and each of them must fit its field
-    numbers    a number that does not fit its field is refused; fields that we do not know are not looked into
-    time       `ts` is Unix milliseconds or RFC 3339 with an offset; seconds, zero, negative times, anything after 2100,
-               and anything further ahead of the record's own timestamp than `clock_ahead_ms_max` are refused
-    identity   `user_id` and `event_id` count code point by code point: two Unicode forms of one name are two users;
-               a Kafka key, where there is one, must be the user's id in UTF-8
-    money      `price` is the price of one unit, `quantity` defaults to 1; amounts are never negative, a refund reduces
-               the spend by its type; a currency other than the configured one needs a rate
-    type       an unknown type is kept as `other`; the topic does not restrict the type
+    text       Strict JSON in UTF-8. NaN, Infinity, 1e999, lone surrogates, a byte order mark, anything after the
+               object, and nesting that is too deep for the decoder are refused. If a key occurs twice, the last value
+               counts, but every value must be valid for its field.
+    numbers    A number that is invalid for its field is refused. Unknown fields are not checked.
+    time       `ts` is Unix milliseconds, or RFC 3339 with an offset. Times in seconds, zero, negative times, and times
+               after 2100 are refused. So are times more than `clock_ahead_ms_max` ahead of the record's own timestamp.
+    identity   `user_id` and `event_id` are compared code point by code point: two Unicode forms of one name are two
+               users. If a Kafka record has a key, the key must be the user's id in UTF-8.
+    money      `price` is the price of one unit; `quantity` defaults to 1. Amounts are never negative: the type `refund`
+               says that an amount reduces the spend. A currency other than the configured one needs a rate.
+    type       An unknown type is kept as `other`. Any type may come on either topic.
 """
 import enum
 import re
@@ -34,7 +35,7 @@ from stream.core.parse import Event, EventParser
 
 RECORD_BYTES_MAX = 1 << 20
 ID_CHARS_MAX = 256
-TS_MS_MIN = 100_000_000_000         # 1973-03-03; below it a "millisecond" time is one in seconds
+TS_MS_MIN = 100_000_000_000         # 1973-03-03; a smaller number is most likely a time in seconds
 TS_MS_MAX = 4_102_444_800_000       # 2100-01-01
 RATING_MAX = 10.0
 PRICE_MAX = 1e9
@@ -45,7 +46,7 @@ Name = Annotated[str, Meta(max_length=ID_CHARS_MAX)]
 
 
 class EventType(enum.IntEnum):
-    """What the shopper did. The numbers are stored and are the model's vocabulary: append only."""
+    """What the shopper did. Records store these numbers and the model is trained on them, so only append."""
 
     VIEW = 1
     CLICK = 2
@@ -70,13 +71,13 @@ TYPE_NAMES: dict[int, str] = {code: name for name, code in TYPE_CODES.items()}
 
 
 class Source(enum.IntEnum):
-    """The two input topics; the number is the place of a topic's offset in a user's record."""
+    """The two input topics. The number is the index of a topic's offset in a user's record."""
 
     CLICKS = 0
     CARTS = 1
 
 
-# The topic where an event of a type code belongs; index 0 is no type.
+# The topic where an event belongs, by type code. No type has code 0.
 SOURCE_OF_TYPE = [Source.CLICKS] + [Source.CARTS if kind in CART_TYPES else Source.CLICKS for kind in EventType]
 
 
@@ -122,18 +123,18 @@ class Reason(enum.StrEnum):
 
 
 class Refusal(msgspec.Struct, gc=False):
-    """A record that is no event: a machine-readable reason and a sentence for a person."""
+    """Why a record is not a valid event: a machine-readable reason, and a detail for people."""
 
     reason: str
     detail: str
 
 
 class EventRules(msgspec.Struct, frozen=True):
-    """What the shop has configured about its events.
+    """The shop's settings about its events.
 
     currency            ISO 4217 code of all amounts
-    rates               units of `currency` per unit of another one, e.g. {'USD': 0.92}
-    clock_ahead_ms_max  how far an event may be ahead of its Kafka record's timestamp
+    rates               units of `currency` per unit of another currency, e.g. {'USD': 0.92}
+    clock_ahead_ms_max  how far an event's time may be ahead of its Kafka record's timestamp, in ms
     record_bytes_max    larger records are dead letters
     """
 
@@ -144,7 +145,7 @@ class EventRules(msgspec.Struct, frozen=True):
 
 
 class KafkaRecord(Protocol):
-    """What a record of a topic is to the decoder. `timestamp` is below 0 where there is none."""
+    """The part of a Kafka record that the decoder reads. A negative `timestamp` means that there is none."""
 
     @property
     def key(self) -> bytes | None: ...
@@ -160,7 +161,7 @@ class KafkaRecord(Protocol):
 
 
 class _Keyless:
-    """The key of a record that comes from a file and has none."""
+    """Stands for the key of a record that was read from a file, where records have no keys."""
 
 
 KEYLESS = _Keyless()
@@ -183,7 +184,7 @@ _MALFORMED = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 
 
 class Decoder:
-    """Record bytes to `Event` or `Refusal`, by one shop's rules."""
+    """Decodes record bytes into an `Event` or a `Refusal`, by one shop's rules."""
 
     def __init__(self, rules: EventRules) -> None:
         self._parser = EventParser(rules.currency, rules.clock_ahead_ms_max, rules.record_bytes_max, TS_MS_MIN,
@@ -198,14 +199,14 @@ class Decoder:
         """Decode one record.
 
         value         the record's value; None is a tombstone
-        key           the Kafka key, KEYLESS for a line of a file
-        record_ts_ms  the Kafka record's own timestamp; None: there is none to compare with
-        Errors        none: whatever is wrong with the record is a `Refusal`.
+        key           the Kafka key; KEYLESS for a line of a file
+        record_ts_ms  the Kafka record's own timestamp; None if it has none to compare with
+        Errors        none: a record that is wrong gives a `Refusal`.
         """
         return self._parser.parse(value, key, record_ts_ms) or self.judge(value, key, record_ts_ms)
 
     def decode_records(self, records: Sequence[KafkaRecord], source: int) -> list[Event | Refusal]:
-        """Decode the records of one topic, in order; events know where they were read."""
+        """Decode the records of one topic, in order. Events keep their source and offset."""
         outcomes: list[Any] = self._parser.parse_records(records, source)
         for index, event in enumerate(outcomes):
             if event is None:
@@ -217,16 +218,16 @@ class Decoder:
         return outcomes
 
     def judge(self, value: bytes | None, key: bytes | _Keyless | None, record_ts_ms: int | None) -> Event | Refusal:
-        """Decode one record with the complete JSON decoder: whatever the parser of ordinary events leaves."""
+        """Decode one record with the complete JSON decoder: the parser of ordinary events could not read it."""
         if not value:
             if value is None:
                 return Refusal(Reason.NULL_VALUE, 'the record has no value')
             return Refusal(Reason.EMPTY_VALUE, 'the value has no bytes')
         if len(value) > self._bytes_max:
-            return Refusal(Reason.TOO_LARGE, f'{len(value)} bytes, at most {self._bytes_max} are taken')
+            return Refusal(Reason.TOO_LARGE, f'{len(value)} bytes, the maximum is {self._bytes_max}')
         try:
             if not value.isascii():
-                value.decode()      # the JSON decoder does not look into fields that it does not know
+                value.decode()      # the JSON decoder does not check unknown fields for valid UTF-8
             record = _decode_record(value)
         except _MALFORMED as error:
             return _malformed(error)
@@ -236,7 +237,7 @@ class Decoder:
             return _bad_time(record.ts, ts_ms)
         if record_ts_ms is not None and ts_ms > record_ts_ms + self._ahead_ms:
             return Refusal(Reason.TS_AHEAD_OF_CLOCK, f'{ts_ms - record_ts_ms} ms ahead of the record, '
-                                                     f'at most {self._ahead_ms} are taken')
+                                                     f'the maximum is {self._ahead_ms}')
         if key is not KEYLESS:
             if key is None:
                 return Refusal(Reason.NULL_KEY, 'the record has no key, so its partition does not follow the user')
@@ -266,7 +267,7 @@ class Decoder:
 
 
 def peek_ts_ms(value: bytes) -> int | None:
-    """The event time of a record in Unix ms without a look at its other fields; None where it cannot be read."""
+    """The event time of a record in Unix ms, read without checking other fields; None if it cannot be read."""
     try:
         ts = _decode_time(value).ts
     except _MALFORMED:
@@ -276,9 +277,9 @@ def peek_ts_ms(value: bytes) -> int | None:
 
 
 def peek_order(value: bytes) -> int | None:
-    """Where a record belongs among those of other times and topics: twice its event time in Unix ms, plus its source.
+    """A sort key that merges the records of both topics: twice the event time in Unix ms, plus the source.
 
-    Of equal times the clicks come first, as in a lane that reads both topics. None where the time cannot be read.
+    At equal times, clicks come first, as in a lane that reads both topics. None if the time cannot be read.
     """
     try:
         place = _decode_place(value)
@@ -291,18 +292,18 @@ def peek_order(value: bytes) -> int | None:
 
 
 def time_order(clicks_ms: Sequence[int], carts_ms: Sequence[int]) -> list[int]:
-    """The order in which records of both topics are folded: by the records' times, clicks first of equal ones.
+    """The order in which the records of both topics are folded: by record time; at equal times, clicks first.
 
-    Shapes   indices into the records of clicks followed by those of carts, each once.
-    Promise  a topic's own order is kept, whatever its records' times: a record counts as no earlier than those before
-             it.
+    Shapes   a permutation of the indices into the clicks' records followed by the carts' records.
+    Promise  records of one topic keep their order, whatever their times: a record counts as no earlier than the ones
+             before it.
     """
     times = [*accumulate(clicks_ms, max), *accumulate(carts_ms, max)]
     return sorted(range(len(times)), key=times.__getitem__)
 
 
 def parse_rfc3339_ms(text: str) -> int | None:
-    """Unix ms of an RFC 3339 time, cut to the millisecond; None if it is not one (an offset is required)."""
+    """Unix ms of an RFC 3339 time with an offset, truncated to the millisecond; None for any other text."""
     if not _RFC3339.fullmatch(text):
         return None
     try:
@@ -318,13 +319,13 @@ _EPOCH = datetime.fromisoformat('1970-01-01T00:00:00+00:00')
 
 @lru_cache(maxsize=1 << 16)
 def hash32(text: str) -> int:
-    """32 bits of XXH3, never 0 (0 stands for absent)."""
+    """The low 32 bits of XXH3; never 0, which stands for absent."""
     return xxh3_64_intdigest(text.encode()) & 0xFFFF_FFFF or 1
 
 
 @lru_cache(maxsize=1 << 14)
 def hash16(text: str) -> int:
-    """16 bits of XXH3, never 0 (0 stands for absent)."""
+    """The low 16 bits of XXH3; never 0, which stands for absent."""
     return xxh3_64_intdigest(text.encode()) & 0xFFFF or 1
 
 

@@ -1,15 +1,16 @@
-"""Users' records become tensors. Training and serving both come through here, so that they cannot differ.
+"""Turns users' records into tensors. Training and serving share this code, so their features cannot differ.
 
-A window of up to 128 events becomes up to SLOTS_MAX slots, oldest first: lines of one basket share a slot, and so do
-events of one type at the same moment, which a recording to the day has many of.
-Windows are grouped by slot count into length buckets, because most are short and attention pays for every slot.
+A window of up to 128 events becomes up to SLOTS_MAX slots, oldest first. The lines of one basket share a slot. So do
+events of one type at the same time, which are common in recordings with a resolution of one day.
+Windows are grouped by slot count into length buckets. Most windows are short, and attention costs time for every slot.
 
-    categories  int32   [rows, length, 3]            type, item bucket, category bucket; all 0 is padding, at the end
+    categories  int32   [rows, length, 3]            type, item bucket, category bucket; padding is all 0, at the end
     numbers     float32 [rows, length, SLOT_NUMBERS] see SLOT_NUMBER_NAMES
     counters    float32 [rows, COUNTERS]             see COUNTER_GROUPS
-    row_id      int64   [rows, 1]                    passed through by the model, so that mixed-up rows are noticed
+    row_id      int64   [rows, 1]                    the model passes it through, so mixed-up rows are detected
 
-Amounts and time spans enter as log(1 + x), spans in days. Everything is as of a moment given per row, never "now".
+Amounts and time spans are encoded as log(1 + x), spans in days. Each row has an as-of time, and every feature is
+computed as of that time, never as of "now".
 """
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ SLOT_NUMBER_NAMES = ('amount', 'gap_days', 'age_days', 'lines', 'rating', 'hour_
 SLOT_NUMBERS = len(SLOT_NUMBER_NAMES)
 ROLLING_DAYS = (7, 30, 90)
 
-# What one counter column is, grouped as reasons speak of them.
+# The names of the counter columns, in the groups that reasons refer to.
 COUNTER_GROUPS: dict[str, tuple[str, ...]] = {
     'history': (*(f'count_{TYPE_NAMES[kind]}' for kind in EventType), 'days_since_first_seen'),
     'silence': ('days_since_last_seen',),
@@ -42,19 +43,19 @@ COUNTER_GROUPS: dict[str, tuple[str, ...]] = {
 COUNTER_NAMES = tuple(name for names in COUNTER_GROUPS.values() for name in names)
 COUNTERS = len(COUNTER_NAMES)
 _YEAR_MS = 365.2425 * DAY_MS
-# The hour of a slot is taken to the minute: a table costs a tenth of a sine.
+# A slot's hour has a resolution of one minute: a table lookup takes a tenth of the time of a sine.
 _MINUTE_ANGLE = np.arange(DAY_MS // MINUTE_MS) * (2 * np.pi * MINUTE_MS / DAY_MS)
 _MINUTE_SIN, _MINUTE_COS = np.sin(_MINUTE_ANGLE).astype(np.float32), np.cos(_MINUTE_ANGLE).astype(np.float32)
 
 
 @dataclass(slots=True)
 class Snapshots:
-    """What the model may know of N users, each as of its own moment.
+    """What the model may know about N users, each as of its own time.
 
     headers   HEADER_DTYPE [N]
     days      DAY_DTYPE [sum of headers['days']], user after user
     rows      ROW_DTYPE [sum of headers['events']], user after user, ordered by time within a user
-    as_of_ms  int64 [N], never before a user's newest event
+    as_of_ms  int64 [N], never earlier than a user's newest event
     """
 
     headers: np.ndarray
@@ -65,7 +66,7 @@ class Snapshots:
     @staticmethod
     def join(headers: Sequence[bytes], days: Sequence[bytes | bytearray], rows: Sequence[bytes | bytearray],
              as_of_ms: Sequence[int]) -> 'Snapshots':
-        """From the packed parts of N records."""
+        """Build snapshots from the packed parts of N records."""
         return Snapshots(np.frombuffer(b''.join(headers), HEADER_DTYPE), np.frombuffer(b''.join(days), DAY_DTYPE),
                          np.frombuffer(b''.join(rows), ROW_DTYPE), np.array(as_of_ms, np.int64))
 
@@ -75,10 +76,10 @@ class Snapshots:
 
 @dataclass(slots=True)
 class Features:
-    """Slots of N windows, ragged, and their counters. `starts[i]:starts[i + 1]` are the slots of row i.
+    """The slots of N windows, as ragged arrays, and their counters. Row i has the slots `starts[i]:starts[i + 1]`.
 
-    The last slot belongs to nobody: all 0, it is what padding is made of.
-    slot_of_row  for each event of the snapshots the slot it fell into, -1 where the window had more slots than fit
+    The last slot belongs to no row. It is all 0, and padding refers to it.
+    slot_of_row  for each event of the snapshots, its slot; -1 if the slot is older than the newest SLOTS_MAX
     """
 
     categories: np.ndarray      # int32 [slots + 1, 3]
@@ -90,7 +91,7 @@ class Features:
 
 @dataclass(slots=True)
 class Batch:
-    """One request to the model: rows of about the same length. `row_id` are indices into the features' rows."""
+    """One request to the model: rows of about the same length. `row_id` holds indices into the features' rows."""
 
     categories: np.ndarray      # int32 [rows, length, 3]
     numbers: np.ndarray         # float32 [rows, length, SLOT_NUMBERS]
@@ -102,15 +103,16 @@ class Batch:
 
 
 def features(snapshots: Snapshots) -> Features:
-    """Slots and counters of each user as of its moment. Shapes in the module's docstring."""
+    """Slots and counters of each user as of the user's time. The module's docstring gives the shapes."""
     categories, numbers, starts, slot_of_row = _slots(snapshots)
     return Features(categories, numbers, starts, _counters(snapshots), slot_of_row)
 
 
 def batches(inputs: Features, rows_max: int, padding_slots_max: int = 0) -> Iterator[Batch]:
-    """Cut into padded batches of at most `rows_max` rows, one length bucket each, shortest bucket first.
+    """Cut the features into padded batches of at most `rows_max` rows, one length bucket each, shortest bucket first.
 
-    padding_slots_max   rows of a bucket join those of the next one that has some, if it costs no more padding than that
+    padding_slots_max   the rows of a bucket move to the next longer one if a longer one has rows, and if the move adds
+                        at most this many padding slots
     """
     bucket = np.searchsorted(LENGTHS, np.diff(inputs.starts))
     rows_of = np.bincount(bucket, minlength=len(LENGTHS)).tolist()
@@ -125,7 +127,7 @@ def batches(inputs: Features, rows_max: int, padding_slots_max: int = 0) -> Iter
 
 
 def padded(inputs: Features, rows: np.ndarray, length: int) -> Batch:
-    """One batch of these rows, each padded to `length` slots, which none of them exceeds."""
+    """One batch of these rows, each padded to `length` slots. No row may have more slots."""
     slots = inputs.starts[rows][:, None] + np.arange(length)            # [rows, length]
     slots[slots >= inputs.starts[rows + 1][:, None]] = len(inputs.categories) - 1
     return Batch(inputs.categories.take(slots, axis=0), inputs.numbers.take(slots, axis=0),
@@ -133,7 +135,7 @@ def padded(inputs: Features, rows: np.ndarray, length: int) -> Batch:
 
 
 def buckets(hashes: np.ndarray | int, count: int) -> np.ndarray:
-    """Which of `count` buckets each hash of an event's item or category falls into; 0: it has none."""
+    """The bucket, of `count`, for each hash of an item or category; 0 if the event has none."""
     return np.where(hashes > 0, hashes % (count - 1) + 1, 0)
 
 
@@ -147,7 +149,7 @@ def _slots(snapshots: Snapshots) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
     opens[1:] = ((owner[1:] != owner[:-1]) | (kind[1:] != kind[:-1]) | (basket[1:] != basket[:-1])
                  | ((basket[1:] == 0) & (moment_ms[1:] != moment_ms[:-1])))
 
-    # Of each user the newest SLOTS_MAX slots are kept: count slots from the user's newest one.
+    # Keep the newest SLOTS_MAX slots of each user: count slots back from the newest one.
     slot = np.cumsum(opens) - 1
     slots_of = np.bincount(owner[opens], minlength=users)
     ends = np.cumsum(slots_of)
@@ -186,9 +188,10 @@ def _slots(snapshots: Snapshots) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
 
 
 def _by_moment(rows: np.ndarray, owner: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
-    """The events with those of one user's moment side by side by type, and the order that does it; None: they were.
+    """Sort a user's events at the same time by type. Returns the order, None if nothing moved, and the sorted events.
 
-    Within a moment events stand by their ids, which says nothing. Recordings to the day are all such moments.
+    A window orders events at the same time by id hash, which scatters the types. Recordings with a resolution of one
+    day consist of such ties.
     """
     ts_ms, kind = rows['ts_ms'], rows['type']
     if not np.any((ts_ms[1:] == ts_ms[:-1]) & (kind[1:] < kind[:-1]) & (owner[1:] == owner[:-1])):
@@ -198,7 +201,7 @@ def _by_moment(rows: np.ndarray, owner: np.ndarray) -> tuple[np.ndarray | None, 
 
 
 def _take_rows(rows: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    # As three integers a row: numpy copies those several times faster than a structure of fields.
+    # View each row as three integers: numpy copies those several times faster than structured fields.
     return rows.view('<i8').reshape(-1, 3).take(indices, axis=0).reshape(-1).view(ROW_DTYPE)
 
 

@@ -1,8 +1,11 @@
-"""Decisions become bytes: JSON values with CloudEvents 1.0 attributes, each with its cause.
+"""Renders decisions as JSON messages with CloudEvents 1.0 attributes. Each message states its cause.
 
-The same decision always gives the same bytes and the same id, so that a message published twice can be recognised, and
-anyone can recompute it from the log: `cause` names how far the user's state had come in both input topics, or the timer
-that fired, `model` the weights, `previous_id` the user's decision before it.
+The same decision always gives the same bytes and the same id, so consumers can recognise a message that was published
+twice. Anyone can recompute a message from the input topics:
+
+    cause         the offsets that the user's state had reached in both input topics, and the timer that fired, if any
+    model         the weights
+    previous_id   the user's previous decision
 """
 from collections.abc import Mapping
 
@@ -29,12 +32,12 @@ class ModelInfo(msgspec.Struct, frozen=True):
 
     @property
     def tag(self) -> bytes:
-        """The first 8 bytes of the SHA-256, as the user's record keeps them."""
+        """The first 8 bytes of the SHA-256, which the user's record stores."""
         return bytes.fromhex(self.sha256[:16])
 
 
 class Origin(msgspec.Struct, frozen=True):
-    """What a message is about: the user as of a moment, reached by events or by a timer (0: by events)."""
+    """The time and cause of a score: the user as of `as_of_ms`, after events (`timer_ms` is 0) or after a timer."""
 
     as_of_ms: int
     timer_ms: int
@@ -46,7 +49,7 @@ def decision_message(
 ) -> Message:
     """The message of one decision. Advances the user's chain of decisions.
 
-    reasons   None: there are none for a first tier, or the budget for reasons was spent
+    reasons   None for a first tier, and for any decision that the budget for reasons does not cover
     """
     user.decisions += 1
     identity = _identity(user, origin, model, decision.kind, occasion, user.decisions)

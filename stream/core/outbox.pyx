@@ -1,20 +1,23 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""Messages, and a user's outbox: those of the user's newest step, compact, from which each is made again byte for byte.
+"""Messages and outboxes. A user's outbox holds the messages of the user's newest step, in a compact form.
 
-    message     u32 length, then the message as it is published: a decision
-    scores      u32 length with its top bit set, then, little-endian: SHA-256 of the model, 32 bytes; as-of time and
-                timer in ms, i64; expected spend, f64; purchase intent, purchase power and churn, u16; number of tiers,
-                length of the model's name and of its version, u8; number of events, u32; the tiers' probabilities, u16;
-                name and version in UTF-8; for each event the length of its id, u16, and the id. It stands for one
-                `scores.updated` message, or, where there are events, for one about each
+Each message can be rebuilt from the outbox byte for byte. An outbox is a list of items of two kinds:
 
-Scores are what a worker says most often, and nearly everything in such a message is in the user's record beside it. So
-a tenth of it is kept, and there is one way to make it, the first time and whenever it has to be sent again.
+    message     u32 length, then the JSON of a decision as it is published
+    scores      u32 length with its top bit set, then, little-endian:
+                    the model's SHA-256, 32 bytes; as-of time and timer in ms, i64; expected spend, f64;
+                    purchase intent, purchase power and churn, u16; number of tiers, length of the model's name and
+                    length of its version, u8; number of events, u32; the tier probabilities, u16;
+                    name and version in UTF-8; for each event the length of its id, u16, and the id
+                The item stands for one `scores.updated` message per event, or for a single one if it has no events.
 
-Numbers are kept in steps of the grid on which scores are published; what they look like in JSON is looked up.
+Most messages are scores, and nearly everything in them is also in the rest of the user's record. So a scores item takes
+a tenth of the size of its message. The same code renders the message the first time and whenever it is sent again.
 
-A `Message` carries its facts beside its bytes, so that nobody on its way reads them back from the JSON. Only a decision
-that comes out of a stored outbox is parsed: its bytes are all that the outbox has.
+Numbers are stored in steps of the grid on which scores are published. A table has the JSON text of each step.
+
+A `Message` carries its facts beside its bytes, so no code has to parse the JSON again. The one exception is a decision
+from a stored outbox, which has nothing but the bytes.
 """
 cdef extern from *:
     const char* _SOURCE_HASH "SOURCE_HASH"
@@ -59,13 +62,13 @@ cdef packed struct ScoresItem:
     uint32_t events
 
 if GRID_MAX != STEPS_PER_UNIT:
-    raise AssertionError('the table of grid values is of another grid: install the package again')
+    raise AssertionError('the compiled table of grid values does not match STEPS_PER_UNIT: install the package again')
 cdef char GRID[GRID_MAX + 1][8]
 cdef uint8_t GRID_SIZE[GRID_MAX + 1]
 for _step in range(GRID_MAX + 1):
     _text = orjson.dumps(_step / STEPS_PER_UNIT)
     if len(_text) > 8:
-        raise AssertionError(f'{_text!r} does not fit its place in the table of grid values')
+        raise AssertionError(f'{_text!r} does not fit into the table of grid values')
     memcpy(GRID[_step], PyBytes_AS_STRING(_text), len(_text))
     GRID_SIZE[_step] = len(_text)
 cdef bytes HEX = b'0123456789abcdef'
@@ -74,7 +77,7 @@ cdef object SCORES = Kind.SCORES
 
 
 class Facts(msgspec.Struct):
-    """What a decision's JSON says of itself."""
+    """The facts of a decision, read from its JSON."""
 
     id: str
     type: Kind
@@ -87,14 +90,14 @@ cdef object decode_facts = msgspec.json.Decoder(Facts).decode
 @cython.no_gc
 @cython.freelist(1024)
 cdef class Message:
-    """One message, as it is published, with what has to be known of it on the way.
+    """One message as it is published, with the facts that its senders and counters need.
 
     kind        CloudEvents type, a `stream.core.decide.Kind`
     message_id  32 hex digits
     key         the user's id in UTF-8
-    as_of_ms    what it says is true as of this event time, Unix ms
+    as_of_ms    the event time that the message is as of, Unix ms
     value       the JSON
-    content     of a decision that was just taken, what the JSON was made of; None for others
+    content     the values that the JSON was rendered from, for a decision that was just taken; None for other messages
     """
 
     def __init__(self, kind, bytes message_id not None, bytes key not None, int64_t as_of_ms, bytes value not None,
@@ -116,7 +119,7 @@ cdef class Message:
         return f'Message({self.kind!r}, {self.message_id!r}, {self.key!r}, {self.as_of_ms}, {self.value!r:.200})'
 
 
-# ---- bytes as they grow ---------------------------------------------------------------------------------------------
+# ---- growing buffers ------------------------------------------------------------------------------------------------
 
 cdef struct Buffer:
     char* data
@@ -124,8 +127,8 @@ cdef struct Buffer:
     Py_ssize_t room
 
 cdef Buffer PACKED      # the outbox that is being packed
-cdef Buffer TEXT        # of the message that is being made
-cdef Buffer NAME        # of what its id is the hash of
+cdef Buffer TEXT        # the JSON of the message that is being rendered
+cdef Buffer NAME        # the text whose hash is the message's id
 
 
 cdef int reserve(Buffer* into, Py_ssize_t more) except -1:
@@ -171,7 +174,7 @@ cdef int put_grid(Buffer* into, uint16_t step) except -1:
 
 
 cdef int put_string(Buffer* into, str text) except -1:
-    """The text as JSON."""
+    """Append the text as a JSON string."""
     cdef Py_ssize_t size, i
     cdef const char* data = PyUnicode_AsUTF8AndSize(text, &size)
     for i in range(size):
@@ -196,7 +199,7 @@ cdef int put_hex(Buffer* into, const char* data, Py_ssize_t size) except -1:
 # ---- the outbox -----------------------------------------------------------------------------------------------------
 
 def pack_messages(messages):
-    """Decisions' messages as the outbox keeps them."""
+    """Pack the messages of decisions into the form that the outbox stores."""
     PACKED.size = 0
     pack_into(&PACKED, messages)
     return PyBytes_FromStringAndSize(PACKED.data, PACKED.size)
@@ -214,9 +217,9 @@ cdef int pack_into(Buffer* into, messages) except -1:
 
 @cython.final
 cdef class ScoresPen:
-    """Writes the scores of one step's users, by one model, into their outboxes.
+    """Writes the scores of one step's users, from one model, into their outboxes.
 
-    Arrays   of the step's rows, on the grid: intent, power, churn, spend float64 [N], tiers float64 [N, tiers]
+    Arrays   the step's rows, rounded to the grid: intent, power, churn, spend float64 [N]; tiers float64 [N, tiers]
     """
 
     cdef ScoresItem _item
@@ -227,7 +230,8 @@ cdef class ScoresPen:
     def __init__(self, model, scores):
         cdef bytes name = model.name.encode(), version = model.version.encode(), sha256 = bytes.fromhex(model.sha256)
         if len(sha256) != sizeof(self._item.sha256) or max(len(name), len(version), scores.tiers.shape[1]) > 255:
-            raise ValueError(f'{model} cannot be named in an outbox')
+            raise ValueError(f'{model} does not fit into an outbox: 255 is the limit for the bytes of its name and of '
+                             'its version, and for its tiers; its SHA-256 has 32 bytes')
         memcpy(self._item.sha256, PyBytes_AS_STRING(sha256), sizeof(self._item.sha256))
         self._item.name_size, self._item.version_size = len(name), len(version)
         self._item.tiers = scores.tiers.shape[1]
@@ -238,8 +242,8 @@ cdef class ScoresPen:
     def write(self, User user not None, list decisions, Py_ssize_t row, int64_t as_of_ms, int64_t timer_ms, list events):
         """Set the user's outbox to the decisions and the scores of `row`; return the messages.
 
-        decisions  messages that come first, or None
-        events     those that a message each is about; empty or None: one message is about the user
+        decisions  messages of decisions, which come first; or None
+        events     one message is written about each event; if empty or None, one message is written about the user
         """
         cdef ScoresItem* item = &self._item
         cdef Py_ssize_t i, before
@@ -313,17 +317,17 @@ cdef Message read_decision(User user, bytes key, bytes value):
     try:
         facts = decode_facts(value)
         return Message(facts.type, facts.id.encode(), key, facts.as_of_ms, value)
-    except (msgspec.DecodeError, ValueError) as error:      # ValueError: text that is no UTF-8, an id of another length
+    except (msgspec.DecodeError, ValueError) as error:      # ValueError: invalid UTF-8, or an id of another length
         raise damaged(user) from error
 
 
 cdef damaged(User user):
     return StateError(f'The outbox of user {user.user_id!r} is damaged.',
-                      'move the state directory away: it is filled again from the changelog.')
+                      'move the state directory away; the worker restores it from the changelog.')
 
 
 cdef int render(User user, bytes key, const char* data, Py_ssize_t whole, list messages) except -1:
-    """The messages of one scores item of `whole` bytes. Errors: StateError where it is not one."""
+    """Append the messages of one scores item of `whole` bytes. Errors: StateError if the item is damaged."""
     cdef ScoresItem item
     cdef const uint16_t* tiers
     cdef const char* at

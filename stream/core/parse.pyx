@@ -1,16 +1,16 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""The ordinary event, read straight from its bytes: the loop that every record of every topic goes through.
+"""A fast parser for ordinary events. Every input record goes through it.
 
-`EventParser` reads what nearly all records are: one flat JSON object in ASCII without escapes, its numbers plain
-decimals. Whatever else it meets, it says None, and `stream.core.events.Decoder` decides with a complete JSON decoder
-what the record is. It never refuses anything itself, and what it reads is what the decoder would have read
-(test_parser_and_decoder_agree).
+An ordinary event is one flat JSON object in ASCII, without escapes, whose numbers are plain decimals. Nearly all
+records are like that. For any other record `EventParser` returns None, and `stream.core.events.Decoder` decides with a
+complete JSON decoder what the record is. The parser never refuses a record. An event that it returns equals the
+decoder's (test_parser_and_decoder_agree).
 
-Numbers  up to 15 digits, of which up to 15 behind the point: mantissa and power of ten are then exact doubles, and
-         their quotient is the nearest double to what was written (Clinger, "How to read floating point numbers
-         accurately", 1990).
-Hashes   XXH3 of up to 64 bytes with seed 0, after the format's description (Collet, xxhash_spec.md); longer ids go the
-         other way.
+Numbers  Up to 15 significant digits and up to 15 decimals. Mantissa and power of ten are then exact doubles, so their
+         quotient is the double nearest to the written number (Clinger, "How to read floating point numbers accurately",
+         1990).
+Hashes   XXH3 of up to 64 bytes with seed 0, after the format's description (Collet, xxhash_spec.md). Records with
+         longer texts to hash go to the decoder.
 """
 cdef extern from *:
     const char* _SOURCE_HASH "SOURCE_HASH"
@@ -32,11 +32,13 @@ from libc.string cimport memcmp, memcpy
 cdef class Event:
     """A valid event in the form that the window keeps.
 
-    Units    `ts_ms` Unix milliseconds; `amount` in the configured currency, price times quantity, never negative.
-    Hashes   XXH3 of the text: `key` 64 bits of the event id, `item` and `basket` 32, `category` 16; 0 means absent.
-             Two different events of one window share a key with a chance below 128 / 2**64 per event.
-    Place    `source` and `offset` say where it was read; the reader sets them.
-    rating   tenths plus one; 0 is no rating
+    Units    `ts_ms` is in Unix milliseconds. `amount` is price times quantity in the configured currency, never
+             negative.
+    Hashes   XXH3 of the text: `key` has 64 bits of the event id, `item` and `basket` 32 bits, `category` 16 bits. In
+             the last three, 0 means absent. The probability that a new event shares its key with another event of a
+             window of 128 is below 128 / 2**64.
+    Place    `source` and `offset` say where the event was read. The reader sets them.
+    rating   the rating in tenths, plus one; 0 means no rating
     """
 
     def __init__(self, str user_id, str event_id, uint64_t key, int64_t ts_ms, uint8_t type, uint32_t item,
@@ -59,7 +61,7 @@ cdef class Event:
 
 # ---- XXH3 -----------------------------------------------------------------------------------------------------------
 
-cdef uint8_t SECRET[64]       # the first bytes of the format's secret
+cdef uint8_t SECRET[64]       # the first 64 bytes of XXH3's default secret
 _SECRET = bytes.fromhex('b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671f'
                         'cb79e64eccc0e578825ad07dccff7221b8084674f743248ee03590e6813a264c')
 memcpy(SECRET, PyBytes_AS_STRING(_SECRET), 64)
@@ -101,7 +103,7 @@ cdef inline uint64_t mix16(const uint8_t* at, const uint8_t* secret) noexcept no
 
 
 cdef uint64_t xxh3(const uint8_t* at, Py_ssize_t size) noexcept nogil:
-    """XXH3, 64 bits, seed 0, of 1 to 64 bytes."""
+    """The 64-bit XXH3 with seed 0 of 1 to 64 bytes."""
     cdef uint64_t h, flip, low, high
     cdef uint32_t combined
     cdef Py_ssize_t i
@@ -137,7 +139,7 @@ cdef uint64_t xxh3(const uint8_t* at, Py_ssize_t size) noexcept nogil:
 
 # ---- the parser -----------------------------------------------------------------------------------------------------
 
-cdef struct Text:       # a string of the record: where it is, how long; at is NULL where it is absent or null
+cdef struct Text:       # where a string of the record begins, and its length; `at` is NULL if it is absent or null
     const uint8_t* at
     Py_ssize_t size
 
@@ -160,7 +162,7 @@ cdef inline bint names(Text* name, const char* field, Py_ssize_t size) noexcept 
 
 
 cdef const uint8_t* read_string(const uint8_t* at, const uint8_t* end, Text* text) noexcept nogil:
-    """A string from behind its opening quote; where it goes on behind the closing one, NULL if it is not plain."""
+    """Read a plain string from behind its opening quote. Returns the place behind its closing quote, or NULL."""
     cdef const uint8_t* start = at
     while at < end and at[0] != 0x22:
         if at[0] < 0x20 or at[0] >= 0x7F or at[0] == 0x5C:
@@ -173,7 +175,7 @@ cdef const uint8_t* read_string(const uint8_t* at, const uint8_t* end, Text* tex
 
 
 cdef const uint8_t* read_number(const uint8_t* at, const uint8_t* end, uint64_t* mantissa, int* decimals) noexcept nogil:
-    """A plain number that is not negative: mantissa below 10**15, and how many of its digits are decimals; else NULL."""
+    """Read a plain number >= 0: a mantissa below 10**15 and its number of decimals. Returns NULL for other numbers."""
     cdef const uint8_t* start = at
     cdef uint64_t value = 0
     cdef int places = 0
@@ -202,11 +204,12 @@ cdef const uint8_t* read_number(const uint8_t* at, const uint8_t* end, uint64_t*
 
 @cython.final
 cdef class EventParser:
-    """Reads ordinary events by one shop's rules.
+    """Parses ordinary events by one shop's rules.
 
-    currency            of all amounts; a record with another one goes the other way
-    clock_ahead_ms_max  how far an event may be ahead of its record
-    types               the codes of the known types, by name; `other` is the code of any other
+    currency            currency of all amounts; a record with another one goes to the decoder
+    clock_ahead_ms_max  how far an event may be ahead of its record's timestamp, in ms
+    types               type name -> code, for the known types
+    other               the code of any other type
     """
 
     cdef bytes _currency
@@ -230,16 +233,17 @@ cdef class EventParser:
         self._type_names = [name.encode() for name in types]
         self._types = len(types)
         if self._types > TYPES_MAX:
-            raise ValueError(f'{self._types} types, at most {TYPES_MAX} are looked up')
+            raise ValueError(f'{self._types} types, the maximum is {TYPES_MAX}')
         for i, (name, code) in enumerate(zip(self._type_names, types.values())):
             self._type_at[i], self._type_size[i] = PyBytes_AS_STRING(name), len(name)
             self._type_code[i] = code
 
     def parse(self, value, key, record_ts_ms):
-        """One record's event, None where it is not an ordinary one.
+        """Parse one record; None if it is not an ordinary event.
 
-        key           the Kafka key, which has to be the user's id; what is not bytes, and not None, is not compared
-        record_ts_ms  the record's own timestamp; None: there is none to compare with
+        key           the Kafka key, which must be the user's id; any other object than bytes or None means that there
+                      is no key to compare
+        record_ts_ms  the record's own timestamp; None if it has none to compare with
         """
         if key is None or not PyBytes_CheckExact(value):
             return None
@@ -247,7 +251,7 @@ cdef class EventParser:
                            -1 if record_ts_ms is None else record_ts_ms, 0, 0)
 
     def parse_records(self, records, uint8_t source):
-        """The events of Kafka records of one topic, in order, None for each that is not an ordinary one."""
+        """Parse the Kafka records of one topic, in order; None for each record that is not an ordinary event."""
         cdef list events = []
         for record in records:
             value, key = record.value, record.key
@@ -313,7 +317,7 @@ cdef class EventParser:
             else:
                 return None
 
-            # The fields that we know: each as it has to be, or null where it may be absent.
+            # Check the known fields. Each must be valid, or null if it is optional.
             if names(&name, b'user_id', 7):
                 if not is_text or text.size == 0 or text.size > ID_MAX:
                     return None

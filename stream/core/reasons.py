@@ -1,9 +1,13 @@
-"""Why a score is what it is, by occlusion: take one thing away, score again, report what moved the score most.
+"""Explains a score by occlusion: remove one part of the input, score again, and report the parts that matter most.
 
-What is taken away is one slot of the window (an event, or the lines of one basket), the silence (the same user as of
-the newest event), or one group of counters (set to the value of a shopper without any; groups are few, since half of a
-history taken away is a shopper that cannot be). It costs tens of scores an alert: therefore only users who get one are
-explained, and within a budget.
+Three kinds of parts are removed, one at a time:
+
+    slot      one slot of the window: an event, or the lines of one basket
+    silence   the time since the newest event: the user is scored as of that event
+    group     one group of counters, set to the values of a shopper without history. The groups are few and large: a
+              shopper with half of a history removed would be unlike any real one
+
+An explanation costs tens of scores. So only alerts and tier changes are explained, and only within a budget.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +22,8 @@ from stream.core.scores import STEPS_PER_UNIT, Scores
 
 SLOTS_EXPLAINED_MAX = 16
 REASONS_MAX = 3
-ACTIVITY_DAYS = 30      # the horizon in which recent activity is put into words
-_EFFECT_MIN = 5 / STEPS_PER_UNIT            # smaller moves are the grid's noise, no reason
+ACTIVITY_DAYS = 30      # how far back the words about recent activity look
+_EFFECT_MIN = 5 / STEPS_PER_UNIT            # smaller effects may come from rounding to the grid
 _GROUPS = tuple(name for name in COUNTER_GROUPS if name not in ('silence', 'calendar'))
 _GROUP_COLUMNS = {name: [COUNTER_NAMES.index(column) for column in COUNTER_GROUPS[name]] for name in _GROUPS}
 
@@ -34,11 +38,11 @@ _DEEDS = {
 
 @dataclass(slots=True)
 class Occlusions:
-    """Occluded variants of some rows: what was taken away in each, and the features to score.
+    """Occluded variants of some rows: what each variant lacks, and the features to score.
 
-    row     int64 [variants] index of the row that is explained
-    group   [variants] the group of counters that is taken away, 'silence', or '' for a slot
-    slot    int64 [variants] the slot that is taken away, -1 where it is a group
+    row     int64 [variants] index of the explained row
+    group   [variants] the removed group of counters, or 'silence'; '' if a slot was removed
+    slot    int64 [variants] the removed slot; -1 if a group or the silence was removed
     """
 
     snapshots: Snapshots
@@ -50,13 +54,13 @@ class Occlusions:
 
 
 def variants(base: Features, rows: np.ndarray) -> np.ndarray:
-    """How many model rows it takes at most to explain each of these rows."""
+    """The most model rows that the explanation of each of these rows may need."""
     slots = base.starts[rows + 1] - base.starts[rows]
     return np.minimum(slots, SLOTS_EXPLAINED_MAX) + 1 + len(_GROUPS)
 
 
 def occlude(snapshots: Snapshots, rows: Sequence[int], base: Features) -> Occlusions:
-    """Occluded variants of the given rows. `base` are the features of `snapshots`."""
+    """Occluded variants of the given rows. `base` holds the features of `snapshots`."""
     owner: list[int] = []
     group: list[str] = []
     slot: list[int] = []
@@ -96,9 +100,9 @@ def occlude(snapshots: Snapshots, rows: Sequence[int], base: Features) -> Occlus
 
 
 def explain(occlusions: Occlusions, occluded: Scores, row: int, kind: Kind, scores: Scores) -> list[dict]:
-    """The up to REASONS_MAX strongest reasons for the score behind a message of `kind` about `row`.
+    """The strongest reasons, at most REASONS_MAX, for the score behind a message of `kind` about `row`.
 
-    `effect` is the score as it is minus the score without the thing: positive raised it.
+    `effect` is the score minus the score without the part. A positive effect means that the part raised the score.
     """
     column = {Kind.POWER: 'power', Kind.INTENT: 'intent', Kind.CHURN: 'churn'}[kind]
     mine = np.flatnonzero((occlusions.row == row) & occluded.usable)
@@ -109,7 +113,7 @@ def explain(occlusions: Occlusions, occluded: Scores, row: int, kind: Kind, scor
 
 
 def words(occlusions: Occlusions, variant: int) -> dict:
-    """What was taken away in a variant, for a person."""
+    """What a variant lacks, in words."""
     snapshots, row = occlusions.snapshots, int(occlusions.row[variant])
     header, moment_ms, group = snapshots.headers[row], int(snapshots.as_of_ms[row]), occlusions.group[variant]
     if not group:
@@ -123,7 +127,7 @@ def words(occlusions: Occlusions, variant: int) -> dict:
 
 
 def _span(counts: np.ndarray, ends: np.ndarray, row: int) -> np.ndarray:
-    """Indices of a row's parts in an array that holds `counts[i]` parts of each row, row after row, up to `ends[i]`."""
+    """Indices of one row's parts, in an array that holds `counts[i]` parts for row i, ending before `ends[i]`."""
     return np.arange(int(ends[row]) - int(counts[row]), int(ends[row]))
 
 

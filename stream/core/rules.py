@@ -1,4 +1,4 @@
-"""The settings of the rules: everything that decides what comes out of given events and a given model."""
+"""The settings of the rules. Events, model and these settings together determine the outputs."""
 from typing import Literal
 
 import msgspec
@@ -11,10 +11,11 @@ Publish = Literal['changes', 'all', 'events']
 
 
 class StepRules(msgspec.Struct, frozen=True, kw_only=True):
-    """What the step driver needs.
+    """Settings of the step driver.
 
-    publish            changes: decisions only; all: scores of every scored user too; events: scores once per event
-    reasons_rows_max   model rows that the reasons of one step may cost
+    publish            changes: only decisions; all: also the scores of every scored user; events: also scores once per
+                       event
+    reasons_rows_max   the most model rows that the reasons of one step may use
     """
 
     limits: WindowLimits = WindowLimits()
@@ -24,9 +25,10 @@ class StepRules(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReplayRules(StepRules, frozen=True, kw_only=True):
-    """What a replay of recorded files needs besides: how to read events, and where to cut the stream into runs.
+    """Further settings of a replay of recorded files: how to read events, and where to cut the stream into runs.
 
-    block_span_ms_max   of event time, from the first to the last event of a run
+    block_events_max    the most events of a run
+    block_span_ms_max   the longest event time from the first to the last event of a run, in ms
     """
 
     events: EventRules = EventRules()

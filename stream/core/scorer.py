@@ -1,4 +1,4 @@
-"""What the rules ask of a scorer. `stream.scoring` has the scorers; one contract test runs over all of them."""
+"""The interface of a scorer. `stream.scoring` has the implementations; one contract test covers all of them."""
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -8,16 +8,16 @@ from stream.core.scores import Outputs
 
 
 class Scorer(Protocol):
-    """Answers batches with the outputs of one pinned model.
+    """Scores batches with one pinned model.
 
-    Outputs come in the order of the batches, rows in the order of a batch, `row_id_out` equal to `row_id`.
-    Errors   ModelError where the model cannot answer.
+    Outputs are in the order of the batches, with rows in the order of each batch and `row_id_out` equal to `row_id`.
+    Errors   ModelError if the model cannot answer.
     """
 
     model: ModelInfo
     tier_names: tuple[str, ...]
     trained_on: str
-    rows_max: int       # the largest batch that it takes
+    rows_max: int       # the largest batch that it accepts
 
     async def score(self, batches: Sequence[Batch]) -> list[Outputs]: ...
 

@@ -1,8 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""One user's record in memory, the fold that every event goes through, and the record's codec.
+"""A user's record in memory, the fold that applies events to it, and its codec.
 
-Compiled, since all throughput ends here. The layout is `stream.core.layout`'s; the structs below repeat it for the
-compiler, and are compared with it when this module is imported.
+This module is compiled because the fold limits the throughput of the whole worker. `stream.core.layout` defines the
+layout. The structs below repeat it for the compiler, and an import of this module checks that the two agree.
 """
 cdef extern from *:
     const char* _SOURCE_HASH "SOURCE_HASH"
@@ -95,7 +95,7 @@ if not (sizeof(Header) == HEADER.size and sizeof(Row) == ROW.size and sizeof(Day
         and <char*> &_probe.due_ms - <char*> &_probe == HEADER_DTYPE.fields['due_ms'][1]
         and <char*> &_probe.step - <char*> &_probe == HEADER_DTYPE.fields['step'][1]
         and <char*> &_probe.power_grid - <char*> &_probe == HEADER_DTYPE.fields['power_grid'][1]):
-    raise AssertionError('the compiled layout is not the one of stream.core.layout: install the package again')
+    raise AssertionError('the compiled layout differs from stream.core.layout: install the package again')
 
 
 cdef struct Limits:
@@ -110,7 +110,7 @@ cdef int read_limits(limits, Limits* into) except -1:
     into.events_max, into.span_ms = limits.events_max, limits.span_ms
     into.silences = len(limits.silence_ms)
     if into.silences > 255:
-        raise ValueError(f'{into.silences} delays of silence, at most 255 are kept')
+        raise ValueError(f'{into.silences} silence delays, the maximum is 255')
     for i in range(into.silences):
         into.silence_ms[i] = limits.silence_ms[i]
     return 0
@@ -122,11 +122,11 @@ cdef int read_limits(limits, Limits* into) except -1:
 @cython.no_gc
 @cython.freelist(1024)
 cdef class User:
-    """One user's record, decoded and mutable. `rows`, `ids` and `days` stay packed; the rest are plain numbers.
+    """One user's record, decoded and mutable. `rows`, `ids` and `days` stay packed; the other fields are plain values.
 
-    Names and units are those of the header's fields in `stream.core.layout`. `next_offset` and `counts` are lists of
-    their own each time they are read; set them whole. `stored_due_ms` is no part of the record: it is the timer that
-    the index of due times holds for it.
+    Names and units are those of the header's fields in `stream.core.layout`. Reading `next_offset` or `counts` returns
+    a new list; to change one, assign a whole list. `stored_due_ms` is not part of the record. It is the due time that
+    the timer index holds for the user.
     """
 
     def __init__(self, str user_id):
@@ -173,7 +173,7 @@ def _revived(str user_id, bytes record, int64_t stored_due_ms):
 
 # ---- the fold -------------------------------------------------------------------------------------------------------
 
-cdef enum Outcome:      # as `Fold`; WAITS: a timer has to fire first
+cdef enum Outcome:      # the values of `Fold`, and WAITS: a timer must fire before the event is folded
     APPLIED
     DUPLICATE
     LATE
@@ -184,16 +184,16 @@ cdef tuple FOLDS = tuple(Fold)
 
 
 def fold(User user not None, events, limits):
-    """Put a run of events of one user, in the order in which they were read, into `user`; say what happened to each.
+    """Fold a run of one user's events into `user`, in the order in which they were read; return the outcome of each.
 
-    Ends before an event at or after the timer as an earlier event of the run has left it: then fewer outcomes than
-    events come back, and the timer has to fire before the rest.
+    An event of the run may set a timer. The fold stops before the next event at or after the due time, because the
+    timer must fire first. It then returns fewer outcomes than there are events.
 
-    Shapes   user.rows: 0..events_max rows in, the same bound out.
-    Units    milliseconds of event time; wall time never enters.
-    Errors   none: a repeat or a late event is an answer, not an exception.
+    Shapes   `user.rows` has 0 to events_max rows, before and after.
+    Units    milliseconds of event time; wall time plays no role.
+    Errors   none: a repeated or late event is an outcome, not an exception.
     Promise  any order of events with distinct ids gives the same window (test_arrival_order_does_not_matter); of two
-             events with one id, the one that arrives first is kept.
+             events with the same id, the first to arrive is kept.
     """
     cdef Limits bounds
     cdef Event event
@@ -209,10 +209,13 @@ def fold(User user not None, events, limits):
 
 
 def fold_runs(dict users not None, events, limits):
-    """Fold `events`, in order, each into its user of `users`, each user's until a timer has to fire in between.
+    """Fold `events`, in order, into their users. A user's events stop where one of the user's timers must fire first.
 
-    Returns  runs, counts, rest: per touched user, in the order of first events, the user and the events applied;
-             how many events had which `Fold`; the events that wait for a timer
+    users    all users of `events`, by id
+    Returns  runs, counts, rest
+             runs    each touched user with the events applied, in the order of the users' first events
+             counts  number of events per outcome, indexed by `Fold`
+             rest    the events that wait for a timer
     """
     cdef Limits bounds
     cdef Event event
@@ -255,9 +258,9 @@ def fold_runs(dict users not None, events, limits):
 
 
 def overdue(dict users not None, list events not None):
-    """The users whose timer comes before their first new event among `events`, by due time, then id.
+    """The users with a timer due at or before their first new event among `events`, ordered by due time, then id.
 
-    A redelivered event, below the user's stored offset, fires nothing: it did when it came for the first time.
+    A redelivered event, which is below the user's stored offset, fires no timer: it did when it first arrived.
     """
     cdef Event event
     cdef User user
@@ -282,7 +285,7 @@ def overdue(dict users not None, list events not None):
 
 
 def newest_ms(list events not None):
-    """The newest time among the events of each source, 0 where there is none."""
+    """The newest event time of each source; 0 for a source without events."""
     cdef Event event
     cdef int64_t newest[2]
     newest[0] = newest[1] = 0
@@ -342,7 +345,7 @@ cdef bint contains(bytearray ids, uint64_t key) noexcept:
 
 
 cdef Py_ssize_t place_of_event(User user, int64_t ts_ms, uint64_t key) noexcept:
-    """Where (ts_ms, key) belongs; searched from the newest side, since most late events are a little late."""
+    """The index where (ts_ms, key) belongs. The search starts at the newest row, because most old events are recent."""
     cdef const Row* rows = <const Row*> PyByteArray_AS_STRING(user.rows)
     cdef const uint64_t* ids = <const uint64_t*> PyByteArray_AS_STRING(user.ids)
     cdef Py_ssize_t place = PyByteArray_GET_SIZE(user.ids) // ID_BYTES
@@ -376,7 +379,7 @@ cdef int drop(User user, Py_ssize_t events) except -1:
 
 cdef int drop_older(User user, int64_t horizon_ms) except -1:
     cdef const Row* rows = <const Row*> PyByteArray_AS_STRING(user.rows)
-    cdef Py_ssize_t old = 0     # the newest row is never older than the horizon, so the search ends before the last row
+    cdef Py_ssize_t old = 0     # the newest row is never older than the horizon, so the loop ends there at the latest
     while rows[old].ts_ms < horizon_ms:
         old += 1
     if old:
@@ -385,7 +388,7 @@ cdef int drop_older(User user, int64_t horizon_ms) except -1:
 
 
 cdef int count_event(User user, Event event) except -1:
-    """The event's day bucket, and its money."""
+    """Add the event to its day bucket, and its amount to the spend or the refunds."""
     cdef int64_t day = event.ts_ms // DAY_MS
     cdef Day* bucket
     cdef bint opens
@@ -394,7 +397,7 @@ cdef int count_event(User user, Event event) except -1:
         opens = opens_order(user, event.ts_ms, event.basket)
         bucket = bucket_of(user, day)
         if bucket != NULL:
-            if opens and bucket.orders != 0xFFFF:       # at 65,535 the counter stays
+            if opens and bucket.orders != 0xFFFF:       # the counter saturates at 65,535
                 bucket.orders += 1
             bucket.spend = <float> (<double> bucket.spend + event.amount)
     elif event.type == REFUND:
@@ -414,9 +417,9 @@ cdef int count_event(User user, Event event) except -1:
 
 
 cdef bint opens_order(User user, int64_t ts_ms, uint32_t basket) noexcept:
-    """Whether this purchase opens a new order; else it is one more line of the newest one.
+    """Whether this purchase opens a new order. If not, it is another line of the newest order.
 
-    Lines of several baskets that arrive interleaved count as an order each time the basket changes.
+    If lines of several baskets arrive interleaved, each change of basket counts as a new order.
     """
     cdef double gap_days
     if user.orders and (basket == user.last_basket if basket else ts_ms == user.last_order_ms):
@@ -436,9 +439,9 @@ cdef bint opens_order(User user, int64_t ts_ms, uint32_t basket) noexcept:
 
 
 cdef Day* bucket_of(User user, int64_t day) except? NULL:
-    """The day's bucket, made if there was none; NULL for a day that is no longer kept.
+    """The day's bucket, created if it does not exist; NULL if the day is too old to be kept.
 
-    Buckets `DAYS_KEPT` days or more behind the newest one are dropped.
+    Buckets that are `DAYS_KEPT` days or more older than the newest one are dropped.
     """
     cdef bytearray days = user.days
     cdef Day* buckets = <Day*> PyByteArray_AS_STRING(days)
@@ -465,12 +468,12 @@ cdef Day* bucket_of(User user, int64_t day) except? NULL:
 
 
 def clock_ms(User user not None, limits):
-    """How far the user's time has come: the newest event, or the timer that has fired since."""
+    """The user's clock in ms of event time: the newest event, or the due time of the newest timer fired since."""
     return user.last_seen_ms + (limits.silence_ms[user.silence - 1] if user.silence else 0)
 
 
 def fire_timer(User user not None, limits):
-    """Take the silence timer that is due and set the next one; return when it was due, in ms of event time."""
+    """Fire the silence timer that is due and set the next one; return the due time, in ms of event time."""
     due_ms = user.due_ms
     user.silence += 1
     user.due_ms = (user.last_seen_ms + limits.silence_ms[user.silence]
@@ -501,7 +504,7 @@ cdef int write_header(User user, char* into) except -1:
     if (PyBytes_GET_SIZE(user.decision_id) != sizeof(header.decision_id)
             or PyBytes_GET_SIZE(user.model) != sizeof(header.model)
             or PyBytes_GET_SIZE(user.claims) != sizeof(header.claims)):
-        raise ValueError(f'the record of {user.user_id!r} has a field of another width than the layout')
+        raise ValueError(f'decision_id, model or claims of user {user.user_id!r} has another width than the layout')
     memcpy(header.decision_id, PyBytes_AS_STRING(user.decision_id), sizeof(header.decision_id))
     memcpy(header.model, PyBytes_AS_STRING(user.model), sizeof(header.model))
     memcpy(header.claims, PyBytes_AS_STRING(user.claims), sizeof(header.claims))
@@ -513,14 +516,14 @@ cdef uint16_t FORMAT_NUMBER = FORMAT
 
 
 def pack_header(User user not None):
-    """The record's fixed part, HEADER.size bytes."""
+    """The record's header, HEADER.size bytes."""
     cdef bytes header = PyBytes_FromStringAndSize(NULL, sizeof(Header))
     write_header(user, PyBytes_AS_STRING(header))
     return header
 
 
 cpdef bytes encode(User user):
-    """The user's record as bytes; `decode` is its inverse."""
+    """The user's record as bytes. `decode` is the inverse."""
     cdef Py_ssize_t days = PyByteArray_GET_SIZE(user.days), outbox = PyBytes_GET_SIZE(user.outbox)
     cdef Py_ssize_t ids = PyByteArray_GET_SIZE(user.ids), rows = PyByteArray_GET_SIZE(user.rows)
     cdef bytes record = PyBytes_FromStringAndSize(NULL, <Py_ssize_t> sizeof(Header) + days + outbox + ids + rows)
@@ -535,9 +538,9 @@ cpdef bytes encode(User user):
 
 
 def decode(str user_id, record):
-    """A stored record as a `User`.
+    """Decode a stored record.
 
-    Errors   StateError where the layout's number is unknown or the length does not fit the header's counts.
+    Errors   StateError if the number of the layout is unknown, or the length does not match the header's counts.
     """
     cdef bytes data = record if type(record) is bytes else bytes(record)
     cdef Py_ssize_t size = PyBytes_GET_SIZE(data), days, ids, rows
@@ -549,9 +552,9 @@ def decode(str user_id, record):
     memcpy(&header, at, sizeof(Header))
     if header.format not in FORMATS_READ:
         raise StateError(
-            f'The record of user {user_id!r} has layout {header.format}, this version reads layout '
+            f'The record of user {user_id!r} has layout {header.format}, this version reads layouts '
             f'{" and ".join(map(str, FORMATS_READ))}.',
-            'run the version that wrote it, on all workers of the group: the changelog has records of it too.')
+            'run the version that wrote the record, on all workers of the group: the changelog has such records too.')
     days, ids, rows = header.days * sizeof(Day), header.events * ID_BYTES, header.events * sizeof(Row)
     if size != <Py_ssize_t> sizeof(Header) + days + header.outbox_bytes + ids + rows:
         raise damaged(user_id, f'{size} bytes, its header says '
@@ -591,9 +594,11 @@ cdef damaged(str user_id, str what):
 @cython.no_gc
 @cython.freelist(1024)
 cdef class Change:
-    """A user's record as one step leaves it, with the timer that the index holds and the one that it shall hold.
+    """A user's record after a step, and the change of the user's timer.
 
-    new     whether there was no record of the user
+    due_before_ms  the due time that the timer index holds; NO_TIMER_MS if it holds none
+    due_ms         the due time that the index must hold after the write
+    new            whether the user had no record before
     """
 
     def __init__(self, bytes user_id, bytes record, int64_t due_before_ms, int64_t due_ms, bint new=False):
@@ -602,7 +607,7 @@ cdef class Change:
 
 
 def change_of(User user not None, bint new=False):
-    """What has to be written of the user now; from then on the index is taken to hold the user's timer."""
+    """The change to write for the user. Sets `stored_due_ms`, as if the timer index already held the new due time."""
     cdef Change change = Change.__new__(Change)
     change.user_id, change.record, change.new = user.user_id.encode(), encode(user), new
     change.due_before_ms, change.due_ms = user.stored_due_ms, user.due_ms
@@ -611,7 +616,7 @@ def change_of(User user not None, bint new=False):
 
 
 def stamp(list users not None, int64_t step, uint32_t generation):
-    """Say in each record which step it is of, and of which owner; return for each whether there was no record before."""
+    """Set step and generation of each user; return, for each, whether the user had no record before."""
     cdef User user
     cdef list new = []
     for user in users:
@@ -621,9 +626,9 @@ def stamp(list users not None, int64_t step, uint32_t generation):
 
 
 def keep(dict kept not None, list users not None, list changes not None, Py_ssize_t object_bytes):
-    """Put the users into `kept`, by id; return by how many bytes it has grown.
+    """Put the users into `kept`, by id; return by how many bytes `kept` has grown.
 
-    changes       of the users: a user takes as much as the record, and `object_bytes`
+    changes       the users' changes, in the same order: a user takes the size of the record, plus `object_bytes`
     """
     cdef User user
     cdef Change change
@@ -637,7 +642,7 @@ def keep(dict kept not None, list users not None, list changes not None, Py_ssiz
 
 
 def join(list users not None):
-    """The packed parts of N users, user after user: headers, days, rows."""
+    """Headers, days and rows of N users, each joined user after user."""
     cdef User user
     cdef Py_ssize_t days = 0, rows = 0
     for user in users:

@@ -1,9 +1,10 @@
-"""All lanes of a worker: which partitions it owns, keeps copies of, reads back, and how they are doing.
+"""All lanes of a worker: which partitions it owns, which it stands by for, which it is recovering, and their health.
 
-    rebalance       the group takes partitions away: every lane ends its step in flight, within `drain_timeout_ms`, and
-                    what is done is committed; stores stay open. Then it hands partitions out: stores of those that went
-                    elsewhere are closed, the others are read up to the end of their changelog, and their lanes begin.
-    failure         the first error of a lane, the changelog reader or the watchdog; the worker exits with it.
+    rebalance   First the group revokes partitions. Every lane finishes its step in flight, within `drain_timeout_ms`,
+                and finished steps are committed. Stores stay open. Then the group assigns partitions. Stores of
+                partitions that went elsewhere are closed. The other stores are read up to the end of their changelogs,
+                and their lanes start.
+    failure     The first error of a lane, of the changelog reader or of the watchdog. The worker exits with it.
 """
 import asyncio
 import importlib.metadata
@@ -24,11 +25,11 @@ from stream.state.partition_stores import PartitionStores
 log = logging.getLogger(__name__)
 VERSION = importlib.metadata.version('stream-scoring')
 WATCH_S = 1.0
-JOIN_S_MAX = 240.0          # for the group to answer: its members may drain, or be given up, first
+JOIN_S_MAX = 240.0          # how long joining the group may take: other members may have to drain or time out first
 
 
 class Assignment:
-    """The lanes of the partitions that this worker owns, and the stores of those that it stands by for."""
+    """The lanes of the partitions that this worker owns, and the stores of the partitions that it stands by for."""
 
     def __init__(self, topics: tuple[str, str], stores: PartitionStores, reader: ChangelogReader, tools: Tools,
                  group: str, drain_timeout_ms: int, stuck_timeout_ms: int) -> None:
@@ -53,7 +54,7 @@ class Assignment:
     # ---- blocks and positions (the consumer's `Owner`) ---------------------------------------------------------------
 
     def admit(self, block: Block) -> None:
-        """Bring a block to its lane; one without a lane is of an assignment that is gone."""
+        """Pass a block to its lane. Without a lane, the block belongs to an old assignment and is dropped."""
         lane = self._lanes.get(block.partition)
         if lane is not None:
             lane.admit(block)
@@ -80,20 +81,20 @@ class Assignment:
         self._polled_at = time.monotonic()
 
     async def drain(self) -> None:
-        """End all steps in flight and begin no other, within the configured time."""
+        """Finish the steps in flight, within the configured time, and start no others."""
         await self._reader.unfollow()
         await asyncio.gather(*(lane.stop(self._drain_s) for lane in self._lanes.values()))
 
     # ---- rebalances ------------------------------------------------------------------------------------------------
 
     async def assign(self, active: Iterable[int], standby: Iterable[int], generation: int) -> None:
-        """Own `active` and stand by for `standby`, until the next call. `drain` must have been called before.
+        """Own the partitions `active` and stand by for `standby` until the next call.
 
-        Errors   StateError where a store cannot be opened.
+        Errors   StateError if a store cannot be opened.
         """
         owned, copies = set(active), set(standby) - set(active)
         await self.drain()
-        self._lanes, self._standbys = {}, copies        # nobody asks a store while it is closed
+        self._lanes, self._standbys = {}, copies        # so that nothing uses a store that is being closed
         for number in set(self._stores.open_partitions()) - owned - copies:
             await asyncio.to_thread(self._stores.release, number)
             self._tools.metrics.revoked(self._topics, number)
@@ -106,7 +107,7 @@ class Assignment:
                 followers[number] = Follower(store, False, self._starter(lane))
             else:
                 followers[number] = Follower(store, True)
-        log.info('Owner of partitions %s, copies of %s (generation %d).', sorted(owned), sorted(copies), generation)
+        log.info('Assigned partitions %s, standby for %s (generation %d).', sorted(owned), sorted(copies), generation)
         self._tools.metrics.rebalances.inc()
         self.joined = True
         if followers and not self._stopping:
@@ -128,12 +129,12 @@ class Assignment:
             self.fail(error)
 
     def fail(self, error: BaseException) -> None:
-        """The worker cannot go on. Only the first error counts."""
+        """End the worker with this error. Only the first error counts."""
         if not self.failure.done():
             self.failure.set_result(error)
 
     async def close(self) -> None:
-        """Drain, and close every store."""
+        """Drain the lanes and close every store."""
         self._stopping = True
         await self.drain()
         await self._reader.close()
@@ -141,10 +142,10 @@ class Assignment:
         for number in self._stores.open_partitions():
             await asyncio.to_thread(self._stores.release, number)
 
-    # ---- how it is doing (the admin server's `Health`) ---------------------------------------------------------------
+    # ---- health (the admin server's `Health`) ------------------------------------------------------------------------
 
     async def watchdog(self) -> None:
-        """Measure every second; give up on a lane that does not move although it could."""
+        """Update the metrics every second. Fail the worker if a lane is stuck or Kafka is no longer polled."""
         while True:
             await asyncio.sleep(WATCH_S)
             self._measure()
@@ -154,12 +155,12 @@ class Assignment:
                     lane.moved_at = time.monotonic()
                 elif still_s > self._stuck_s:
                     self.fail(StateError(
-                        f'Partition {lane.number} has not moved for {still_s:.0f} s although events wait.',
-                        'start the worker again; report this with the log if it comes back.'))
+                        f'Partition {lane.number} has made no progress for {still_s:.0f} s although events are '
+                        'waiting.', 'restart the worker; if this happens again, report it with the log.'))
             silent_s = time.monotonic() - self._polled_at
             if silent_s > self._stuck_s and (self.joined or silent_s > self._join_s):
-                self.fail(StateError(f'Kafka has not been polled for {silent_s:.0f} s.',
-                                     'start the worker again; report this with the log if it comes back.'))
+                self.fail(StateError(f'The worker has not polled Kafka for {silent_s:.0f} s.',
+                                     'restart the worker; if this happens again, report it with the log.'))
 
     def _measure(self) -> None:
         metrics = self._tools.metrics
@@ -178,11 +179,11 @@ class Assignment:
         metrics.scorer_holding.set(any(lane.holding for lane in self._lanes.values()))
 
     def live(self) -> list[str]:
-        """Why the worker should be started again; nothing where it lives."""
+        """Why the worker must be restarted; empty if it is healthy."""
         return [str(self.failure.result())] if self.failure.done() else []
 
     def ready(self) -> list[str]:
-        """Why events do not flow; nothing where they do."""
+        """Why events are not being processed; empty if they are."""
         reasons = self.live()
         if not self.joined:
             reasons.append('the consumer group has not been joined')
@@ -197,22 +198,22 @@ class Assignment:
 
     def _why_not(self, lane: Lane) -> str:
         if not lane.running:
-            return 'state is being read back'
+            return 'state is being restored'
         if lane.holding:
             return f'events are held: {lane.holding}'
         if stale := [tp.topic for source, tp in enumerate(lane.tps) if self._stale(lane, Source(source))]:
             return f'no answer from Kafka for {" and ".join(stale)}'
         if lane.waiting and time.monotonic() - lane.moved_at > self._stuck_s / 2:
-            return f'has not moved for more than {self._stuck_s / 2:.0f} s although events wait'
+            return f'no progress for more than {self._stuck_s / 2:.0f} s although events are waiting'
         return ''
 
     def _stale(self, lane: Lane, source: Source) -> bool:
-        """Whether the fetches of a partition whose lane has room are no longer answered."""
+        """Whether the lane has room for this source but its fetches are no longer answered."""
         ago_ms = self._tools.consumer.fetched_ms_ago(lane.tps[source], int(time.time() * 1000))
         return lane.intake.wants(source) and ago_ms is not None and ago_ms > FETCH_FRESH_MS
 
     def status(self) -> Status:
-        """Partitions, their states and lags; nothing of a shop."""
+        """Partitions with their states and lags. Contains no data about the shop or its shoppers."""
         model = self._tools.scorer.model
         partitions = [LaneStatus(
             number, self._state(lane), lane.store.meta.lane.step,

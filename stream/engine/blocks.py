@@ -1,8 +1,8 @@
-"""A block: the records of one topic partition that one fetch returned, as the unit that travels through Faust.
+"""Blocks: the records that one fetch returned of one topic partition. A block is the unit that travels through Faust.
 
-One Faust message carries one block, so that an agent's `async for` sees blocks and the cost per event is decoding and
-folding alone. A block names the fetch positions that it spans. Positions, not record offsets: transaction markers,
-aborted and compacted records leave gaps between offsets that are no loss.
+One Faust message carries one block, and the agent's `async for` iterates over blocks. So the only costs per event are
+decoding and folding. A block states the fetch positions that it spans. It uses positions, not record offsets, because
+transaction markers, aborted records and compacted records leave gaps between offsets without any loss.
 """
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -13,18 +13,18 @@ from stream.core.events import KafkaRecord
 
 
 class FetchedRecord(KafkaRecord, Protocol):
-    """A record as it was fetched: what the decoder reads, and the headers, which a dead letter keeps."""
+    """A fetched record: the part that the decoder reads, and the headers, which a dead letter keeps."""
 
     @property
     def headers(self) -> Sequence[tuple[str, bytes | None]]: ...
 
 
 class Block(msgspec.Struct, gc=False):
-    """The records at fetch positions [start, stop) of a topic partition; there may be none.
+    """The records at fetch positions [start, stop) of a topic partition. There may be none.
 
-    epoch       of the assignment under which it was fetched: older ones are worthless
-    times_ms    the records' timestamps
-    bytes       of the records' values
+    epoch       the partition's epoch when the block was fetched; a seek starts a new one, which makes the block stale
+    times_ms    the records' timestamps, Unix ms; computed if not given
+    bytes       total size of the records' values; computed if not given
     """
 
     topic: str
@@ -46,8 +46,8 @@ class Block(msgspec.Struct, gc=False):
     def first_ms(self) -> int:
         return self.times_ms[0] if self.times_ms else 0
 
-    def upto(self, horizon_ms: int) -> tuple['Block', 'Block | None']:
-        """The block's part before its first record after `horizon_ms`, and the rest, if there is one."""
+    def split(self, horizon_ms: int) -> tuple['Block', 'Block | None']:
+        """Split the block before its first record later than `horizon_ms`. The second part is None if there is none."""
         if max(self.times_ms, default=horizon_ms) <= horizon_ms:
             return self, None
         at = next(index for index, ts_ms in enumerate(self.times_ms) if ts_ms > horizon_ms)
@@ -57,13 +57,13 @@ class Block(msgspec.Struct, gc=False):
         return here, rest
 
     def joined(self, after: 'Block') -> 'Block':
-        """This block and the one that begins where it ends, as one."""
+        """This block joined with `after`, which must begin where this one ends."""
         return Block(self.topic, self.partition, after.epoch, self.start, after.stop, [*self.records, *after.records],
                      self.times_ms + after.times_ms, self.bytes + after.bytes)
 
 
 def cut(block: Block, events_max: int) -> Iterator[Block]:
-    """The block in blocks of at most `events_max` records, which together span the same positions."""
+    """Cut the block into blocks of at most `events_max` records. Together they span the same positions."""
     records, start = block.records, block.start
     for at in range(0, max(len(records), 1), events_max):
         part = records[at:at + events_max]

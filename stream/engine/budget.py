@@ -1,12 +1,14 @@
-"""How much may be under way at once, over all lanes of a worker."""
+"""Limits how many events are in flight at once over all lanes of a worker."""
 import asyncio
 from collections import deque
 
 
 class Budget:
-    """Lets in what fits, in the order of asking; something is always let in, whatever its size.
+    """A first-come, first-served limit on the total size of what is in flight.
 
-    size_max   of all that is in
+    Anything may enter while nothing is in flight, even if it is larger than the limit.
+
+    size_max   the limit
     """
 
     def __init__(self, size_max: int) -> None:
@@ -15,7 +17,7 @@ class Budget:
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     async def enter(self, size: int) -> None:
-        """Wait until there is room. Cancelled, it has not entered."""
+        """Wait until there is room, then take it. A cancelled call takes no room."""
         if not self._waiting and self._fits(size):
             self._in += size
             return
@@ -25,11 +27,11 @@ class Budget:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
-                self.leave(size)        # it was let in, and does not want to any more
+                self.leave(size)        # it had been let in just before it was cancelled
             raise
 
     def leave(self, size: int) -> None:
-        """Make room for others."""
+        """Give room back."""
         self._in -= size
         while self._waiting and (self._waiting[0][1].done() or self._fits(self._waiting[0][0])):
             size, turn = self._waiting.popleft()

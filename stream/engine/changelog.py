@@ -1,8 +1,9 @@
-"""Reads changelogs back: for partitions that this worker takes over, and for those of which it keeps a copy.
+"""Restores stores from their changelogs, for partitions that this worker takes over and for standby copies.
 
-A reader of its own, outside the group: nothing else moves its positions. It begins where the store stands; what arrives
-is applied in blocks, records, timers and offset together. A partition is whole when the end that the changelog had when
-it was taken over is reached. A copy is followed for as long as it is kept.
+The reader has a consumer of its own, outside the group, so nothing else moves its positions. It starts at each store's
+changelog offset. It applies records in blocks: records, timers and offset are written together. A partition that is
+being taken over is restored when its store reaches the end that the changelog had at that time. A standby copy is
+followed for as long as the worker keeps it.
 """
 import asyncio
 import logging
@@ -28,7 +29,13 @@ PROGRESS_S = 5.0
 
 
 class Follower(msgspec.Struct):
-    """A partition's store that is brought, or kept, up to date. `whole` is called once the end has been reached."""
+    """A store that follows its changelog.
+
+    standby   whether the store is a standby copy, which is followed without end
+    whole     called once the store has been restored; None for a standby
+    end       the changelog's end offset when following began
+    left      records that the store still lacks
+    """
 
     store: PartitionStore
     standby: bool
@@ -38,7 +45,7 @@ class Follower(msgspec.Struct):
 
 
 class ChangelogReader:
-    """Follows the changelog of some partitions at a time."""
+    """Follows the changelogs of a set of partitions."""
 
     def __init__(self, settings: Settings, topic: str, metrics: Metrics) -> None:
         self._settings = settings
@@ -51,12 +58,15 @@ class ChangelogReader:
 
     @property
     def recovering(self) -> dict[int, int]:
-        """Partitions that are not whole, and how many records they lack."""
+        """Partitions that are being restored -> how many records they still lack."""
         return {number: follower.left for number, follower in self._followers.items()
                 if not follower.standby and follower.left}
 
     async def follow(self, followers: Mapping[int, Follower]) -> asyncio.Task:
-        """Follow these partitions; `unfollow` must have been called before. The task ends only with an error."""
+        """Follow these partitions until `unfollow`, which must also be called before the next `follow`.
+
+        Returns the reader's task, which raises if reading or restoring fails.
+        """
         if self._driver is None:
             self._driver = aiokafka.AIOKafkaConsumer(
                 **client_arguments(self._settings), group_id=None, enable_auto_commit=False,
@@ -68,14 +78,14 @@ class ChangelogReader:
         return self._task
 
     async def unfollow(self) -> None:
-        """Stop following; every store is quiet when this returns."""
+        """Stop following. After the return, nothing writes to the stores."""
         self._stop = True
         if self._task is not None:
             await asyncio.wait([self._task])
             self._task = None
 
     async def close(self) -> None:
-        """Stop, and leave Kafka."""
+        """Stop following and disconnect from Kafka."""
         await self.unfollow()
         if self._driver is not None:
             await self._driver.stop()
@@ -83,7 +93,7 @@ class ChangelogReader:
 
     async def _run(self, driver: aiokafka.AIOKafkaConsumer) -> None:
         deadline = time.monotonic() + self._settings.recovery_timeout_ms / 1000
-        told_at = time.monotonic()
+        logged_at = time.monotonic()
         sought = False
         while not self._stop:
             if sought:
@@ -99,7 +109,7 @@ class ChangelogReader:
             except DriverError as error:
                 if not (error.retriable or isinstance(error, KafkaTimeoutError)) or time.monotonic() > deadline:
                     raise
-                log.warning('Reading the changelog failed: %s. It is tried again.', error)
+                log.warning('Reading the changelog failed: %s. Retrying.', error)
                 await asyncio.sleep(POLL_MS / 1000)
                 continue
             for tp, records in fetched.items():
@@ -111,17 +121,17 @@ class ChangelogReader:
             now = time.monotonic()
             if self.recovering and now > deadline:
                 raise StateError(
-                    f'The state of partitions {sorted(self.recovering)} was not read back within '
+                    f'The state of partitions {sorted(self.recovering)} was not restored within '
                     f'{self._settings.recovery_timeout_ms} ms, {sum(self.recovering.values())} records are left.',
-                    'look at the brokers and the disk; raise recovery_timeout_ms if it was on its way; keep standbys '
-                    'to have it ready.')
-            if self.recovering and now - told_at > PROGRESS_S:
-                told_at = now
-                log.info('Reading state back: %s', ', '.join(
+                    'check the brokers and the disk; if the restore was only slow, raise recovery_timeout_ms, or '
+                    'set standbys so that another worker has a copy ready.')
+            if self.recovering and now - logged_at > PROGRESS_S:
+                logged_at = now
+                log.info('Restoring state: %s', ', '.join(
                     f'partition {number}: {left:,} records left' for number, left in sorted(self.recovering.items())))
 
     async def _seek(self, driver: aiokafka.AIOKafkaConsumer) -> None:
-        """Begin where each store stands. Errors: StateError where a store is ahead of its changelog."""
+        """Seek to each store's changelog offset. Errors: StateError if a store is ahead of its changelog."""
         tps = {number: aiokafka.TopicPartition(self._topic, number) for number in self._followers}
         driver.assign(list(tps.values()))
         ends = await driver.end_offsets(list(tps.values()))
@@ -131,8 +141,9 @@ class ChangelogReader:
             if at > ends[tp]:
                 raise StateError(
                     f'{follower.store.directory} stands at offset {at} of {self._topic}-{number}, which ends at '
-                    f'{ends[tp]}: the changelog is another one, or was cut.',
-                    f'if {self._topic} is right, move {follower.store.directory} away: it is filled again from there.')
+                    f'{ends[tp]}: the store belongs to another changelog, or the changelog was truncated.',
+                    f'if {self._topic} is the right topic, move {follower.store.directory} away; the worker restores '
+                    'it from the changelog.')
             follower.end = ends[tp]
             driver.seek(tp, max(at, begins[tp]))
         self._measure(driver)
@@ -146,7 +157,7 @@ class ChangelogReader:
             gauge.labels(str(number)).set(follower.left)
 
     def _settle(self, driver: aiokafka.AIOKafkaConsumer) -> None:
-        """Let go of the partitions that are whole."""
+        """Stop following the partitions that are restored."""
         whole = [number for number, follower in self._followers.items()
                  if not follower.standby and follower.left == 0]
         if not whole:

@@ -1,13 +1,13 @@
-"""The group's consumer: fetches become blocks, and positions and commits are the lanes' own.
+"""The group's consumer. It turns fetches into blocks; the lanes decide positions and commits.
 
-Faust's loop and its bookkeeping per message are not used, since they lose blocks: a partition that leaves the active
-set while its records are delivered, positions that move although delivery was cancelled, queues that are cleared when
-flow resumes. Here a block may still get lost on its way through Faust's queues; the lane's contiguity guard sees that
-and seeks back. What a lane has not admitted is not tracked, and what it has not finished is not committed.
+Faust's own loop and its bookkeeping per message are not used, because they lose messages in three cases: a partition
+leaves the active set while its records are delivered; positions advance although a delivery was cancelled; and queues
+are cleared when flow resumes. A block may still get lost on its way through Faust's queues. The lane's contiguity guard
+detects the gap and seeks back. Only finished steps are committed.
 
-The consumer runs on the event loop of the worker: nothing of the worker blocks it, and the client is polled whether
-lanes have room or not, so that the worker stays in its group for as long as it holds. Nothing here knows Faust: what it
-does with a rebalance is behind `Membership`.
+The consumer runs on the worker's event loop, and nothing in the worker blocks that loop. It polls the client whether
+lanes have room or not, so the worker stays in its group even while its lanes hold their events. This module does not
+know Faust. `Membership` hides what Faust does in a rebalance.
 """
 import asyncio
 import logging
@@ -34,24 +34,24 @@ from stream.kafka.clients import client_arguments, fetch_position
 
 log = logging.getLogger(__name__)
 POLL_MS = 200
-NOWHERE = TopicPartition('', 0)     # no topic has this name: of it nothing comes
-ROOM_LOOK_MS = 10       # while a lane has no room, until one may have
-REBALANCE_MORE_MS = 10_000      # beyond `drain_timeout_ms`: for the commit, and for the group to answer
+NOWHERE = TopicPartition('', 0)     # no topic has this name, so a poll for it returns no records
+ROOM_LOOK_MS = 10       # poll timeout while some lane has no room
+REBALANCE_MORE_MS = 10_000      # added to `drain_timeout_ms`, for the commit and the group's answer
 
 
 class Owner(Protocol):
-    """Whoever processes the blocks; `stream.engine.assignment.Assignment`."""
+    """Processes the blocks. `stream.engine.assignment.Assignment` implements it."""
 
     def admit(self, block: Block) -> None:
         """Take a block that was fetched."""
         ...
 
     async def assign(self, active: Iterable[int], standby: Iterable[int], generation: int) -> None:
-        """Own these partition numbers, and keep copies of those, until the next call."""
+        """Own the partition numbers `active` and keep copies of `standby` until the next call."""
         ...
 
     def wants(self, tp: TopicPartition) -> bool:
-        """Whether it has room for another block of this topic partition."""
+        """Whether there is room for another block of this topic partition."""
         ...
 
     def committable(self) -> dict[TopicPartition, int]:
@@ -59,28 +59,28 @@ class Owner(Protocol):
         ...
 
     async def drain(self) -> None:
-        """End the steps in flight, within the configured time, and begin no other."""
+        """Finish the steps in flight, within the configured time, and start no others."""
         ...
 
     def committed(self, offsets: Mapping[TopicPartition, int], ok: bool) -> None:
-        """Told of each try to commit."""
+        """Called after each attempt to commit."""
         ...
 
     def polled(self) -> None:
-        """Told whenever the group's consumer has been polled."""
+        """Called after each poll of the group's consumer."""
         ...
 
     def skipped(self, tp: TopicPartition, start: int, stop: int) -> None:
-        """Told of positions that can no longer be read."""
+        """Called when the positions [start, stop) can no longer be read."""
         ...
 
     def fail(self, error: BaseException) -> None:
-        """Told of what the worker cannot go on after."""
+        """Called with an error that must end the worker."""
         ...
 
 
 class Membership(Protocol):
-    """What else has to happen when the group rebalances, in this order."""
+    """Further actions in a rebalance of the group, called in this order."""
 
     def rebalance_begins(self) -> None: ...
 
@@ -92,7 +92,7 @@ class Membership(Protocol):
 
 
 class LightFetcher(Fetcher):
-    """Hands out records as they were parsed: making a `ConsumerRecord` of each would take longer than folding it."""
+    """Returns records as the client parsed them. Making a `ConsumerRecord` of one would take longer than folding it."""
 
     async def _proc_fetch_request(self, assignment: Any, node_id: Any, request: Any) -> Any:
         woken = await super()._proc_fetch_request(assignment, node_id, request)
@@ -111,9 +111,9 @@ def _as_parsed(tp: Any, record: Any) -> Any:
 class BlockConsumer:
     """Reads the input topics as a member of the group. Set `owner` before it starts.
 
-    positions   where the next fetch of a topic partition begins; empty while the group rebalances
-    starts      where the assignment began: fetches may have moved on since
-    epochs      changes with every seek: what was fetched before is worthless
+    positions   topic partition -> position of the next fetch; empty while the group rebalances
+    starts      topic partition -> position at the start of the assignment
+    epochs      topic partition -> number that changes with every seek; blocks of an older epoch are stale
     """
 
     owner: Owner
@@ -130,13 +130,13 @@ class BlockConsumer:
 
     @property
     def driver(self) -> AIOKafkaConsumer:
-        """The client. Errors: ConsumerStoppedError before `start`."""
+        """The aiokafka client. Errors: ConsumerStoppedError before `start`."""
         if self._driver is None:
             raise ConsumerStoppedError('the consumer has not been started')
         return self._driver
 
     async def start(self, assignor: Any) -> None:
-        """Connect. `assignor` decides who gets which partitions, should this member lead the group."""
+        """Connect. If this member leads the group, `assignor` assigns the partitions to the members."""
         settings = self._settings
         self._driver = AIOKafkaConsumer(
             **client_arguments(settings),
@@ -144,11 +144,11 @@ class BlockConsumer:
             group_instance_id=settings.instance_id or None,
             partition_assignment_strategy=[assignor],
             enable_auto_commit=False,
-            auto_offset_reset='none',       # what is missing is told, not passed over
+            auto_offset_reset='none',       # missing records raise an error; they are never skipped silently
             isolation_level='read_committed',
             max_poll_interval_ms=settings.max_poll_interval_ms,
             session_timeout_ms=settings.session_timeout_ms,
-            # Whoever gets a partition waits until its owner has drained.
+            # The new owner of a partition waits until the old one has drained.
             rebalance_timeout_ms=settings.drain_timeout_ms + REBALANCE_MORE_MS,
             heartbeat_interval_ms=max(settings.session_timeout_ms // 5, 100),
             fetch_max_wait_ms=POLL_MS,
@@ -162,7 +162,7 @@ class BlockConsumer:
         self.driver.subscribe(topics=sorted(topics), listener=RebalanceListener(self, membership))
 
     async def stop(self) -> None:
-        """End the steps in flight, commit them, and leave."""
+        """Finish the steps in flight, commit them, and leave the group."""
         if self._driver is not None:
             await self.owner.drain()
             await self.commit()
@@ -171,11 +171,11 @@ class BlockConsumer:
     # ---- blocks ------------------------------------------------------------------------------------------------------
 
     async def deliver(self, to: Callable[[Block], Awaitable[Any]], stopping: Callable[[], bool]) -> None:
-        """Fetch, and hand over each block, until told to stop."""
+        """Fetch, and call `to` with each block, until `stopping` returns true."""
         driver, events_max = self.driver, self._settings.block_events_max
         while not stopping():
-            # What has come of partitions without room stays with the client, and nothing more of them is fetched. The
-            # client is asked even where none has room: the group has to see this member, and this member its errors.
+            # Records of partitions without room stay in the client, which fetches no more of them. The client is polled
+            # even if no partition has room: the group must see this member, and this member must see errors.
             wanted = [tp for tp in self.positions if self.owner.wants(tp)]
             all_wanted = len(wanted) == len(self.positions)
             try:
@@ -184,7 +184,7 @@ class BlockConsumer:
             except ConsumerStoppedError:
                 return
             except NoOffsetForPartitionError:
-                await asyncio.sleep(POLL_MS / 10_000)       # without a commit it is sought to its beginning, soon
+                await asyncio.sleep(POLL_MS / 10_000)       # the rebalance listener will soon seek this partition
                 continue
             except OffsetOutOfRangeError as error:
                 await self._out_of_range(error.args[0])
@@ -192,7 +192,7 @@ class BlockConsumer:
             except KafkaError as error:
                 if not error.retriable:
                     raise
-                log.warning('Fetching failed: %s. It is tried again.', error)
+                log.warning('Fetching failed: %s. Retrying.', error)
                 await asyncio.sleep(POLL_MS / 1000)
                 continue
             self.owner.polled()
@@ -202,27 +202,31 @@ class BlockConsumer:
             await asyncio.sleep(0)
 
     async def _out_of_range(self, positions: Mapping[Any, int]) -> None:
-        """Records were deleted before they were read: told, with their number. Or the topic is another one: fatal."""
+        """Handle positions outside of the log. If records were deleted, report how many and go on behind them.
+
+        Errors   StateError if a position is beyond the end: the topic was created again or truncated.
+        """
         for tp, position in positions.items():
             begin = (await self.driver.beginning_offsets([tp]))[tp]
             end = (await self.driver.end_offsets([tp]))[tp]
             if self.positions.get(tp) != position:
-                continue        # it has been sought elsewhere
+                continue        # the position has changed in the meantime
             if not begin > position:
                 raise StateError(
-                    f'{tp.topic}-{tp.partition} ends at {end}, and was read up to {position}: it is another topic, or '
-                    'was cut.', "if it is meant so, reset the group's offsets and move the state away: what is counted "
-                                'there belongs to the old one.')
-            log.error('%s-%d: %d records from position %d on were deleted before they were read. They are lost. '
-                      'Do: keep the topic for longer than the worker may be away.',
+                    f'{tp.topic}-{tp.partition} ends at {end}, but it was read up to {position}: it is another topic '
+                    'of the same name, or it was truncated.',
+                    "if this is intended, reset the group's offsets and move the state directory away: its counters "
+                    'belong to the old topic.')
+            log.error('%s-%d: %d records from position %d on were deleted before the worker read them. They are lost. '
+                      'Do: set the retention of the topic longer than any downtime of the worker.',
                       tp.topic, tp.partition, begin - position, position)
             self.owner.skipped(tp, position, begin)
             self.seek_now(tp, begin)
 
     def _advanced(self, fetched: Mapping[Any, Sequence[Any]]) -> list[Block]:
-        """What was fetched of each topic partition whose position has moved, as one block; it may have no records.
+        """One block for each topic partition whose position has moved. A block may have no records.
 
-        A partition that a lane sought back in the meantime has not moved: what was fetched of it is dropped here.
+        A lane may have sought back since the fetch. Then the position has not moved, and its records are dropped.
         """
         blocks = []
         for tp in list(self.positions):
@@ -236,7 +240,7 @@ class BlockConsumer:
     # ---- positions --------------------------------------------------------------------------------------------------
 
     async def committed_positions(self) -> dict[TopicPartition, int]:
-        """Where each assigned partition goes on: its committed position, or its beginning."""
+        """The start position of each assigned partition: its committed position, or its beginning."""
         tps = list(self.driver.assignment())
         committed = await asyncio.gather(*(self.driver.committed(tp) for tp in tps))
         new = [tp for tp, offset in zip(tps, committed, strict=True) if offset is None]
@@ -246,31 +250,31 @@ class BlockConsumer:
                 for tp, offset in zip(tps, committed, strict=True)}
 
     def seek_now(self, tp: TopicPartition, position: int) -> None:
-        """Fetch from `position` next; blocks that are on their way are of an old epoch."""
+        """Fetch from `position` next. Blocks that are still on their way become stale."""
         self.driver.seek(tp, position)
         self._epoch += 1
         self.positions[tp], self.epochs[tp] = position, self._epoch
 
     def forget_positions(self) -> None:
-        """The assignment is gone."""
+        """Forget the assignment, which the group has revoked."""
         self.positions.clear()
         self.starts.clear()
         self.epochs.clear()
 
     def end_offset(self, tp: TopicPartition) -> int | None:
-        """Where the topic partition ended at its last fetch, open transactions apart; None: not known."""
+        """The end of the topic partition at its last fetch, before any open transaction; None if not known."""
         return self.driver.last_stable_offset(tp) if tp in self.positions else None
 
     def fetched_ms_ago(self, tp: TopicPartition, now_ms: int) -> int | None:
-        """How long ago a fetch of the topic partition was answered; None: never."""
+        """How long ago a fetch of the topic partition was last answered, in ms; None if never."""
         fetched_ms = self.driver.last_poll_timestamp(tp) if tp in self.positions else None
         return None if not fetched_ms or fetched_ms < 0 else now_ms - fetched_ms
 
     # ---- commits ----------------------------------------------------------------------------------------------------
 
     async def commit(self) -> bool:
-        """Commit what is done. A commit that fails is tried again at the next turn, with what is done by then."""
-        async with self._committing:        # an older one that is tried again must not land last
+        """Commit the finished positions. After a failure, the next commit covers them as well."""
+        async with self._committing:        # an older commit must not arrive after a newer one
             return await self._commit_done()
 
     async def _commit_done(self) -> bool:
@@ -289,16 +293,16 @@ class BlockConsumer:
         try:
             await self.driver.commit(dict(offsets))
         except (CommitFailedError, IllegalStateError) as error:
-            log.info('Offsets were not committed, the group is rebalancing: %s', error)
+            log.info('Offsets were not committed because the group is rebalancing: %s', error)
             return False
         except KafkaError as error:
-            log.warning('Offsets were not committed: %r. They will be, with the next commit.', error)
+            log.warning('Offsets were not committed: %r. The next commit will include them.', error)
             return False
         return True
 
 
 class RebalanceListener(ConsumerRebalanceListener):
-    """Passes the group's decisions on."""
+    """Passes the group's decisions on to the consumer and to the `Membership`."""
 
     def __init__(self, consumer: BlockConsumer, membership: Membership) -> None:
         self._consumer = consumer
@@ -319,7 +323,7 @@ class RebalanceListener(ConsumerRebalanceListener):
         coordinator: Any = consumer.driver._coordinator
         generation = coordinator.generation
         with self._failing():
-            # Nothing is delivered while `positions` is empty: lanes, and the way to them, have to be there first.
+            # Nothing is delivered while `positions` is empty, so lanes and queues are ready before the first block.
             consumer.starts = await consumer.committed_positions()
             await self._membership.assigned(set(assigned), generation)
             if coordinator.generation == generation:
@@ -329,7 +333,7 @@ class RebalanceListener(ConsumerRebalanceListener):
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
-        """Whatever goes wrong ends the worker: aiokafka would log it, and keep the member without its lanes."""
+        """Make any error end the worker. aiokafka would only log it and stay in the group without lanes."""
         try:
             yield
         except Exception as error:

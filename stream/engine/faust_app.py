@@ -1,14 +1,15 @@
-"""Faust's part of the worker, all of it.
+"""Everything that the worker uses of Faust.
 
-What Faust does: one app with one agent, which consumes both input topics. Faust's assignor gives out the inputs, the
-table of users and its standby copies together, and Faust starts, stops and supervises these services.
+Faust runs one app with one agent, which consumes both input topics. Faust's assignor assigns the inputs, the table of
+users and its standby copies together. Faust starts, stops and supervises these services.
 
-What Faust does not do: fetch, track and commit (`consumer` does, by blocks), fold or send records (`lane`), read state
-back (`changelog`), serve the web, or reply to whatever a record's headers ask for. Its per-message path is 50 times
-slower, and loses events: see the README beside this file.
+Other modules do the rest: `consumer` fetches, tracks and commits blocks, `lane` folds events and sends records, and
+`changelog` restores state. Faust's web server and its replies to record headers are switched off. Faust's path per
+message is 50 times slower, and it loses events: see the README beside this file.
 
-The agent's `async for` sees blocks, one Faust message each. A class here either connects one of Faust's interfaces to
-ours, or switches off something that Faust would do by itself; the methods of the latter kind say so in one line.
+The agent's `async for` iterates over blocks, one Faust message each. A class here either connects a Faust interface to
+the worker's code, or switches off something that Faust would do by itself. A method that switches something off says so
+in one line.
 """
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, cast
@@ -41,7 +42,7 @@ TABLE = 'users'
 # ---- the app --------------------------------------------------------------------------------------------------------
 
 class Boot(BootStrategy):
-    """Only what the worker needs: no web server, no leader topic, no producer, no consumer of replies."""
+    """Starts only the services that the worker needs: no web server, leader topic, producer or reply consumer."""
 
     def server(self) -> Iterable[ServiceT]:
         app = cast(Any, self.app)
@@ -57,17 +58,17 @@ class App(faust.App):
     stores: PartitionStores
 
     def _create_directories(self) -> None:
-        """Switched off: the stores make their own."""
+        """Switched off: the stores create their own directories."""
 
     async def _on_agent_error(self, agent: Any, exc: BaseException) -> None:
-        self.blocks.owner.fail(exc)     # Faust would start the agent anew, for ever
+        self.blocks.owner.fail(exc)     # Faust would restart the agent for ever
 
 
 def create_app(settings: Settings, partitions: int, consumer: BlockConsumer, stores: PartitionStores) -> App:
     """The app for these settings.
 
-    partitions   of each input topic
-    consumer     has to have its owner before the app starts
+    partitions   number of partitions of each input topic
+    consumer     its `owner` must be set before the app starts
     """
     app = App(
         settings.group,
@@ -99,7 +100,7 @@ def create_app(settings: Settings, partitions: int, consumer: BlockConsumer, sto
 
 
 class BlockSchema(faust.Schema):
-    """Nothing to decode: the message's value is the block. Headers of the records steer nothing."""
+    """Passes the block through: a message's value needs no decoding. The headers of the records have no effect."""
 
     def loads_key(self, app: AppT, message: Message, *, loads: Callable | None = None, serializer: Any = None) -> None:
         return None
@@ -111,7 +112,7 @@ class BlockSchema(faust.Schema):
 # ---- the transport `blocks://` --------------------------------------------------------------------------------------
 
 class Consumer(FaustConsumer):
-    """What Faust takes for its consumer: `BlockConsumer` does the work. It is also that consumer's `Membership`."""
+    """Faust's view of the consumer. `BlockConsumer` does the work, and this class is its `Membership`."""
 
     consumer_stopped_errors = (ConsumerStoppedError,)
 
@@ -142,28 +143,28 @@ class Consumer(FaustConsumer):
         self.app.on_rebalance_end()
 
     async def deliver(self, fetcher: Any) -> None:
-        """Bring every block to the agent."""
+        """Deliver every block to the agent."""
         await self._blocks.deliver(lambda block: self.callback(self._message(block)),
                                    lambda: self.should_stop or fetcher.should_stop)
 
     def _message(self, block: Block) -> ConsumerMessage:
-        carried: Any = block        # where Faust expects bytes; `BlockSchema` takes it out again
+        carried: Any = block        # Faust expects bytes here; `BlockSchema` passes the block through
         message = ConsumerMessage(
             block.topic, block.partition, block.start, 0.0, 0, None, None, carried, None, 0, 0,
             TP(block.topic, block.partition), generation_id=self.app.consumer_generation_id)
-        message.tracked = True      # tracked by the lane that admits it, not by Faust
+        message.tracked = True      # the lane tracks the block, so Faust must not
         return message
 
     async def commit(self, topics: Any = None, start_new_transaction: bool = True) -> bool:
         return await self._blocks.commit()
 
     async def wait_empty(self) -> None:
-        """Called by Faust when partitions are taken away: end what is in flight, commit it."""
+        """Called by Faust when partitions are revoked: finish the steps in flight and commit them."""
         await self._blocks.owner.drain()
         await self._blocks.commit()
 
     def assignment(self) -> set[TP]:
-        """Errors: ConsumerNotStarted, which Faust knows what to do with."""
+        """Errors: ConsumerNotStarted, which Faust handles."""
         try:
             return _faust_tps(self._blocks.driver.assignment())
         except ConsumerStoppedError as error:
@@ -175,12 +176,12 @@ class Consumer(FaustConsumer):
     # Switched off.
 
     def close(self) -> None:
-        """Everything is closed in `on_stop`."""
+        """Switched off: `on_stop` closes everything."""
 
     async def verify_all_partitions_active(self) -> None:
-        """Faust only logs what it finds; the assignment has a watchdog that exits."""
+        """Switched off: Faust would only log a stalled partition; the assignment's watchdog ends the worker."""
 
-    # Never called: Faust's base class asks for them, its own loop and recovery would use them.
+    # Never called. Faust's base class requires them for its own loop and recovery, which are not used.
 
     async def create_topic(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError('topics are made and checked before the app starts')
@@ -226,7 +227,7 @@ class Consumer(FaustConsumer):
 
 
 class Fetcher(FaustFetcher):
-    """Runs the consumer's loop, and ends with it, whether the group rebalances or not."""
+    """Runs the consumer's loop and ends when the loop ends, even during a rebalance."""
 
     @Service.task
     async def _fetcher(self) -> None:
@@ -250,10 +251,10 @@ def _faust_tps(partitions: Iterable[TopicPartition]) -> set[TP]:
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 class TableManager(FaustTableManager):
-    """Tells the owner which partitions are this worker's, and lets the fetches go on at once: lanes wait by themselves.
+    """Tells the owner which partitions the worker has, and resumes fetching at once: each lane waits for its own state.
 
-    Faust's recovery is switched off. It shares the group's consumer, loses blocks while it seeks, and logs what should
-    stop it.
+    Faust's recovery is switched off. It shares the group's consumer, loses blocks while it seeks, and only logs errors
+    that should stop the worker.
     """
 
     async def on_start(self) -> None:
@@ -268,7 +269,7 @@ class TableManager(FaustTableManager):
             await table.stop()
 
     def on_partitions_revoked(self, revoked: set[TP]) -> None:
-        """The lanes are drained in `Consumer.wait_empty`."""
+        """Switched off: `Consumer.wait_empty` drains the lanes."""
 
     async def on_rebalance(self, assigned: set[TP], revoked: set[TP], newly_assigned: set[TP],
                            generation_id: int = 0) -> None:
@@ -290,9 +291,9 @@ class TableManager(FaustTableManager):
 
 
 class UserStore(Store):
-    """Registered as `users` among Faust's stores: the users of this worker's partitions, to read.
+    """Registered as `users` among Faust's stores: a read-only view of the users of this worker's partitions.
 
-    The lanes write them, step by step, with the changelog.
+    The lanes write the users, step by step, together with the changelog.
     """
 
     def __init__(self, url: Any, app: AppT, table: CollectionT, **kwargs: Any) -> None:
@@ -318,7 +319,7 @@ class UserStore(Store):
     def __delitem__(self, key: str) -> None:
         raise TypeError('users are written by the lanes')
 
-    # Never called: they belong to Faust's recovery.
+    # Never called. They belong to Faust's recovery, which is switched off.
 
     def persisted_offset(self, tp: TP) -> int | None:
         raise NotImplementedError('changelogs are read by `stream.engine.changelog`')

@@ -1,8 +1,9 @@
-"""What comes into a lane: the contiguity guard, and the order of both topics.
+"""A lane's intake: the contiguity guard, and the merge of both topics by time.
 
-A block is taken only if it begins where the last one of its topic ended; if not, the partition is read again from
-there, and whatever was fetched before is of an old epoch. Both topics are folded in the order of their records' times,
-as far as both reach: a lagging cart topic would else send coupons to people who have just bought.
+The contiguity guard takes a block only if it begins where the previous block of its topic ended. If not, the partition
+is read again from there, and blocks that were fetched before are stale.
+The merge folds both topics in the order of their records' times, as far as both have arrived. Without it, a lag in the
+cart topic would send coupons to people who have just bought.
 """
 import logging
 from collections import deque
@@ -17,11 +18,11 @@ from stream.metrics import Metrics
 
 log = logging.getLogger(__name__)
 T = TypeVar('T')
-JOINED_BYTES_MAX = 2 << 20      # of the records' values in blocks that are joined
+JOINED_BYTES_MAX = 2 << 20      # limit on the size of the records' values in a joined block
 
 
 class Fetches(Protocol):
-    """What the intake needs of the group's consumer."""
+    """The part of the group's consumer that the intake needs."""
 
     @property
     def starts(self) -> Mapping[TopicPartition, int]: ...
@@ -35,12 +36,12 @@ class Fetches(Protocol):
 
 
 class Intake:
-    """The blocks of both topics of one partition number that wait to be folded.
+    """Queues of the blocks of one partition number that wait to be folded, one queue per topic.
 
-    ahead_max       blocks of a topic that wait here
-    events_max      of a block: what comes while a lane is busy is joined up to so many, and folded as one
-    merge_wait_ms   how long events of one topic wait for those of the other that are known to exist
-    arrived         called when a block was taken
+    ahead_max       the most blocks of a topic that may wait
+    events_max      blocks that arrive while the lane is busy are joined up to this many events
+    merge_wait_ms   how long events of one topic wait for unread events of the other one
+    arrived         called after a block was taken
     """
 
     def __init__(self, tps: tuple[TopicPartition, TopicPartition], fetches: Fetches, ahead_max: int, events_max: int,
@@ -54,21 +55,21 @@ class Intake:
         self._arrived = arrived
         self._metrics = metrics
         self._queues: tuple[deque[Block], deque[Block]] = (deque(), deque())
-        self._waited_in_vain: Source | None = None      # for this topic
+        self._waited_in_vain: Source | None = None      # the topic for which a wait has timed out
 
     def source(self, topic: str) -> Source:
-        """Which input a topic is."""
+        """The input that this topic is."""
         return Source.CLICKS if topic == self._tps[Source.CLICKS].topic else Source.CARTS
 
     def admit(self, block: Block) -> None:
-        """Take a block, or, where one is missing before it, have the partition read again from there."""
+        """Take a block. If an earlier block is missing, seek back to it instead."""
         source = self.source(block.topic)
         tp, expected = self._tps[source], self.expected[source]
         if block.epoch != self._fetches.epochs.get(tp):
             return
         if block.start != expected:
-            log.warning('%s-%d: a block from position %d came where %d was due: reading again from there.',
-                        tp.topic, tp.partition, block.start, expected)
+            log.warning('%s-%d: a block at position %d arrived, expected position %d. Reading again from %d.',
+                        tp.topic, tp.partition, block.start, expected, expected)
             self._metrics.reseeks.inc()
             self._fetches.seek_now(tp, expected)
             return
@@ -83,7 +84,7 @@ class Intake:
         self._arrived()
 
     def skip(self, source: Source, start: int, stop: int) -> None:
-        """Expect `stop` next: the positions from `start` on can no longer be read."""
+        """Expect `stop` next, because the positions [start, stop) can no longer be read."""
         if self.expected[source] == start:
             self.expected[source] = stop
 
@@ -93,34 +94,34 @@ class Intake:
 
     @property
     def blocks(self) -> int:
-        """Blocks that wait here."""
+        """Number of waiting blocks."""
         return sum(map(len, self._queues))
 
     def _join(self, block: Block, after: Block) -> bool:
-        """Whether two blocks become one: nothing is missing between them, and it is not too large."""
+        """Whether two blocks may be joined: nothing is missing between them, and together they are not too large."""
         return (block.stop == after.start and len(block.records) + len(after.records) <= self._events_max
                 and block.bytes + after.bytes <= JOINED_BYTES_MAX)
 
     @property
     def plenty(self) -> bool:
-        """Whether waiting would not make the next block much larger."""
+        """Whether the next block is so large that waiting for more events would hardly help."""
         return any(len(queue) > 1 or (queue and (2 * len(queue[0].records) > self._events_max
                                                  or 2 * queue[0].bytes > JOINED_BYTES_MAX)) for queue in self._queues)
 
     def queued(self, source: Source) -> bool:
-        """Whether a block of this topic waits here."""
+        """Whether a block of this topic is waiting."""
         return bool(self._queues[source])
 
     def unread(self, source: Source) -> bool:
-        """Whether the topic partition has, as far as is known, records that have not come in yet."""
+        """Whether the topic partition may have records that have not arrived here yet."""
         end = self._fetches.end_offset(self._tps[source])
         return end is None or end > self.expected[source]
 
     def take(self, waited_s: float) -> tuple[Block, ...]:
-        """What is folded next: one block, or one of each topic; nothing where there is none, or it has to wait.
+        """Take the blocks to fold next: one block, or one of each topic. Empty if there is none, or if it must wait.
 
-        waited_s   how long it has waited; after `merge_wait_ms` in vain nothing waits again until the other topic
-                   has brought something
+        waited_s   how long the caller has waited. Once a wait for the other topic has lasted `merge_wait_ms`, nothing
+                   waits for that topic again until a block of it arrives
         """
         clicks, carts = self._queues
         if clicks and carts:
@@ -135,17 +136,17 @@ class Intake:
         return (ready.popleft(),)
 
     def _both(self) -> tuple[Block, ...]:
-        """The first blocks of both topics as far as both reach in time; what is beyond stays."""
+        """The first blocks of both topics, up to the time that both have reached. Later records stay in the queue."""
         heads = [queue.popleft() for queue in self._queues]
         if not all(head.records for head in heads):
             empty = next(source for source in Source if not heads[source].records)
             self._queues[1 - empty].appendleft(heads[1 - empty])
             return (heads[empty],)
-        # The one that ends first goes whole, whatever the order of its records' times.
+        # Take the whole block that ends first in time, even if its records are not in the order of their times.
         horizon_ms = min(max(head.times_ms) for head in heads)
         run = []
         for queue, head in zip(self._queues, heads, strict=True):
-            here, rest = head.upto(horizon_ms)
+            here, rest = head.split(horizon_ms)
             if rest is not None:
                 queue.appendleft(rest)
             if here.stop > here.start:
@@ -154,9 +155,10 @@ class Intake:
 
 
 def in_time_order(blocks: tuple[Block, ...], parts: Sequence[Sequence[T]]) -> Sequence[T]:
-    """What belongs to the records of one block, or of one of clicks and one of carts, in the order of their folding.
+    """Merge values that belong to the records of the blocks, into the order in which the records are folded.
 
-    parts   for each block, one of them for each of its records
+    blocks  one block, or a block of clicks and a block of carts
+    parts   for each block, one value per record
     """
     if len(blocks) == 1:
         return parts[0]

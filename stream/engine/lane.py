@@ -1,20 +1,20 @@
-"""A lane: the serial owner of the users of one partition number, over both input topics.
+"""A lane processes the users of one partition number, over both input topics, one step after another.
 
-One block's way, in order; the names are those of the methods:
+A block passes through these methods, in this order:
 
-    _next           what the intake has: blocks of both topics, as far as both reach in time
-    _decode         bytes become events, or dead letters
-    _load, _take    the touched users' records; the step driver cuts the run into steps
-    _score          the step driver scores, decides, explains, and puts messages into the outboxes
-    _send_changelog the users' records and the lane's own, last
-    _send_outputs   messages and dead letters
-    _write          one RocksDB batch: records, timers, the changelog offset just acknowledged
-    _done           the block may be committed
+    _next           takes blocks of both topics from the intake, up to the time that both have reached
+    _decode         turns bytes into events or dead letters
+    _load, _take    load the touched users' records, and take each step that the step driver cuts from the run
+    _score          has the step driver score, decide, explain, and put messages into the outboxes
+    _send_changelog sends the users' records, and the lane's own record last
+    _send_outputs   sends messages and dead letters
+    _write          writes one RocksDB batch: records, timers, and the changelog offset just acknowledged
+    _done           allows the block to be committed
 
-The first four of step k+1 run while the last four of step k are under way. The changelog of step k+1 is sent only after
-the outputs of step k are acknowledged, so that only the newest step can be unpublished: whoever takes the partition
-over sends the outboxes of that step again before anything else. An error after the first send ends the worker: what it
-has not written it reads back when it starts again.
+The first four rows of step k+1 overlap with the last four of step k. The changelog of step k+1 is sent only after the
+outputs of step k are acknowledged, so only the newest step can have unsent outputs. At a take-over, the new owner first
+sends the outboxes of that step again. An error after the first send ends the worker. At its next start, the worker
+restores from the changelog what it had not written.
 """
 import asyncio
 import logging
@@ -51,15 +51,15 @@ from stream.state.store import LANE_KEY, LaneRecord, Meta, PartitionStore
 log = logging.getLogger(__name__)
 T = TypeVar('T')
 HOLD_RETRY_S = 1.0
-CLOCK_LOOK_S = 1.0          # how often an idle lane looks at the time of day
-MERGE_LOOK_S = 0.05         # how often a waiting one looks whether the other topic has more
-ENTRY_USERS_MAX = 500       # users whom one journal entry names
-FETCH_FRESH_MS = 10_000     # an end that was heard of longer ago is no end
+CLOCK_LOOK_S = 1.0          # how often an idle lane checks the time of day
+MERGE_LOOK_S = 0.05         # how often a lane that waits for one topic checks whether it has more records
+ENTRY_USERS_MAX = 500       # the most users in one journal entry of a take-over
+FETCH_FRESH_MS = 10_000     # an end offset is trusted for this long after the fetch that reported it
 
 
 @dataclass(frozen=True)
 class LaneRules:
-    """Everything that decides what a lane does with its events."""
+    """The settings of a lane."""
 
     steps: StepRules
     digest: str
@@ -83,7 +83,7 @@ class LaneRules:
 
 @dataclass(frozen=True)
 class Tools:
-    """What all lanes of a worker share."""
+    """The objects that all lanes of a worker share."""
 
     rules: LaneRules
     decoder: Decoder
@@ -95,10 +95,13 @@ class Tools:
 
 
 class Outgoing(msgspec.Struct):
-    """Everything that leaves the lane with one step.
+    """Everything that one step sends and writes.
 
-    number  the step's
-    done    where the sources' positions move when the step is durable; None for a step within a run
+    number     number of the step
+    letters    records for the dead-letter topic
+    journal    entries that must be acknowledged before the changelog
+    oldest_ms  Kafka time of the run's first record, for the latency metric, Unix ms; 0 if there is none
+    done       source -> position that is finished once the step is durable; None unless the step ends its run
     """
 
     number: int
@@ -112,11 +115,11 @@ class Outgoing(msgspec.Struct):
 
 
 class Stopped(Exception):  # noqa: N818 - no error: the lane was told to stop
-    """Raised within a lane that has been told to stop where it would have waited."""
+    """Raised in a lane that has been told to stop, at a point where it would otherwise wait."""
 
 
 async def in_thread(call: Callable[..., T], *given: Any) -> T:
-    """Run a call of the store off the loop. It cannot be cancelled: whoever cancels this waits for it."""
+    """Run a call of the store in a thread. A thread cannot be cancelled, so a cancelled caller waits for its end."""
     task = asyncio.create_task(asyncio.to_thread(call, *given))
     try:
         return await asyncio.shield(task)
@@ -126,13 +129,13 @@ async def in_thread(call: Callable[..., T], *given: Any) -> T:
 
 
 class Lane:
-    """One partition number's lane. `admit` takes what the agent brings; `start` begins its task, `stop` ends it.
+    """The lane of one partition number. `admit` takes blocks, `start` begins the lane's task, and `stop` ends it.
 
-    running   the state is whole and the lane takes events
-    holding   why it does not score, for a person; empty where it does
-    queueing  it waits until the worker has room for its next run of events
-    done      the positions up to which everything is durable, per source
-    moved_at  monotonic seconds of its newest step
+    running   whether the lane processes events; false until its state is restored and the take-over is complete
+    holding   why the scorer cannot score, as text; empty if it can
+    queueing  whether the lane waits for room in the worker's budget of events in flight
+    done      the position up to which everything is durable, per source
+    moved_at  time of the newest step, in monotonic seconds
     """
 
     def __init__(self, number: int, generation: int, store: PartitionStore, tools: Tools,
@@ -143,7 +146,7 @@ class Lane:
         self.running = False
         self.holding = ''
         self.queueing = False
-        self._inside = 0                # events of the runs under way, and of the one that is being folded
+        self._inside = 0                # events that the lane has in flight, in the budget of the worker
         self._run_size = 0
         self.moved_at = time.monotonic()
         self._generation = generation
@@ -157,46 +160,49 @@ class Lane:
         self._driver = StepDriver(tools.rules.steps, tools.scorer, generation)
         self._stream_ms = [0, 0]
         self._record_ms = 0             # newest timestamp of a block's first record
-        self._signed: LaneRecord | None = None      # of the newest step that is done
+        self._signed: LaneRecord | None = None      # the lane's record of the newest step that is done
         self._source = source_header(tools.rules.source)
-        self._foreign: set[str] = set()     # users of another partition who are in the state, and had a timer
+        self._foreign: set[str] = set()     # users in the state who belong on another partition, found by their timers
         self._users = UserCache(tools.rules.users_cached_bytes)
         self._publishing: asyncio.Task | None = None
         self._task: asyncio.Task | None = None
 
-    # ---- what others ask -------------------------------------------------------------------------------------------
+    # ---- for the assignment ----------------------------------------------------------------------------------------
 
     def admit(self, block: Block) -> None:
-        """Take a block that was fetched."""
+        """Pass a fetched block to the intake."""
         if not self._stopping:
             self.intake.admit(block)
 
     @property
     def waiting(self) -> bool:
-        """Whether there are events that the lane has not finished, here or, as far as is known, in Kafka."""
+        """Whether there are unfinished events, either here or, as far as the last fetch has shown, in Kafka."""
         return self.done != self.intake.expected or any(self.lag(source) for source in Source)
 
     def lag(self, source: Source) -> int:
-        """Positions between what is done and the end of the topic partition, as far as it is known."""
+        """How many positions `done` is behind the end of the topic partition at its last fetch; 0 if not known."""
         return max((self._tools.consumer.end_offset(self.tps[source]) or 0) - self.done[source], 0)
 
     # ---- life ------------------------------------------------------------------------------------------------------
 
     def start(self) -> asyncio.Task:
-        """Begin: the state is whole."""
+        """Start the lane's task. The state must have been restored."""
         self._task = asyncio.create_task(self._run(), name=f'lane {self.number}')
         return self._task
 
     async def stop(self, timeout_s: float) -> None:
-        """End the step in flight and begin no other; what is not done by then is dropped, and done again later."""
+        """Finish the step in flight and start no other. A step that exceeds the timeout is dropped and repeated later.
+
+        timeout_s   how long the step may take
+        """
         self._stopping = True
         self._wake.set()
         if self._task is None:
             return
         await asyncio.wait([self._task], timeout=timeout_s)
         if not self._task.done():
-            log.warning('lane %d: a step did not end within %.1f s; it is dropped and done again.', self.number,
-                        timeout_s)
+            log.warning('lane %d: a step did not end within %.1f s. It is dropped; the next owner repeats it.',
+                        self.number, timeout_s)
             self._task.cancel()
             await asyncio.wait([self._task])
 
@@ -221,7 +227,7 @@ class Lane:
             self._leave(self._inside)
 
     async def _take_over(self) -> None:
-        """Send again what the newest step may not have sent, before anything else."""
+        """Before anything else, send the messages again that the newest step may not have sent."""
         meta = self.store.meta
         self._driver.number = max(meta.newest, meta.lane.step)
         self._stream_ms = list(meta.lane.stream_ms)
@@ -233,13 +239,13 @@ class Lane:
         if meta.unsent:
             users = await in_thread(self.store.load, meta.unsent)
             outboxes = [unpack_outbox(user) for user in users.values() if user.outbox]
-            log.info('lane %d: sending the messages of step %d again, of %d users.', self.number, meta.newest,
+            log.info('lane %d: sending the messages of step %d again, for %d users.', self.number, meta.newest,
                      len(outboxes))
             await self._send_messages([message for outbox in outboxes for message in outbox])
             await in_thread(self.store.write, [], Meta(meta.changelog, meta.lane, meta.newest, []))
 
     async def _sign_off(self) -> None:
-        """Say in the changelog that nothing is left to send: whoever is next need not send the newest step again."""
+        """Record in the changelog that everything is sent, so the next owner need not send the newest step again."""
         await self._published()
         if self._signed is not None:
             lane = msgspec.structs.replace(self._signed, positions=list(self.done), sent=self._signed.step)
@@ -249,15 +255,15 @@ class Lane:
     # ---- one run of events -----------------------------------------------------------------------------------------
 
     async def _next(self) -> tuple[Block, ...]:
-        """What is folded next; nothing where timers are due, or the lane stops."""
+        """Wait for the blocks to fold next. Returns none if timers are due or the lane stops."""
         waited_since = time.monotonic()
         while not self._stopping:
             self._wake.clear()
             if self._publishing is not None and self._publishing.done():
                 await self._published()
             if self._publishing is not None and not self.intake.plenty:
-                # It could not be published before that step anyway. What comes meanwhile joins it: each step costs
-                # as much as the folding of many events.
+                # The next step cannot be published before the one in flight. Events that arrive until then join it:
+                # the fixed cost of a step equals the folding of many events.
                 await self._woken(CLOCK_LOOK_S)
                 waited_since = time.monotonic()
                 continue
@@ -268,7 +274,7 @@ class Lane:
         return ()
 
     async def _enter(self, blocks: tuple[Block, ...]) -> None:
-        """Wait until the worker has room for so many events under way. Errors: Stopped, if told to meanwhile."""
+        """Wait until the worker's budget has room for these events. Errors: Stopped if the lane is told to stop."""
         self._run_size = size = sum([len(block.records) for block in blocks])
         self.queueing = True
         try:
@@ -280,7 +286,7 @@ class Lane:
             raise Stopped
 
     def _leave(self, size: int) -> None:
-        size = min(size, self._inside)      # a lane that has ended has left with everything
+        size = min(size, self._inside)      # 0 after the lane has ended, which gave everything back
         self._inside -= size
         self._tools.budget.leave(size)
 
@@ -292,7 +298,7 @@ class Lane:
             return
 
     async def _fold(self, blocks: tuple[Block, ...]) -> None:
-        """Fold the blocks' events, as one run in the order of time, step by step."""
+        """Fold the blocks' events in time order as one run, and take each of its steps."""
         started = time.perf_counter()
         outcomes, events = self._decode(blocks)
         users = self._users.find(dict.fromkeys([event.user_id for event in events]))
@@ -325,15 +331,15 @@ class Lane:
         self._record_ms = max(self._record_ms, *(block.first_ms for block in blocks))
 
     def _decode(self, blocks: tuple[Block, ...]) -> tuple[Sequence[Event | Refusal], list[Event]]:
-        """What the records are, in the order in which they are folded, and the events among them."""
+        """Decode the records; return the outcomes in folding order, and the events among them."""
         outcomes = in_time_order(blocks, [
             self._tools.decoder.decode_records(block.records, self.intake.source(block.topic)) for block in blocks])
         return outcomes, [outcome for outcome in outcomes if type(outcome) is Event]
 
     def _strays(self, user_ids: Sequence[str]) -> dict[str, Refusal]:
-        """Who of these users belongs on another partition, and why.
+        """The users among these who belong on another partition, with the reason.
 
-        Who is kept decoded has been looked at before: when events brought them here, or, if a timer did, in `_foreign`.
+        Cached users need no check: they passed it when their events arrived, or a timer has put them into `_foreign`.
         """
         rules = self._rules
         refusals = ((user_id, misrouted(rules.partitioner, user_id.encode(), self.number, rules.partitions))
@@ -342,7 +348,7 @@ class Lane:
 
     def _letters(self, blocks: tuple[Block, ...], outcomes: Sequence[Event | Refusal],
                  strays: Mapping[str, Refusal]) -> list[Record]:
-        """The dead letters of the records that are no events, or not of this partition."""
+        """Dead letters for the records that are not valid events, or that belong on another partition."""
         places = in_time_order(blocks, [[(block, record) for record in block.records] for block in blocks])
         return [self._letter(block, record, refusal)
                 for (block, record), outcome in zip(places, outcomes, strict=True)
@@ -354,7 +360,7 @@ class Lane:
                           record.timestamp, record.headers).as_record()
 
     async def _load(self, users: dict[str, Any]) -> None:
-        """Read those of the users who are not kept decoded: who is None becomes a user."""
+        """Load the users that are not cached, whose value is None."""
         unknown = [user_id for user_id, user in users.items() if user is None]
         if unknown:
             users.update(await in_thread(self.store.load, unknown))
@@ -363,7 +369,7 @@ class Lane:
 
     async def _take(self, step: Step, journal: list[bytes], letters: list[Record], oldest_ms: int,
                     done: dict[Source, int] | None) -> None:
-        """Score a step and hand it over to be published, after the one before it."""
+        """Score a step, wait until the step before it is published, and start to publish this one."""
         number, users = step.number, [entry.user for entry in step.touched]
         scored = await self._score(step)
         changes = list(map(change_of, users, step.new))
@@ -383,7 +389,7 @@ class Lane:
             self._publishing.add_done_callback(lambda _: self._leave(size))
 
     async def _score(self, step: Step) -> Scored:
-        """Score, decide, explain. While the scorer is away the lane holds: it asks again until it is back."""
+        """Score, decide and explain. While the scorer is unavailable, the lane holds its events and retries."""
         tools, held = self._tools, False
         started = time.perf_counter()
         try:
@@ -392,13 +398,13 @@ class Lane:
                     scored = await self._driver.score(step)
                 except ModelError as error:
                     if not held:
-                        log.warning('lane %d holds its events: %s', self.number, error)
+                        log.warning('lane %d is holding its events: %s', self.number, error)
                         tools.metrics.scorer_holds.inc()
                     held, self.holding = True, str(error)
                     await self._hold(getattr(error, 'retry_after_ms', HOLD_RETRY_S * 1000) / 1000)
                     continue
                 if held:
-                    log.info('lane %d goes on.', self.number)
+                    log.info('lane %d is scoring again.', self.number)
                 tools.metrics.stage('score', time.perf_counter() - started)
                 return scored
         finally:
@@ -417,7 +423,7 @@ class Lane:
             raise Stopped
 
     async def _published(self) -> None:
-        """Wait for the step in flight. Errors: what it failed with."""
+        """Wait until the step in flight is published. Errors: those of `_publish`."""
         if self._publishing is not None:
             publishing, self._publishing = self._publishing, None
             await publishing
@@ -441,7 +447,7 @@ class Lane:
         self._done(step)
 
     async def _send_changelog(self, step: Outgoing) -> int:
-        """Send the users' records, and the lane's own last; return the changelog offset after it."""
+        """Send the users' records, and the lane's own record last; return the changelog offset after it."""
         if not step.changes:
             return self.store.meta.changelog
         records: list[Record] = [(change.user_id, change.record, []) for change in step.changes]
@@ -457,7 +463,7 @@ class Lane:
         await asyncio.gather(*sends)
 
     async def _send_messages(self, messages: Sequence[Message]) -> None:
-        """Decisions go to the topic of alerts, scores to that of scores; a user's in order."""
+        """Send decisions to the alerts topic and scores to the scores topic. A user's messages keep their order."""
         rules, metrics = self._rules, self._tools.metrics
         decisions = [message for message in messages if message.kind is not Kind.SCORES]
         scores = [message for message in messages if message.kind is Kind.SCORES]
@@ -472,7 +478,7 @@ class Lane:
         return await self._tools.publisher.send(topic, self.number, records)
 
     async def _write(self, step: Outgoing, changelog: int) -> None:
-        """Make the step durable here."""
+        """Write the step to the store."""
         if step.changes:
             await in_thread(self.store.write, step.changes, Meta(changelog, step.lane, step.number, []))
 
@@ -488,11 +494,11 @@ class Lane:
     # ---- the sweep of silent users ---------------------------------------------------------------------------------
 
     async def _sweep(self) -> None:
-        """Fire one step of the timers that are due by the lane's clock; events come before the next one."""
+        """Fire timers that are due by the lane's clock, in one step. Waiting events come before the next such step."""
         clock_ms = self.clock_ms()
         if self._stopping or self.store.none_due(clock_ms):
             return
-        await self._published()         # the index does not know of timers in flight
+        await self._published()         # the timer index lacks the changes of the step in flight
         due = await in_thread(self.store.due, clock_ms, self._rules.sweep_users_max)
         if not due:
             return
@@ -507,10 +513,10 @@ class Lane:
         await self._take(self._driver.sweep(users.values()), journal, [], 0, None)
 
     def clock_ms(self) -> int:
-        """How far time has come for this lane, in ms of event time.
+        """The lane's clock, in ms of event time.
 
-        The smaller of its topics' stream times; a topic with nothing unread does not hold the clock back. The time of
-        day counts only while the end of both is known to be reached, and events are recent.
+        It is the smaller of the stream times of both topics, but a topic without unread records does not hold it back.
+        If both topics are read to their ends and their events are recent, the clock follows the time of day.
         """
         intake = self.intake
         behind = [self._stream_ms[source] for source in Source if intake.queued(source) or intake.unread(source)]

@@ -1,4 +1,4 @@
-"""Records go out in as few producer batches as the broker's limit allows, and every one of them is awaited."""
+"""Sends records in as few producer batches as the broker's limit allows, and waits until all are acknowledged."""
 import asyncio
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from stream.errors import KafkaError
 from stream.kafka.batch import Batch
 from stream.kafka.clients import client_arguments
 
-BATCH_BYTES_MAX = 900_000       # below the broker's default for one batch, 1 MiB
+BATCH_BYTES_MAX = 900_000       # below 1 MiB, the broker's default limit for one batch
 REQUEST_BYTES_MAX = 4 << 20
 
 Header = tuple[str, bytes | None]
@@ -36,7 +36,7 @@ class Publisher:
         return self._producer
 
     async def start(self) -> None:
-        """Connect: idempotent, all replicas acknowledge. Errors: those of aiokafka."""
+        """Connect an idempotent producer whose records all replicas acknowledge. Errors: those of aiokafka."""
         self._producer = AIOKafkaProducer(
             **client_arguments(self._settings), acks='all', enable_idempotence=True, linger_ms=0,
             max_batch_size=BATCH_BYTES_MAX, max_request_size=REQUEST_BYTES_MAX,
@@ -44,23 +44,23 @@ class Publisher:
         await self._producer.start()
 
     async def stop(self) -> None:
-        """Send what was handed over, and leave."""
+        """Send everything that is queued, then disconnect."""
         if self._producer is not None:
             await self._producer.stop()
 
     async def send(self, topic: str, partition: int, records: list[Record]) -> int:
-        """Send the records; return the offset after the last one, once all of them are acknowledged (0 for none).
+        """Send the records and wait for all acknowledgements; return the offset after the last record, 0 for none.
 
-        partition   taken modulo the topic's partitions
-        Errors      KafkaError where one was not acknowledged within `send_timeout_ms`, or never can be.
+        partition   taken modulo the topic's number of partitions
+        Errors      KafkaError if a record was not acknowledged within `send_timeout_ms`, or is too large.
         """
         return await self._send(topic, partition, len(records), lambda batch, at: batch.add_records(records, at))
 
     async def send_messages(self, topic: str, partition: int, messages: list[Message],
                             source: bytes) -> int:
-        """The same for messages, with CloudEvents headers.
+        """Like `send`, for messages, which get CloudEvents headers.
 
-        source   as `batch.source_header` writes it
+        source   the header of the CloudEvents source, from `batch.source_header`
         """
         return await self._send(topic, partition, len(messages),
                                 lambda batch, at: batch.add_messages(messages, at, source))
@@ -78,11 +78,12 @@ class Publisher:
                 sent.append((batch.record_count(), await self._hand_over(batch, topic, partition)))
             acknowledged = await asyncio.gather(*(future for _, future in sent))
         except MessageSizeTooLargeError as error:
-            raise KafkaError(f'A record for {topic} is larger than the topic takes: {error}.',
-                             f'raise max.message.bytes of {topic}; `stream topics` says to what.') from error
+            raise KafkaError(f'A record for {topic} exceeds the size limit of the topic: {error}.',
+                             f'raise max.message.bytes of {topic} to the value that `stream topics` prints.'
+                             ) from error
         except DriverError as error:
             raise KafkaError(f'Kafka did not acknowledge records for {topic}-{partition}: {error!r}.',
-                             'look at the brokers; the worker goes on where it stopped when it is started again.'
+                             'check the brokers, then start the worker again; it continues where it stopped.'
                              ) from error
         return acknowledged[-1].offset + sent[-1][0]
 

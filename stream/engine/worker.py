@@ -1,8 +1,8 @@
-"""The worker's life: check, join, work, stop.
+"""The worker's life cycle.
 
-    start   topics are checked or made, the scorer is made, the admin server answers (not ready yet), the app joins
+    start   check or create the topics, create the scorer, start the admin server (not ready yet), join the group
     work    until SIGTERM or SIGINT, or until something fails
-    stop    steps in flight end and are committed; a second signal changes nothing
+    stop    finish the steps in flight and commit them; further signals have no effect
 """
 import asyncio
 import fcntl
@@ -33,17 +33,17 @@ from stream.state.partition_stores import PartitionStores
 from stream.state.store import Memory
 
 log = logging.getLogger(__name__)
-STOP_MORE_S = 8.0       # beyond `drain_timeout_ms`: for the last commit and for leaving the group
+STOP_MORE_S = 8.0       # added to `drain_timeout_ms`, for the last commit and for leaving the group
 
 
 async def run(settings: Settings) -> None:
     """Work until told to stop.
 
-    Errors   StreamError that says what to do, where the worker cannot start or cannot go on.
+    Errors   StreamError if the worker cannot start or cannot continue.
     """
     if stale := stale_modules():
-        raise UsageError(f'{", ".join(stale)}: compiled from another source than the one beside it.',
-                         'install the package again: `make .venv/base` here, else with pip.')
+        raise UsageError(f'These compiled modules do not match their sources: {", ".join(stale)}.',
+                         'install the package again: run `make .venv/base` in a checkout, use pip elsewhere.')
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -76,21 +76,21 @@ async def run(settings: Settings) -> None:
         stack.callback(watchdog.cancel)
         stack.push_async_callback(_stop, app, assignment, publisher, settings.drain_timeout_ms / 1000 + STOP_MORE_S)
         await _until(stop, assignment, publisher, app, watchdog)
-    for number in (signal.SIGTERM, signal.SIGINT):      # once the loop is gone a second signal must not kill
+    for number in (signal.SIGTERM, signal.SIGINT):      # without the loop's handlers a second signal would kill
         loop.remove_signal_handler(number)
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def _owned(state_dir: Path) -> Iterator[None]:
-    """The folder is this process's alone, until it ends in whatever way. Errors: StateError where it is another's."""
+    """Lock the folder for this process, until the process ends. Errors: StateError if another process has the lock."""
     state_dir.mkdir(parents=True, exist_ok=True)
     with (state_dir / 'lock').open('w') as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise StateError(f'{state_dir} belongs to another worker that runs.',
-                             'stop that one, or give each worker a state_dir of its own.') from error
+            raise StateError(f'{state_dir} is in use by another running worker.',
+                             'stop the other worker, or give each worker its own state_dir.') from error
         yield
 
 
@@ -110,14 +110,14 @@ def _rules(settings: Settings, partitions: int) -> LaneRules:
 
 async def _until(stop: asyncio.Event, assignment: Assignment, publisher: Publisher, app: App,
                  watchdog: asyncio.Task) -> None:
-    """Start the app, and wait until told to stop. Errors: the first thing that failed."""
+    """Start the app and wait until told to stop. Errors: the first failure."""
     async def start() -> None:
         await publisher.start()
         await app.start()
 
-    told = asyncio.create_task(stop.wait())
+    stopping = asyncio.create_task(stop.wait())
     starting = asyncio.create_task(start())
-    ends = [told, assignment.failure, watchdog]
+    ends = [stopping, assignment.failure, watchdog]
     await asyncio.wait([*ends, starting], return_when=asyncio.FIRST_COMPLETED)
     if starting.done():
         with kafka_errors('Joining the group'):
@@ -127,7 +127,7 @@ async def _until(stop: asyncio.Event, assignment: Assignment, publisher: Publish
         crashed.cancel()
     else:
         starting.cancel()
-    told.cancel()
+    stopping.cancel()
     error = assignment.failure.result() if assignment.failure.done() else app.crash_reason
     if error is None and watchdog.done():
         error = watchdog.exception()
@@ -135,11 +135,11 @@ async def _until(stop: asyncio.Event, assignment: Assignment, publisher: Publish
         raise error
     if error is not None:
         raise StreamError(f'The worker failed: {error!r}.',
-                          'start it again: it goes on where it stopped; report this with the log.') from error
+                          'start it again, it continues where it stopped; report this error with the log.') from error
 
 
 async def _stop(app: App, assignment: Assignment, publisher: Publisher, timeout_s: float) -> None:
-    """End within the time, whatever a service of the app waits for."""
+    """Stop everything, and give up after the timeout, even if a service of the app is still waiting."""
     async def end() -> None:
         async with AsyncExitStack() as last:        # whatever fails first, the rest is closed
             last.push_async_callback(publisher.stop)
@@ -150,8 +150,8 @@ async def _stop(app: App, assignment: Assignment, publisher: Publisher, timeout_
     ending = asyncio.create_task(end())
     done, _ = await asyncio.wait([ending], timeout=timeout_s)
     if not done:
-        log.error('the worker did not stop within %.0f s; what was not committed is done again.', timeout_s)
+        log.error('the worker did not stop within %.0f s; the next start repeats what was not committed.', timeout_s)
     elif (error := ending.exception()) is not None:
-        log.error('stopping failed: %r; what was not committed is done again.', error)
+        log.error('stopping failed: %r; the next start repeats what was not committed.', error)
     else:
-        log.info('stopped; everything that was done is committed')
+        log.info('stopped; all finished work is committed')

@@ -1,4 +1,4 @@
-"""What a replay writes and counts, the same for every kind of replay."""
+"""Writes and counts the outputs of a replay. Every kind of replay uses it."""
 from collections.abc import Sequence
 from typing import IO
 
@@ -13,7 +13,7 @@ from stream.replay.statistics import Statistics
 
 
 class Counts(msgspec.Struct):
-    """The account of a replay: read = applied + duplicate + late + dead."""
+    """The counts of a replay. They add up: read = applied + duplicate + late + dead."""
 
     read: int = 0
     applied: int = 0
@@ -26,9 +26,9 @@ class Counts(msgspec.Struct):
 
 
 class Account:
-    """Writes messages and dead letters, one a line, and counts them.
+    """Writes messages and dead letters, one per line, and counts them.
 
-    refused_scores   rows whose scores are not numbers in range
+    refused_scores   number of rows with scores that are NaN or out of range
     """
 
     def __init__(self, outputs: IO[bytes], dead_letters: IO[bytes]) -> None:
@@ -39,7 +39,7 @@ class Account:
         self._dead_letters = dead_letters
 
     def add_step(self, scored: Scored, messages: Sequence[Message]) -> None:
-        """Take what a step has led to. `messages` are those of `scored` that count."""
+        """Add the result of a step. `messages` are the messages of `scored` that took effect."""
         decisions = [message for message in messages if message.kind is not Kind.SCORES]
         self.counts.scored += len(scored.rows) - scored.refused
         self.counts.alerts += len(decisions)
@@ -51,12 +51,12 @@ class Account:
             self.statistics.add_decisions(decisions)
 
     def add_letter(self, letter: DeadLetter) -> None:
-        """Take a record that is no event."""
+        """Add a dead letter."""
         self._dead_letters.write(letter.as_line())
         self.counts.dead += 1
         self.statistics.dead[letter.refusal.reason] += 1
 
     def add_user(self, user: User) -> None:
-        """Take a user as the replay leaves them."""
+        """Count a user after the last step."""
         self.counts.users += 1
         self.statistics.add_final_tier(user.tier)

@@ -1,11 +1,11 @@
-"""Recorded topics and the journal of a worker, replayed step by step: the worker's own outputs, byte for byte.
+"""Replays recorded topics along a worker's journal, step by step. The outputs equal the worker's, byte for byte.
 
-A replay of files cuts its own runs and fires timers by one clock; this one reads in the journal what each lane did, and
-does it again: the same runs of the same records, the same sweeps, the same users who survived a kill, scored in the
-same batches. Lanes come one after another, each with a state and a step driver of its own.
+A replay of files cuts its own runs and fires timers by one clock. This replay repeats what the journal says each lane
+did: the same runs of the same records, the same sweeps, the same surviving users after a kill, scored in the same
+batches. It replays one lane after another, each with its own state and step driver.
 
-What has to be the same besides is checked before anything is done: the model's SHA-256, and the rules of which the
-journal holds a digest. Where the recording or the journal lacks something, the steps do not fit, and that is an error.
+Before it starts, it checks that model and rules are the worker's, by the SHA-256 and the digest in the journal. If the
+recording or the journal is incomplete, the step numbers do not match, and the replay fails.
 """
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
@@ -30,10 +30,10 @@ from stream.state.replay_state import State
 
 
 class _Lane(msgspec.Struct):
-    """One lane while it is replayed.
+    """One lane during its replay.
 
-    read_to   per source, where reading has come to: what is below was read before, and comes again
-    valid     distinct valid events that were read
+    read_to   per source, the end of what has been read; records below it are read again after a kill
+    valid     number of distinct valid events that were read
     """
 
     number: int
@@ -44,28 +44,28 @@ class _Lane(msgspec.Struct):
 
     @property
     def step(self) -> int:
-        """The newest step that was done."""
+        """Number of the newest step."""
         return self.driver.number
 
 
 class JournalReplay:
     """One pass over recorded topics, along a journal.
 
-    new_state     makes the state of a lane, given its number
-    outputs       takes one message a line: lanes in order, within a lane in the order of its steps
-    dead_letters  takes one dead letter a line: topic, partition, offset, reason, detail and the value
+    new_state     creates the state of a lane, given its number
+    outputs       receives one message per line: lane by lane, and step by step within a lane
+    dead_letters  receives one dead letter per line: topic, partition, offset, reason, detail and the value
 
-    first_ms, last_ms  earliest and latest event time that was read, Unix ms; 0 where there was no event
-    unfinished         events of steps that came to nothing and were not taken again before the journal ends
-    passed_over        events before a lane's blocks, or between them: the worker has skipped them, or began after them,
-                       or the journal lacks an entry
+    first_ms, last_ms  earliest and latest event time that was read, Unix ms; 0 if there was no event
+    unfinished         number of events whose steps took no effect and were not repeated before the journal ends
+    passed_over        number of events that precede a lane's blocks or lie between them: the worker skipped them or
+                       started after them, or the journal lacks an entry
     """
 
     def __init__(
         self, recorded: RecordedTopics, journal: Journal, new_state: Callable[[int], State], scorer: Scorer,
         rules: ReplayRules, outputs: IO[bytes], dead_letters: IO[bytes],
     ) -> None:
-        """Errors   UsageError where the model or the rules are not those of the journal."""
+        """Errors   UsageError if the model or the rules differ from the journal's."""
         self.account = Account(outputs, dead_letters)
         self.first_ms = self.last_ms = 0
         self.unfinished = self.passed_over = 0
@@ -78,10 +78,10 @@ class JournalReplay:
         _check(journal, scorer.model.sha256, rules)
 
     async def run(self, progress: Callable[[int], None] | None = None) -> Counts:
-        """Replay everything. `progress` is told the number of records of each block.
+        """Replay everything. `progress` is called after each run, with its number of records.
 
-        Errors   InputError where recording and journal do not fit; ModelError; StateError if the account does not
-                 come out even, which is a defect.
+        Errors   InputError if recording and journal do not match; ModelError; StateError if the counts do not add up,
+                 which is a defect.
         """
         for number, entries in self._journal.items():
             lane = _Lane(number, self._new_state(number), StepDriver(self._rules, self._scorer))
@@ -99,21 +99,21 @@ class JournalReplay:
         return self.account.counts
 
     def missing(self) -> list[str]:
-        """Where the recording ends before the journal does: `topic-partition`, and from which offset on.
+        """The topic partitions whose recording ends before the journal does, each with the first missing offset.
 
-        Markers of transactions at the very end look the same, and are no loss.
+        Transaction markers at the very end of a topic look the same, but are no loss.
         """
         stops = self._stops()
         return [f'{topic}-{partition} from offset {end} on' for (topic, partition), stop in stops.items()
                 if (end := self._recorded.end(topic, partition)) < stop]
 
     def beyond(self) -> int:
-        """Recorded records after the journal's end: the worker had not come to them."""
+        """Number of recorded records after the journal's end, which the worker had not reached."""
         stops = self._stops()
         return sum(self._recorded.count_from(*place, stops.get(place, 0)) for place in self._recorded.places())
 
     def _stops(self) -> dict[tuple[str, int], int]:
-        """Where the journal ends, by topic and partition."""
+        """The position at which the journal ends, by topic and partition."""
         stops: dict[tuple[str, int], int] = {}
         for lane, entries in self._journal.items():
             for entry, _ in steps_of(entries):
@@ -125,11 +125,14 @@ class JournalReplay:
     async def _run_of_events(
         self, lane: _Lane, run: Sequence[EventsEntry | TimersEntry], kept: Kept | None,
     ) -> int:
-        """The steps of a block, or of one of each input, as far as they came to be; gives the number of its records."""
+        """Replay the steps of a run, as far as they took effect; return its number of records.
+
+        run    the entry of a block, or the entries of one block of each input
+        """
         blocks: list[list[tuple[int, Event | None]]] = [[], []]
         for entry in run:
             if isinstance(entry, TimersEntry) or blocks[entry.source]:
-                raise InputError(f'Lane {lane.number} has done step {entry.step} twice in its journal.', _WHOLE)
+                raise InputError(f'The journal of lane {lane.number} has step {entry.step} twice.', _WHOLE)
             blocks[entry.source] = self._block(lane, entry)
         both = [*blocks[Source.CLICKS], *blocks[Source.CARTS]]
         count = len(both)
@@ -159,19 +162,23 @@ class JournalReplay:
     async def _step(
         self, lane: _Lane, step: Step, survivors: frozenset[str] | None, before: Mapping[str, bytes],
     ) -> None:
-        """Score and decide for the whole step; keep `survivors` (None: all), the others are as they were `before`."""
+        """Score and decide the whole step, because scores depend on the batch. Then keep only what took effect.
+
+        survivors   users who keep the result of the step; None: all
+        before      records of the users before the step; the other users go back to them
+        """
         scored = await lane.driver.score(step)
         messages = scored.messages
         if survivors is None:
             lane.state.save(entry.user for entry in step.touched)
         else:
-            lane.state.save(_as_it_was(entry.user, survivors, before) for entry in step.touched
+            lane.state.save(_kept_or_before(entry.user, survivors, before) for entry in step.touched
                             if entry.user.user_id in survivors or entry.user.user_id in before)
             messages = [message for user, outbox in scored.outboxes if user.user_id in survivors for message in outbox]
         self.account.add_step(scored, messages)
 
     def _block(self, lane: _Lane, entry: EventsEntry) -> list[tuple[int, Event | None]]:
-        """The records of a block, each with its own time, and its event if it is one; what is new is counted."""
+        """The records of a block, as pairs of record time and event; None for an invalid event. Counts new records."""
         topic = self._recorded.inputs.topics[entry.source]
         self._between(self._recorded.lines(topic, lane.number, lane.read_to[entry.source], entry.start))
         block, new, read_to = [], [], lane.read_to[entry.source]
@@ -195,7 +202,11 @@ class JournalReplay:
         return block
 
     def _between(self, lines: Sequence[bytes]) -> None:
-        """Records of blocks that are in no state because no event was in them: dead letters, where all is well."""
+        """Count records between two blocks of the journal. If nothing is missing, all of them are dead letters.
+
+        A run without a valid event leaves no trace in the state. So if its owner was killed later, the journal counts
+        the run as without effect, although its offsets were committed and nobody reads its records again.
+        """
         for line in lines:
             outcome = self._decode_line(line)
             if isinstance(outcome, Event):
@@ -218,27 +229,27 @@ class JournalReplay:
             folded += user.applied + user.duplicate + user.late
         left = lane.valid - folded
         if left < 0 or (left and not has_owners):
-            raise StateError(f'The account of lane {lane.number} is not even: {lane.valid} events, {folded} folded.',
-                             'report this, with recording and journal.')
+            raise StateError(f'The counts of lane {lane.number} do not add up: {lane.valid} events, {folded} folded.',
+                             'report this, with the recording and the journal.')
         self.unfinished += left
         counts.read = counts.applied + counts.duplicate + counts.late + counts.dead
 
 
-_WHOLE = 'record the whole input topics and the whole journal topic, once the worker has stopped or has nothing to do.'
+_WHOLE = 'stop the worker or wait until it is idle, then record the whole input topics and the whole journal topic.'
 
 
 def _misfit(lane: _Lane, step: int) -> InputError:
     if not lane.step:
         return InputError(
-            f'The journal of lane {lane.number} begins with step {step}: what its state was before is not known.',
-            "replay a journal from its lanes' first steps on; keep the journal topic for as long as that "
-            '(alerts_retention_days, when it is created).')
-    return InputError(f'Lane {lane.number}: the journal goes on with step {step}, the recording has led to step '
+            f'The journal of lane {lane.number} begins with step {step}, so the state before that step is unknown.',
+            "replay a journal that begins with its lanes' first steps; to keep them, set alerts_retention_days high "
+            'enough before the journal topic is created.')
+    return InputError(f'Lane {lane.number}: the journal continues with step {step}, but the recording has led to step '
                       f'{lane.step}.', _WHOLE)
 
 
 def _check(journal: Journal, sha256: str, rules: ReplayRules) -> None:
-    """UsageError unless every step that came to be was made by this model and these rules."""
+    """Raise UsageError unless this model and these rules made every step that took effect."""
     digest = rules_digest(rules.events, rules)
     entries = [entry for lane in journal.values() for entry, _ in steps_of(lane)]
     models = dict.fromkeys(entry.model for entry in entries)
@@ -248,27 +259,28 @@ def _check(journal: Journal, sha256: str, rules: ReplayRules) -> None:
                 f'The journal was written with the model of SHA-256 {model[:DIGITS_SHOWN]}..., not with '
                 f'{sha256[:DIGITS_SHOWN]}....',
                 'name that model with --model.' if len(models) == 1 else
-                f'it names {len(models)} models and a replay takes one: keep the lines up to the change.')
+                f'keep only the lines up to the change of model: the journal names {len(models)} models, and a replay '
+                'uses one.')
     digests = dict.fromkeys(entry.rules for entry in entries)
     for found in digests:
         if found != digest:
             raise UsageError(
-                f'The journal was written with other settings (rules {found}, these are {digest}).',
-                "replay with the worker's own settings (--config): of the events, the window, the policy, publish and "
+                f'The journal was written with other settings (rules {found}, current rules {digest}).',
+                "replay with the worker's own settings (--config) for events, window, policy, publish and "
                 'reasons_rows_max.' if len(digests) == 1 else
-                f'they changed while it was written ({len(digests)} digests) and a replay takes one: keep the lines up '
-                'to the change.')
+                f'keep only the lines up to the change of settings: the journal has {len(digests)} digests, and a '
+                'replay uses one.')
 
 
 def _survivors(kept: Kept | None, step: int) -> frozenset[str] | None:
-    """The users of `step` that were found afterwards; None: all."""
+    """The users who keep the result of `step`; None: all."""
     return kept.users if kept is not None and kept.step == step else None
 
 
 def _records(users: Mapping[str, User]) -> dict[str, bytes]:
-    """The records of those that have one; a user without a step was never stored."""
+    """The records of the users that have one. A user with step 0 was never stored."""
     return {user_id: encode(user) for user_id, user in users.items() if user.step}
 
 
-def _as_it_was(user: User, survivors: frozenset[str], before: Mapping[str, bytes]) -> User:
+def _kept_or_before(user: User, survivors: frozenset[str], before: Mapping[str, bytes]) -> User:
     return user if user.user_id in survivors else decode(user.user_id, before[user.user_id])

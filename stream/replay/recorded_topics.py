@@ -1,4 +1,4 @@
-"""Recordings of input topics, read by topic, partition and offset: what a replay along a journal asks for."""
+"""Reads recordings of input topics by topic, partition and offset. A replay along a journal needs this access."""
 import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ _PROGRESS_RECORDS = 8192
 
 
 class Place(msgspec.Struct, gc=False):
-    """Where a recorded record was."""
+    """The topic, partition, offset and time of a recorded record."""
 
     topic: str
     partition: int
@@ -27,15 +27,15 @@ class Place(msgspec.Struct, gc=False):
 
 
 class RecordedTopics:
-    """Recordings of the input topics, read by topic, partition and offset. Call `scan` first, `close` at the end.
+    """Recordings of the input topics, read by topic, partition and offset. Call `scan` first and `close` at the end.
 
-    The lines are copied, uncompressed, to a temporary file that no name leads to; 24 bytes a record are in memory.
+    `scan` copies the lines, uncompressed, to an unnamed temporary file. It needs 24 bytes of memory per record.
 
-    rows      number of distinct records: one that two files hold counts once
+    rows      number of distinct records; a record in two files counts once
     """
 
     def __init__(self, paths: Sequence[Path], inputs: Inputs, spool_dir: Path | None = None) -> None:
-        """Nothing is read yet. `spool_dir`: for the temporary file; None: the system's folder for such files."""
+        """`spool_dir` is the folder for the temporary file; None: the system's temporary folder."""
         if not paths:
             raise UsageError('No file to replay was named.', 'name at least one file.')
         self.inputs = inputs
@@ -48,8 +48,9 @@ class RecordedTopics:
     def scan(self, progress: Callable[[int], None] | None = None) -> None:
         """Read everything once.
 
-        progress  called now and then with the number of records read so far
-        Errors    InputError where a file cannot be read, is none of `stream record`, or has none of the input topics.
+        progress  called from time to time with the number of records read so far
+        Errors    InputError if a file cannot be read or was not written by `stream record`, or if no file has a record
+                  of an input topic.
         """
         columns: dict[tuple[str, int], tuple[array, array, array]] = {}
         start = 0
@@ -67,18 +68,17 @@ class RecordedTopics:
             spool.flush()
         except OSError as error:
             raise InputError(f'The records cannot be copied to a temporary file: {error}.',
-                             'make room for all of them; TMPDIR names the folder.') from error
+                             'free enough disk space for all records, or set TMPDIR to another folder.') from error
         if not columns:
             raise InputError(f'The recording has no record of {" or ".join(self.inputs.topics)}.',
-                             'name recordings of the input topics; the settings clicks_topic and carts_topic say how '
-                             'they are called.')
+                             'name recordings of the input topics (settings clicks_topic and carts_topic).')
         for place, table in columns.items():
             rows = np.stack([np.frombuffer(column, np.int64) for column in table], axis=1)
             self._tables[place] = rows[np.unique(rows[:, 0], return_index=True)[1]]
         self.rows = sum(map(len, self._tables.values()))
 
     def lines(self, topic: str, partition: int, start: int, stop: int) -> list[bytes]:
-        """The recorded lines of the offsets in [start, stop), in order; gaps are no error, topics have them."""
+        """The recorded lines at offsets [start, stop), in order. Gaps are normal: topics have them."""
         table = self._tables.get((topic, partition))
         if table is None:
             return []
@@ -88,7 +88,7 @@ class RecordedTopics:
         return [os.pread(number, length, at) for _, at, length in table[first:end].tolist()]
 
     def places(self) -> list[tuple[str, int]]:
-        """Topics and partitions of which there are records."""
+        """Topics and partitions with records."""
         return sorted(self._tables)
 
     def count_from(self, topic: str, partition: int, offset: int) -> int:
@@ -97,12 +97,12 @@ class RecordedTopics:
         return len(table) - int(np.searchsorted(table[:, 0], offset))
 
     def end(self, topic: str, partition: int) -> int:
-        """One more than the newest recorded offset; 0: there is none."""
+        """The newest recorded offset plus one; 0 if there are no records."""
         table = self._tables.get((topic, partition))
         return 0 if table is None else int(table[-1, 0]) + 1
 
     def close(self) -> None:
-        """Give the temporary file back."""
+        """Close the temporary file, which deletes it."""
         if self._spool is not None:
             self._spool.close()
 
@@ -110,7 +110,7 @@ class RecordedTopics:
         for path in self._paths:
             with closing(kafka_format(self.inputs).rows(path)) as rows:
                 for line in rows:
-                    assert isinstance(line, bytes)      # this format judges no row
+                    assert isinstance(line, bytes)      # this format never refuses a row
                     yield path, line
 
 
@@ -122,4 +122,4 @@ def _place(path: Path, line: bytes) -> Place:
         return decode_place(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f'{path} has a line that is no record of a topic: {error}.',
-                         'name files that `stream record` has written to the end.') from error
+                         'name complete files of `stream record`.') from error

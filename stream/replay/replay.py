@@ -1,8 +1,8 @@
-"""Recorded events through the step driver, in event-time order, as one stream.
+"""Replays recorded events through the step driver, in event-time order, as one stream.
 
-Record numbers of the file take the place of offsets: each topic's events are counted from 0. Records of topics keep
-their own offsets. Unlike a lane, a replay knows the time of the whole stream: before each step it also fires the timers
-of everybody who is silent by then.
+Events from files have no offsets, so the replay counts the events of each topic from 0. Recorded Kafka records keep
+their own offsets. Unlike a lane, a replay knows the time of the whole stream. Before each step it also fires the timers
+of all other users that are due by then.
 """
 from collections.abc import Callable, Iterable
 from typing import IO
@@ -24,8 +24,8 @@ from stream.state.replay_state import State
 class Replay:
     """One pass over a recording.
 
-    outputs       takes one message a line
-    dead_letters  takes one dead letter a line: file, row, reason, detail and the value
+    outputs       receives one message per line
+    dead_letters  receives one dead letter per line: file, row, reason, detail and the value
     """
 
     def __init__(self, recording: Recording, state: State, scorer: Scorer, rules: ReplayRules, outputs: IO[bytes],
@@ -39,9 +39,9 @@ class Replay:
         self._next_offset = [0, 0]
 
     async def run(self, progress: Callable[[int], None] | None = None) -> Counts:
-        """Replay everything. `progress` is told the number of rows of each block.
+        """Replay everything. `progress` is called after each block, with its number of rows.
 
-        Errors   InputError, ModelError; StateError if the account does not come out even, which is a defect.
+        Errors   InputError; ModelError; StateError if the counts do not add up, which is a defect.
         """
         account = self.account
         for block in self._recording.chunks(self._rules.block_events_max, self._rules.block_span_ms_max):
@@ -54,7 +54,7 @@ class Replay:
             account.add_user(user)
         counts = account.counts
         if counts.read != counts.applied + counts.duplicate + counts.late + counts.dead:
-            raise StateError(f'The account is not even: {counts}.', 'report this, with the recording.')
+            raise StateError(f'The counts do not add up: {counts}.', 'report this, with the recording.')
         return counts
 
     def _decode(self, block: Chunk) -> list[Event]:
@@ -92,7 +92,7 @@ class Replay:
             await self._take(step)
 
     def _silent(self, clock_ms: int, users: dict[str, User]) -> Iterable[User]:
-        """Some of those whose timer is due by `clock_ms`, `users` apart; nobody where there are no more."""
+        """Users outside `users` with a timer due by `clock_ms`, a limited number per call. Empty when none are left."""
         due = self._state.due(clock_ms, self._rules.block_events_max)
         return self._state.load(user_id for user_id in due if user_id not in users).values()
 

@@ -1,4 +1,7 @@
-"""What a replay adds up for its report, block by block; memory grows with the hours and the users at risk."""
+"""The statistics of a replay for its report, added up block by block.
+
+Memory grows with the number of hours and of users at risk, not with the number of events.
+"""
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -19,11 +22,12 @@ _HOUR_TYPE = 256        # an hour and a type code in one integer
 class Statistics:
     """Sums over a replay.
 
-    events_per_hour   hour since 1970 -> type name -> events that were read and valid
-    alerts_per_hour   hour -> message label (type, and state where it has one) -> messages
+    events_per_hour   hours since 1970 -> type name -> number of valid events
+    alerts_per_hour   hours since 1970 -> label (the message's type, and its state if it has one) -> number of messages
     score_histograms  intent, churn, power -> counts in SCORE_BINS equal bins over [0, 1]
-    tiers             last tier of every user; None for those without one
-    dead              reason -> dead letters
+    tiers             last tier, None for no tier -> number of users
+    dead              reason -> number of dead letters
+    alerts_shown      the newest messages of each label, at most ALERTS_SHOWN_PER_LABEL each
     """
 
     def __init__(self) -> None:
@@ -51,16 +55,16 @@ class Statistics:
         """Add usable scores to the histograms."""
         for name, histogram in self.score_histograms.items():
             values = getattr(scores, name)[scores.usable]
-            # On the grid's whole numbers, so that a score on an edge is in the bin above it; 1.0 is in the last one.
+            # Compute bins in whole grid steps, so a score on an edge falls into the bin above. 1.0 is in the last bin.
             bins = np.minimum(np.rint(values * STEPS_PER_UNIT).astype(np.int64) * SCORE_BINS // STEPS_PER_UNIT,
                               SCORE_BINS - 1)
             histogram += np.bincount(bins, minlength=SCORE_BINS)
 
     def add_decisions(self, messages: Sequence[Message]) -> None:
-        """Count decisions by hour and label; remember who is at risk."""
+        """Count decisions by hour and label, and keep track of the users at risk."""
         for message in messages:
             value = message.content
-            assert value is not None        # the decisions of a replay have just been taken
+            assert value is not None        # the replay has just taken these decisions
             label = ' '.join(filter(None, (value['type'], value.get('state'))))
             self.alerts_per_hour[value['as_of_ms'] // HOUR_MS][label] += 1
             if value['type'] == Kind.CHURN:
@@ -75,15 +79,16 @@ class Statistics:
         self.tiers[None if tier == NO_TIER else tier] += 1
 
     def users_at_risk(self) -> list[dict[str, Any]]:
-        """Churn alerts that stand at the end and have not expired, the largest spend at risk first.
+        """Churn alerts that are still raised at the end and have not expired, the largest spend at risk first.
 
-        The spend at risk is churn times the expected spend. An expired alert is about somebody lost long ago.
+        The spend at risk is the churn probability times the expected spend. An expired alert is about a shopper who has
+        long been lost.
         """
         standing = [value for value in self._at_risk.values() if value['expires_at_ms'] > self.clock_ms]
         return sorted(standing, key=lambda value: (-_spend_at_risk(value), value['user_id']))
 
     def _show(self, value: dict[str, Any]) -> None:
-        """Keep the newest alerts of each label, so that a short table has some of each."""
+        """Keep the newest alerts of each label, so that a short table shows some of each."""
         label = (value['type'], value.get('state'))
         same = [at for at, shown in enumerate(self.alerts_shown) if (shown['type'], shown.get('state')) == label]
         if len(same) == ALERTS_SHOWN_PER_LABEL:

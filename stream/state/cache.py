@@ -1,21 +1,21 @@
-"""The users of a lane that are kept decoded: those whose newest record is not yet written, and those seen lately.
+"""A lane's cache of decoded users: users whose newest record is not yet written, and recently used users.
 
-A user who comes again costs no read and no decoding. Two generations stand in for an exact order of use: who is used
-moves to the younger one, and once that is full, the older one goes and the younger takes its place. That costs one
-write to a table per user and step.
+A cached user costs neither a read nor a decoding. Two generations approximate an exact order of use. A used user moves
+to the young generation. When that is full, the old generation is dropped and the young one takes its place. So a step
+costs one dictionary write per user.
 """
 from collections.abc import Iterable
 from typing import Any
 
 from stream.core.user import Change, User, keep
 
-OBJECT_BYTES = 700      # of a user without events: the object, its three buffers, its place here
+OBJECT_BYTES = 700      # estimated memory of a user without events: the object, its three buffers and the cache entry
 
 
 class UserCache:
     """Users by id.
 
-    bytes_max   what the users that are not in flight may take together, by estimate
+    bytes_max   limit on the estimated memory of all users that are not in flight
     """
 
     def __init__(self, bytes_max: int) -> None:
@@ -25,16 +25,16 @@ class UserCache:
         self._young_bytes = 0
 
     def find(self, user_ids: Iterable[str]) -> dict[str, Any]:
-        """The users, in this order; None for each that is not kept."""
+        """The users, in this order; None for each user that is not cached."""
         young, old = self._young, self._old
         return {user_id: young.get(user_id) or old.get(user_id) for user_id in user_ids}
 
     def keep(self, users: list[User], changes: list[Change]) -> None:
-        """Keep these users, of whom `changes` will be written."""
+        """Cache these users. `changes` are their changes that will be written."""
         self._young_bytes += keep(self._young, users, changes, OBJECT_BYTES)
 
     def trim(self, step: int) -> None:
-        """Let go of users beyond the bound whose newest record is written: that of a step up to `step`."""
+        """Drop users beyond the limit. Every record up to step `step` is written; users of later steps stay."""
         if self._young_bytes > self._generation_bytes_max:
             in_flight = {user_id: user for generation in (self._old, self._young)
                          for user_id, user in generation.items() if user.step > step}

@@ -1,4 +1,4 @@
-"""The databases of one worker, one for each partition that it owns or stands by for, within one bound of memory."""
+"""The databases of one worker: one for each partition that it owns or stands by for. They share one memory limit."""
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,12 +17,12 @@ class PartitionStores:
         self._open: dict[int, PartitionStore] = {}
 
     def take(self, partition: int) -> PartitionStore:
-        """The partition's database, opened if it is not yet."""
+        """The partition's database. Opens it if necessary."""
         store = self._open.get(partition)
         if store is None:
             store = self._open[partition] = PartitionStore(self._directory / f'users-{partition}', self._memory)
             if store.set_aside is not None:
-                log.error('%s was damaged and is set aside as %s; its changelog fills it again.',
+                log.error('%s was damaged and is set aside as %s. It is restored from its changelog.',
                           store.directory, store.set_aside.name)
         return store
 
@@ -37,5 +37,5 @@ class PartitionStores:
         return sorted(self._open)
 
     def open_stores(self) -> Iterable[PartitionStore]:
-        """Their databases."""
+        """The open databases."""
         return self._open.values()

@@ -1,6 +1,6 @@
-"""Where a replay keeps its users: in memory, or in RocksDB for more users than memory holds.
+"""The state of a replay: its users, in memory, or in RocksDB if memory cannot hold them all.
 
-Both keep, beside the users, the index of due silence timers, written together with them.
+Both kinds also keep an index of silence timers by due time, and write it together with the users.
 """
 import heapq
 from collections.abc import Iterable, Iterator
@@ -19,9 +19,9 @@ class State(Protocol):
     """Users by id, and users by due time."""
 
     def load(self, user_ids: Iterable[str]) -> dict[str, User]:
-        """These users, in this order; one that is not known yet comes without events.
+        """These users, in this order. An unknown user has no events.
 
-        Whoever changes a user saves it before it is loaded again.
+        A caller that changes a user must save it before the user is loaded again.
         """
         ...
 
@@ -30,7 +30,7 @@ class State(Protocol):
         ...
 
     def due(self, until_ms: int, users_max: int) -> list[str]:
-        """At most `users_max` users whose timer is due at or before `until_ms`, by due time, then id."""
+        """At most `users_max` users whose timer is due at or before `until_ms`, ordered by due time, then id."""
         ...
 
     def users(self) -> Iterator[User]:
@@ -41,11 +41,12 @@ class State(Protocol):
 
 
 class MemoryState:
-    """Everything in dictionaries; users stay decoded."""
+    """Keeps everything in dictionaries. Users stay decoded."""
 
     def __init__(self) -> None:
         self._users: dict[str, User] = {}
-        # The heap holds every timer at or before its time; an entry that is not the user's queued one is stale.
+        # A user's entry in the heap is at or before the user's due time. Only the entry in `_queued_ms` counts; others
+        # are stale.
         self._heap: list[tuple[int, str]] = []
         self._queued_ms: dict[str, int] = {}
 
@@ -65,7 +66,7 @@ class MemoryState:
         while heap and heap[0][0] <= until_ms and len(ready) < users_max:
             queued_ms, user_id = heapq.heappop(heap)
             if self._queued_ms.get(user_id) != queued_ms or (ready and ready[-1] == (queued_ms, user_id)):
-                continue        # stale, or queued twice for the same time
+                continue        # the entry is stale, or it was queued twice for the same time
             due_ms = self._users[user_id].stored_due_ms
             if due_ms == queued_ms:
                 ready.append((due_ms, user_id))
@@ -73,7 +74,7 @@ class MemoryState:
                 del self._queued_ms[user_id]
             else:
                 self._queue(due_ms, user_id)
-        for entry in ready:     # asking changes nothing; `save` moves the timer
+        for entry in ready:     # `due` must not change the index; only `save` moves a timer
             heapq.heappush(heap, entry)
         return [user_id for _, user_id in ready]
 
@@ -81,7 +82,7 @@ class MemoryState:
         return iter(self._users.values())
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing: memory needs no closing."""
 
     def _queue(self, due_ms: int, user_id: str) -> None:
         heapq.heappush(self._heap, (due_ms, user_id))
@@ -89,12 +90,12 @@ class MemoryState:
 
 
 class RocksState:
-    """Records and timers in one directory: the store in which a worker keeps a partition, without a changelog."""
+    """Keeps records and timers in one directory. It uses a worker's partition store, without a changelog."""
 
     def __init__(self, directory: Path) -> None:
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise UsageError(f'The state directory {directory} is no folder, or not empty.',
-                             'name a new one: a replay begins with no history.')
+            raise UsageError(f'The state directory {directory} is not a folder, or it is not empty.',
+                             'name a new folder: a replay starts without history.')
         self._store = PartitionStore(directory, Memory(_CACHE_MIB, _WRITE_BUFFERS_MIB))
 
     def load(self, user_ids: Iterable[str]) -> dict[str, User]:

@@ -1,12 +1,12 @@
-"""Where the users of one partition live: RocksDB, with the index of due times in the same database.
+"""The store of one partition's users: a RocksDB database with the users' records and an index of their timers.
 
     users-<partition>/      one database per partition
         default             user id in UTF-8 -> the user's record; META -> `Meta`
-        due                 due time in ms, u64 big-endian, then the user id -> nothing
+        due                 due time in ms, u64 big-endian, then the user id -> empty value
 
-Every write is one atomic batch of records, index and the changelog offset up to which they stand, so that the three can
-never disagree. The same index is built when a changelog is applied, by an owner that recovers and by a standby.
-Cache and write buffers are shared by all partitions of a worker, so that their sum is bounded.
+Every write is one atomic batch of records, index entries and the changelog offset that they correspond to, so the three
+never disagree. Applying a changelog, on a recovering owner or on a standby, builds the same index.
+All partitions of a worker share one cache and one set of write buffers, which limits their total memory.
 """
 import shutil
 import struct
@@ -22,9 +22,9 @@ from stream.core.layout import HEADER_DTYPE, NO_TIMER_MS
 from stream.core.user import Change, User, decode
 from stream.errors import StateError, StreamError
 
-LANE_KEY = b'\xfflane'      # no user id: 0xff never occurs in UTF-8
+LANE_KEY = b'\xfflane'      # cannot be a user id: 0xff never occurs in UTF-8
 _META = b'\xffmeta'
-DAMAGED = 'DAMAGED'         # marks a directory whose damage showed in use
+DAMAGED = 'DAMAGED'         # a file of this name marks a directory that was found damaged while in use
 _USERS_END = b'\xff'
 _DUE = struct.Struct('>Q')
 _HEADER_FIELDS: Any = HEADER_DTYPE.fields
@@ -36,7 +36,10 @@ _MIB = 1 << 20
 
 
 class LaneRecord(msgspec.Struct):
-    """How far a lane has come: the last record of each step in the changelog.
+    """A lane's progress. It is the last record of each step in the changelog.
+
+    step        number of the step
+    generation  generation of the lane's owner
 
     positions   the first fetch position not yet done, per source
     stream_ms   the newest event time seen, per source
@@ -51,12 +54,13 @@ class LaneRecord(msgspec.Struct):
 
 
 class Meta(msgspec.Struct):
-    """What the database knows of itself.
+    """The database's metadata.
 
-    changelog   the first changelog offset that is not in it
-    newest      the newest step among its records
-    unsent      users of that step whose messages may not have been sent: they came from the changelog
-    users       how many there are
+    changelog   the first changelog offset that the database does not include
+    lane        the lane's newest record
+    newest      the newest step among the users' records
+    unsent      users of that step, if their records came from the changelog: their messages may not have been sent
+    users       number of users
     """
 
     changelog: int = 0
@@ -85,8 +89,8 @@ class Memory:
         options.set_max_open_files(256)
         options.set_keep_log_file_num(2)
         options.set_max_total_wal_size(16 * _MIB)
-        # Disk: a record is rewritten all the time, so the newest level, rewritten soonest, is packed fast, what lies
-        # below small; and small files and levels keep few old versions beside the new ones.
+        # Save disk. Records are rewritten often. The newest level is rewritten soonest, so it gets the fast compression
+        # and the levels below get the strong one. Small files and levels keep few old versions of a record.
         options.set_compression_per_level([DBCompressionType.lz4(), *[DBCompressionType.zstd()] * 6])
         options.set_compression_options(-14, 1, 0, 0)       # zstd's level 1
         options.set_level_zero_file_num_compaction_trigger(2)
@@ -95,26 +99,26 @@ class Memory:
         table = BlockBasedOptions()
         table.set_block_cache(self.cache)
         table.set_bloom_filter(10, False)
-        # Indices and filters live with their files, 3 MB for a million users. In the cache those of files that are gone
-        # stay until it is full: memory grew by 5 MB a minute for half an hour.
+        # Keep indices and filters with their files, 3 MB for a million users. In the cache, the blocks of deleted files
+        # would stay until it is full: memory grew by 5 MB per minute for half an hour.
         table.set_cache_index_and_filter_blocks(False)
         options.set_block_based_table_factory(table)
         return options
 
 
 def _is_damage(text: str) -> bool:
-    """Whether RocksDB complains of its files, rather than of the machine."""
+    """Whether an error of RocksDB is about its files rather than about the machine."""
     return text.startswith('Corruption') or 'No such file' in text or 'checksum' in text
 
 
 class PartitionStore:
-    """One partition's users. Reading and writing may go on in two threads at once; neither while it is closed."""
+    """One partition's users. One thread may read while another one writes. Neither may run during `close`."""
 
     def __init__(self, directory: Path, memory: Memory) -> None:
-        """Open, or make, the database.
+        """Open or create the database.
 
-        Errors   StateError if another process holds it. A database that cannot be opened is set aside (`.damaged`) and
-                 begun anew: its changelog fills it again.
+        A damaged database is renamed to `.damaged`. An empty one takes its place, to be restored from the changelog.
+        Errors   StateError if another process holds the database, or the machine prevents opening it.
         """
         self.directory = directory
         self.set_aside: Path | None = None
@@ -127,16 +131,16 @@ class PartitionStore:
             text = str(error).replace(str(directory), '')
             if '/LOCK:' in text:
                 raise StateError(f'{directory} is in use by another process: {error}.',
-                                 'stop the other worker, or give each worker a state_dir of its own.') from error
+                                 'stop the other worker, or give each worker its own state_dir.') from error
             if not _is_damage(text):
-                raise StateError(f'{directory} cannot be opened: {error}.', 'look at the disk, its space, its rights '
-                                 'and the limit of open files; nothing was changed.') from error
+                raise StateError(f'{directory} cannot be opened: {error}.', 'check the disk, its free space, the '
+                                 'permissions and the limit on open files; nothing was changed.') from error
             self._set_aside()
             self._open(memory)
-        with self._damage_told():
+        with self._marking_damage():
             stored: Any = self._db.get(_META)
         self.meta = msgspec.json.decode(stored, type=Meta) if stored else Meta()
-        self._earliest_ms = 0           # no timer is due before it
+        self._earliest_ms = 0           # a lower bound on the due times of all timers
 
     def _set_aside(self) -> None:
         self.set_aside = self.directory.with_name(self.directory.name + '.damaged')
@@ -144,16 +148,16 @@ class PartitionStore:
         self.directory.rename(self.set_aside)
 
     @contextmanager
-    def _damage_told(self) -> Iterator[None]:
-        """Damage that shows in use ends the worker; the directory is marked, and set aside at the next start."""
+    def _marking_damage(self) -> Iterator[None]:
+        """Raise StateError if damage shows in use, and mark the directory, which the next start then sets aside."""
         try:
             yield
         except Exception as error:      # rocksdict raises plain Exception
             if isinstance(error, StreamError) or not _is_damage(str(error)):
                 raise
             (self.directory / DAMAGED).touch()
-            raise StateError(f'{self.directory} is damaged: {error}.', 'start the worker again: the directory is set '
-                             'aside then, and filled again from the changelog; look at the disk.') from error
+            raise StateError(f'{self.directory} is damaged: {error}.', 'start the worker again: it sets the directory '
+                             'aside and restores the state from the changelog; check the disk.') from error
 
     def _open(self, memory: Memory) -> None:
         self._db = Rdict(str(self.directory), memory.options(), column_families={'due': memory.options()})
@@ -161,15 +165,15 @@ class PartitionStore:
         self._due_handle = self._db.get_column_family_handle('due')
 
     def load(self, user_ids: Iterable[str]) -> dict[str, User]:
-        """These users, in this order; one that is not known comes without events. Errors: StateError if damaged."""
+        """These users, in this order. An unknown user has no events. Errors: StateError if a record is damaged."""
         wanted = list(user_ids)
-        with self._damage_told():
+        with self._marking_damage():
             records: Any = self._db.get([user_id.encode() for user_id in wanted]) if wanted else []
         return {user_id: User(user_id) if record is None else decode(user_id, record)
                 for user_id, record in zip(wanted, records, strict=True)}
 
     def write(self, changes: Sequence[Change], meta: Meta) -> None:
-        """Make one step durable. `meta.users` is counted on from what it was."""
+        """Make one step durable. Sets `meta.users` to the new number of users."""
         meta.users = self.meta.users + sum([change.new for change in changes])
         batch = WriteBatch(raw_mode=True)
         handle, earliest_ms = self._due_handle, self._earliest_ms
@@ -182,12 +186,12 @@ class PartitionStore:
                     batch.put(_DUE.pack(change.due_ms) + change.user_id, b'', handle)
                     earliest_ms = min(earliest_ms, change.due_ms)
         batch.put(_META, msgspec.json.encode(meta))
-        with self._damage_told():
+        with self._marking_damage():
             self._db.write(batch)
         self.meta, self._earliest_ms = meta, earliest_ms
 
     def apply(self, records: Sequence[tuple[bytes, bytes | None]], next_offset: int) -> None:
-        """Take in a run of the partition's changelog, in order, up to `next_offset`."""
+        """Apply records of the partition's changelog, in order, up to `next_offset` (exclusive)."""
         newest: dict[bytes, bytes | None] = {}
         meta = Meta(next_offset, self.meta.lane, self.meta.newest, self.meta.unsent, self.meta.users)
         unsent = dict.fromkeys(meta.unsent)
@@ -207,7 +211,7 @@ class PartitionStore:
                 unsent[key.decode()] = None
         meta.unsent = list(unsent)
         batch = WriteBatch(raw_mode=True)
-        with self._damage_told():
+        with self._marking_damage():
             stored: Any = self._db.get(list(newest)) if newest else []
         for (key, record), before in zip(newest.items(), stored, strict=True):
             due_before_ms = _I64.unpack_from(before, _DUE_AT)[0] if before is not None else NO_TIMER_MS
@@ -223,16 +227,16 @@ class PartitionStore:
             else:
                 batch.put(key, record)
         batch.put(_META, msgspec.json.encode(meta))
-        with self._damage_told():
+        with self._marking_damage():
             self._db.write(batch)
         self.meta = meta
 
     def none_due(self, until_ms: int) -> bool:
-        """Whether it is known, without a look at the index, that no timer is due."""
+        """Whether no timer can be due. Answers without reading the index; false means that one may be due."""
         return until_ms < self._earliest_ms
 
     def due(self, until_ms: int, users_max: int) -> list[str]:
-        """At most `users_max` users whose timer is due at or before `until_ms`, by due time, then id."""
+        """At most `users_max` users whose timer is due at or before `until_ms`, ordered by due time, then id."""
         if self.none_due(until_ms):
             return []
         ready: list[bytes] = []
@@ -248,7 +252,7 @@ class PartitionStore:
         return [key[_DUE.size:].decode() for key in ready]
 
     def users(self) -> Iterator[User]:
-        """All users, by id."""
+        """All users, ordered by id."""
         records: Any = self._db.items()
         for key, record in records:
             if key >= _USERS_END:
@@ -256,7 +260,7 @@ class PartitionStore:
             yield decode(key.decode(), record)
 
     def close(self) -> None:
-        """Flush and give the directory free."""
+        """Flush and release the directory."""
         self._due.close()
         self._db.close()
-        del self._due_handle, self._due, self._db       # a handle that is left holds the lock
+        del self._due_handle, self._due, self._db       # a remaining handle would keep the lock

@@ -29,7 +29,7 @@ def scores_of(intent: float = 0.5, churn: float = 0.6, tiers: tuple[float, ...] 
 
 
 def decided(user: User, scores: Scores, as_of_ms: int = T0_MS) -> list[tuple[Kind, str | None]]:
-    """Decide and apply; what was decided."""
+    """Decide, apply the decisions, and return them."""
     headers = np.frombuffer(pack_header(user), HEADER_DTYPE)
     decisions = decide(headers, np.array([as_of_ms]), scores, POLICY, MODEL)
     for decision in decisions:

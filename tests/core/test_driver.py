@@ -118,7 +118,7 @@ def test_a_snapshot_has_a_row_for_each_scored_user_as_of_its_origin():
 
 
 def described(users: dict[str, User], entries: list[Event]) -> list[str]:
-    """The steps of a run: `a@3!` is a timer of `a` due on day 3, `a:1,2` events of `a`, `a-` touched for nothing."""
+    """The steps of a run: `a@3!` is a timer of `a` due on day 3, `a:1,2` are events of `a`, `a-` had none applied."""
     steps = []
     for step in driver().run(users, entries):
         told = []
@@ -159,8 +159,7 @@ def test_a_run_without_events_is_one_step_that_changes_nothing():
 
 
 def test_a_redelivered_run_fires_nothing_and_scores_nobody():
-    # A repeat with a later time moves the clock of `a` past an event that comes after it: day 1 sets the timer of day
-    # 4, which day 10 of the redelivery must leave alone.
+    # The event of day 1 sets a timer for day 4. The repeat on day 10 is redelivered, so it must not fire that timer.
     entries = reads(('a', 0), ('a', 10), ('a', 1))
     entries[1].event_id, entries[1].key = entries[0].event_id, entries[0].key
     users = users_of(entries)
@@ -202,13 +201,13 @@ def test_cuts_of_a_stream_into_runs_change_neither_users_nor_timers():
 # ---- what a step leads to --------------------------------------------------------------------------------------------
 
 class ScriptedScorer(ConstantScorer):
-    """Intent and churn as a function of a row's number of slots; everybody is in the lowest of two tiers."""
+    """A scorer whose intent and churn depend on a row's number of slots. Every user is in the lower of two tiers."""
 
     def __init__(self, intent: Callable[[int], float], churn: float = 0.0) -> None:
         super().__init__(tiers=2)
         self._intent, self._churn = intent, churn
         self.rows_asked = 0
-        self.asked: list[tuple[int, int]] = []      # of each row its slots, and how many it was padded to
+        self.asked: list[tuple[int, int]] = []      # for each row, its number of slots before and after padding
 
     async def score(self, batches: Sequence[Batch]) -> list[Outputs]:
         outputs = await super().score(batches)
@@ -272,7 +271,7 @@ def test_events_gives_one_output_per_event_that_names_it():
 
 
 def test_windows_go_to_the_scorer_in_length_buckets():
-    """Short ones are not padded to the longest, reasons' variants included."""
+    """Short windows are not padded to the longest one. This also holds for the variants of reasons."""
     users = {f'u{number}': (3, 12, 25, 60)[number % 4] for number in range(160)}
     scorer = ScriptedScorer(lambda slots: 0.9 if slots % 60 in (0, 3) else 0.1)
     scored = run(touched_users(**users), scorer, budget=2000)
@@ -284,7 +283,7 @@ def test_windows_go_to_the_scorer_in_length_buckets():
 
 @pytest.mark.parametrize(('short', 'padded'), [(1, 64), (9, 32), (33, 8)])
 def test_a_few_short_windows_join_longer_ones_to_save_a_request(short: int, padded: int):
-    """A few: at most PADDING_SLOTS_MAX slots of padding from one bucket to the next."""
+    """Windows join the next bucket if that adds at most PADDING_SLOTS_MAX slots of padding."""
     users = {f's{number}': 3 for number in range(short)} | {'long': 60}
     scorer = ScriptedScorer(lambda slots: 0.0)
     run(touched_users(**users), scorer)

@@ -1,4 +1,4 @@
-"""Every row of poison, time and identity has a stated answer; this is where it is stated."""
+"""The expected outcome for every kind of malformed record, unusual time and unusual identity."""
 import json
 
 import jsonschema

@@ -58,7 +58,7 @@ def test_lines_of_a_basket_share_a_slot():
 
 
 def test_events_of_one_type_at_one_moment_share_a_slot_in_whatever_order_they_stand():
-    """A recording to the day: within a day events stand by their ids."""
+    """In a recording with a resolution of one day, the events of a day are ordered by their ids."""
     inputs = inputs_of([user_of((0, VIEW, 1.0, 0), (0, BUY, 5.0, 0), (0, VIEW, 2.0, 0), (10, VIEW, 4.0, 0))])
     assert inputs.starts.tolist() == [0, 3]
     assert inputs.categories[:-1, 0].tolist() == [VIEW, BUY, VIEW]
@@ -146,7 +146,7 @@ def test_batches_hold_every_row_once_in_the_shortest_bucket_or_few_in_the_next(
         length, shortest = length_of[row], next(bucket for bucket in LENGTHS if bucket >= count)
         assert length >= shortest
         for bucket, longer in pairwise(LENGTHS):
-            if shortest <= bucket < length:     # few were of this length or a shorter one, and longer ones were there
+            if shortest <= bucket < length:     # few rows had this length or less, and longer rows existed
                 few = sum(length_of[other] > bucket >= size for other, size in enumerate(lengths))
                 assert few * (longer - bucket) <= padding_slots_max
                 assert any(length_of[other] > bucket < size for other, size in enumerate(lengths))

@@ -33,7 +33,7 @@ def timers(step: int, *users: str) -> TimersEntry:
 
 
 def recovered(step: int, *users: str) -> RecoveredEntry:
-    """Of step `step` these users were found, or all of it."""
+    """The entry of an owner that found these users of step `step`, or all of its users."""
     return RecoveredEntry(3, step, list(users) or None)
 
 
@@ -70,7 +70,7 @@ def test_an_entry_that_is_cut_or_wrong_is_refused():
 
 
 #   steps     1  2  3  4  5  6
-#   first     [E1...][T4][E5..      E5 was cut in step 5: of it, `a` was written
+#   first     [E1...][T4][E5..      the owner was killed in step 5, when only `a` was written
 #   second                   [E6
 def test_what_a_killed_owner_left_undone_is_cut():
     first = [events(1), timers(4, 'a'), events(5, 10, 20)]
@@ -100,7 +100,7 @@ def test_an_owner_who_came_to_nothing_forgets_nothing_of_what_was_cut():
 
 
 def test_a_step_that_was_not_found_stays_undone_when_its_number_comes_again():
-    # The first step 6 came to nothing; of the second one, by the next owner, `a` was found.
+    # The first step 6 had no effect. The next owner did another step 6, of which `a` was found.
     entries = [timers(5, 'b'), timers(6, 'a', 'b'), recovered(5), timers(6, 'a', 'c'), recovered(6, 'a'), events(7)]
     assert list(steps_of(entries)) == [
         (timers(5, 'b'), Kept(5, None)), (timers(6, 'a', 'c'), Kept(6, frozenset('a'))), (events(7), None)]
@@ -130,7 +130,7 @@ def test_an_entry_in_parts_is_one():
 
 
 def test_the_digest_of_the_rules_is_pinned():
-    # It is in journals that are kept: a change here makes every one of them unreadable.
+    # Stored journals contain this digest. If it changes, none of them can be replayed.
     assert rules_digest(EventRules(), StepRules()) == 'd271d33b7117952b'
 
 

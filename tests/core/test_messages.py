@@ -80,7 +80,7 @@ def test_an_outbox_with_something_else_than_decisions_is_refused(value: bytes):
 
 
 def test_messages_are_byte_for_byte_the_recorded_ones():
-    """Subscribers parse these. A change here is a change of the contract: say so in the changelog."""
+    """Subscribers parse these messages. A change here changes the contract and belongs in the changelog."""
     assert b'\n'.join(message.value for message in messages()) + b'\n' == GOLDEN.read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""The parser of ordinary events reads what the decoder would have read, or leaves it to the decoder."""
+"""The parser of ordinary events returns the same event as the decoder, or leaves the record to the decoder."""
 import json
 
 import pytest
@@ -21,7 +21,7 @@ VALUE = st.one_of(PLAIN, st.text(max_size=20), NUMBER, st.booleans(), st.none(),
 
 
 def agree(value: bytes, key: bytes | None = b'ada', record_ts_ms: int | None = TS_MS) -> Event | None:
-    """What the parser says; it is nothing, or what the decoder says."""
+    """The parser's result, which must be None or equal to the decoder's."""
     event = PARSER.parse(value, key, record_ts_ms)
     assert event is None or event == DECODER.judge(value, key, record_ts_ms)
     return event

@@ -73,7 +73,7 @@ def test_a_group_of_counters_is_neutralised_alone():
     what = occlusions.group.index('orders')
     differing = [COUNTER_NAMES[column] for column in
                  np.flatnonzero(occlusions.inputs.counters[what] != base.counters[0])]
-    # The last order was just now: its age is 0 already, and so is everything about refunds.
+    # The last order was just now, so its age is 0 with or without the group. There are no refunds.
     assert differing == ['spend', 'spend_per_order', 'orders', 'has_ordered', 'gap_days_mean']
     assert words(occlusions, what)['text'] == '2 orders for 12.00, the last one just before'
 

@@ -53,7 +53,7 @@ def window(user: User) -> list[tuple[int, int]]:
 
 
 def reference(events: Sequence[Event], limits: WindowLimits) -> list[tuple[int, int]]:
-    """The set definition: the newest `events_max` of those within the span, in total order."""
+    """The definition of a window as a set: the newest `events_max` events within the span, in total order."""
     newest_ms = max(each.ts_ms for each in events)
     kept = sorted((each.ts_ms, each.key) for each in events if each.ts_ms >= newest_ms - limits.span_ms)
     return kept[-limits.events_max:]
@@ -92,7 +92,7 @@ def test_repeats_change_nothing_but_their_count(events: list[Event], repeats: li
 def test_a_run_at_once_is_the_same_as_one_by_one(events: list[Event]):
     one_by_one, outcomes = folded(events)
     at_once, done = User('u'), []
-    while len(done) < len(events):      # a run ends where a timer has to fire; here it does not
+    while len(done) < len(events):      # the fold stops where a timer must fire; this test goes on without firing it
         done += fold(at_once, events[len(done):], LIMITS)
     assert encode(at_once) == encode(one_by_one)
     assert done == outcomes

@@ -15,7 +15,7 @@ def test_what_fits_enters_at_once_and_others_in_the_order_of_asking():
         for name, size in (('a', 6), ('b', 4), ('c', 9), ('d', 1)):
             tasks.append(asyncio.create_task(ask(name, size)))
             await asyncio.sleep(0)
-        assert let_in == ['a', 'b']     # d would fit once a is gone, but c was there first
+        assert let_in == ['a', 'b']     # d would fit, but c has been waiting longer
         budget.leave(6)
         await asyncio.sleep(0)
         assert let_in == ['a', 'b']
@@ -46,7 +46,7 @@ def test_who_is_cancelled_holds_nobody_up():
         gone.cancel()
         await asyncio.sleep(0)
         budget.leave(10)
-        let_in.cancel()                 # let in just now, and cancelled before it knew
+        let_in.cancel()                 # cancelled after it was let in but before it ran again
         await asyncio.wait([gone, let_in])
         assert let_in.cancelled() and gone.cancelled()
         await asyncio.wait_for(next_one, 5)

@@ -1,4 +1,4 @@
-"""The group's consumer on a fake client: positions, commits, and what is missing."""
+"""The group's consumer with a fake client: positions, commits and missing records."""
 import asyncio
 import socket
 from pathlib import Path
@@ -17,7 +17,7 @@ CLICKS = TopicPartition('clicks', 0)
 
 
 class FakeDriver:
-    """An aiokafka consumer with one partition, which begins and ends where it is told."""
+    """An aiokafka consumer with one partition, whose beginning and end the test sets."""
 
     def __init__(self, begin: int = 0, end: int = 100) -> None:
         self.begin, self.end, self.sought = begin, end, []
@@ -29,7 +29,7 @@ class FakeDriver:
 
     async def commit(self, offsets: dict[Any, int]) -> None:
         if self.gates:
-            await self.gates.pop().wait()       # aiokafka tries again by itself, with what it was given
+            await self.gates.pop().wait()       # aiokafka retries a commit with its original offsets
         self.commits += offsets.values()
 
     async def beginning_offsets(self, tps: list[Any]) -> dict[Any, int]:
@@ -85,7 +85,7 @@ def test_a_topic_that_ends_before_what_was_read_is_refused():
 
 
 def test_a_worker_whose_broker_has_gone_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Between the check of the topics and the start of the app."""
+    """The broker goes away between the check of the topics and the start of the app."""
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""What the worker takes of Faust, and what it leaves."""
+"""The parts of Faust that the worker uses, and the parts that it switches off."""
 import asyncio
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The contiguity guard and the order of both topics, drawn: `c3` is a click at 3 ms, `k3` a cart event."""
+"""The contiguity guard and the merge of both topics. In drawings, `c3` is a click at 3 ms and `k3` a cart event."""
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -14,7 +14,7 @@ CLICKS, CARTS = TopicPartition('clicks', 0), TopicPartition('carts', 0)
 
 
 class FakeFetches:
-    """What the group's consumer tells an intake."""
+    """The part of the group's consumer that the intake uses."""
 
     def __init__(self) -> None:
         self.starts = {CLICKS: 0, CARTS: 0}
@@ -67,7 +67,7 @@ def test_blocks_that_follow_one_another_are_taken(intake: Intake, fetches: FakeF
 def test_a_missing_block_is_read_again_and_what_was_fetched_before_is_dropped(intake: Intake, fetches: FakeFetches):
     intake.admit(block(CLICKS, 0, [1]))
     intake.admit(block(CLICKS, 5, [6]))         # 1..4 got lost
-    intake.admit(block(CLICKS, 6, [7]))         # was on its way: one seek, not two
+    intake.admit(block(CLICKS, 6, [7]))         # this block was already on its way, so it must not cause another seek
     assert fetches.sought == [(CLICKS, 1)]
     intake.admit(block(CLICKS, 1, [2, 3, 4, 5], epoch=2))
     intake.admit(block(CLICKS, 5, [6], epoch=2))
@@ -152,12 +152,12 @@ def test_events_wait_for_those_of_the_other_topic_that_are_on_their_way_but_not_
     assert intake.take(0.4) == ()
     assert drawn(intake.take(0.5)) == 'c1'
     intake.admit(block(CLICKS, 1, [2]))
-    assert drawn(intake.take(0)) == 'c2'    # the other has brought nothing since: it does not wait again
+    assert drawn(intake.take(0)) == 'c2'    # no wait: nothing has come from the other topic since the last wait
     intake.admit(block(CARTS, 0, [2]))
     fetches.ends[CARTS] = 2
     intake.admit(block(CLICKS, 2, [3]))
     assert drawn(intake.take(0)) == 'k2'
-    assert intake.take(0) == ()             # now it has
+    assert intake.take(0) == ()             # something has come, so it waits again
 
 
 def test_an_end_that_is_not_known_is_waited_for_and_one_that_is_reached_is_not(intake: Intake, fetches: FakeFetches):

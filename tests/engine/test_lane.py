@@ -1,4 +1,4 @@
-"""A lane on a fake Kafka: the order of its sends, and what is left of a step that dies anywhere."""
+"""A lane with a fake Kafka: the order of its sends, and the state after it dies at any point of a step."""
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -36,7 +36,7 @@ RULES = LaneRules(
 
 
 class FakeKafka:
-    """Topics in memory. As consumer: where it began. As publisher: acknowledges when `gates` let it."""
+    """Topics in memory. Stands for the consumer and for the publisher, which acknowledges when `gates` allow it."""
 
     def __init__(self) -> None:
         self.starts = {CLICKS: 0, CARTS: 0}
@@ -71,7 +71,7 @@ def record(offset: int, user: str, ts_ms: int, value: bytes | None = None) -> Co
 
 
 def blocks() -> list[Block]:
-    """Three blocks; somebody's timer falls due within the second, and one record of it cannot be read."""
+    """Three blocks. In the second one, a timer becomes due and one record cannot be decoded."""
     made, offset = [], 0
     for number in range(3):
         records = []
@@ -133,7 +133,7 @@ async def test_the_changelog_of_the_next_step_waits_for_the_outputs_of_this_one(
         lane.admit(blocks()[0])
         lane.admit(blocks()[1])
         await until(lambda: 'scores' in kafka.sends)
-        await asyncio.sleep(.1)         # nothing may happen now: there is no condition to wait for
+        await asyncio.sleep(.1)         # nothing may happen, so there is no condition to wait for
         assert kafka.sends.count('changelog') == 1
         assert lane.done == [0, 0]
         gate.set()
@@ -274,14 +274,14 @@ async def test_a_lane_that_holds_stops_at_once(store: PartitionStore):
 
 
 class Died(Exception):  # noqa: N818 - no error of the worker
-    """What stands for a kill in these tests."""
+    """Stands for a kill in these tests."""
 
 
 STAGES = ['_decode', '_score', '_send_changelog', '_send_outputs', '_write', '_done']
 
 
 async def _run_until_death(lane: Lane, stage: str, after: bool, turn: int) -> list[int]:
-    """Run the blocks; die before or after the stage's turn. Gives what is done, and so may be committed, by then."""
+    """Run the blocks and die before or after a turn of the stage. Returns the positions that were done by then."""
     plain, turns = getattr(lane, stage), 0
 
     def dying(*given: Any) -> Any:
@@ -304,7 +304,7 @@ async def _run_until_death(lane: Lane, stage: str, after: bool, turn: int) -> li
     for block in blocks():
         lane.admit(block)
     await until(lambda: task.done() or lane.done == [24, 0])
-    if not task.done():     # the stage had fewer turns
+    if not task.done():     # the run had fewer turns of the stage
         await lane.stop(5)
     elif (error := task.exception()) is not None and not isinstance(error, Died):
         raise error
@@ -323,7 +323,7 @@ async def _run_to_the_end(kafka: FakeKafka, store: PartitionStore, start: int) -
 
 
 def _facts(kafka: FakeKafka, store: PartitionStore) -> dict[str, Any]:
-    """State without what the cut of steps leaves in it, and outputs: ids, each with its bytes."""
+    """The state without the fields that depend on where steps were cut, and the outputs: ids with their bytes."""
     folded = {key: value for key, value, _ in kafka.topics['changelog']}
     users = {user.user_id: user for user in store.users()}
     assert {user.user_id.encode(): encode(user) for user in users.values()} == {
@@ -359,7 +359,7 @@ def test_wherever_it_dies_nothing_is_lost_and_nothing_is_decided_twice(
             store = PartitionStore(tmp_path / f'{turn}-emptied', memory)
         rest = kafka.topics['changelog'][store.meta.changelog:]
         store.apply([(key, value) for key, value, _ in rest], len(kafka.topics['changelog']))
-        await _run_to_the_end(kafka, store, done[0] if turn % 2 else 0)      # committed, or not yet
+        await _run_to_the_end(kafka, store, done[0] if turn % 2 else 0)      # committed before the death, or not
         return _facts(kafka, store)
 
     wanted = asyncio.run(undisturbed())

@@ -1,4 +1,4 @@
-"""A stand-in worker writes recordings and journals, is killed now and then, and is replayed."""
+"""A stand-in worker writes recordings and journals, is killed at times, and is replayed."""
 import asyncio
 import gzip
 import io
@@ -60,7 +60,7 @@ SETTINGS = {    # the same rules, for the command line
 
 
 class BatchScorer(ConstantScorer):
-    """Scores that depend on what else is in the batch, so that a step that is cut otherwise shows."""
+    """A scorer whose scores depend on the whole batch, so that a step with other users gives other scores."""
 
     async def score(self, batches: Sequence[Batch]) -> list[Outputs]:
         outputs = await super().score(batches)
@@ -119,10 +119,12 @@ class Killed(Exception):  # noqa: N818 - what happens to the stand-in, no error 
 
 
 class StandIn:
-    """A worker of one lane as the architecture describes it, slow and plain: what it was asked to do is in `entries`,
-    what a consumer of its topics has seen in `published`, what a new owner would find in `changelog` and `step`.
+    """A slow and simple worker of one lane, after the architecture. A kill may happen between any two parts of a step,
+    or while the changelog of a step is written.
 
-    A kill lands between any two of its steps' parts, or within the changelog of a step.
+    entries           the journal
+    published         the messages that a consumer of its topics has seen
+    changelog, step   what a new owner would find
     """
 
     def __init__(self, lane: int, lines: dict[tuple[int, int], list[bytes]], rules: ReplayRules, draw: random.Random,
@@ -134,7 +136,7 @@ class StandIn:
         self.changelog: dict[str, bytes] = {}
         self.positions = [0, 0]
         self.kills_left = 4
-        self.cut = 0            # steps of which a part was found
+        self.cut = 0            # number of steps of which only a part was found
         self.runs_of_both = 0
         self._lines = lines
         self._rules = rules
@@ -171,7 +173,7 @@ class StandIn:
         users = self.users()
         newest = max((user.step for user in users.values()), default=0)
         unsent = [user for user in users.values() if user.step == newest]
-        # A state that is known to be whole may also be told by all of the step's users.
+        # If all users of the step were found, the entry may also name all of them.
         names = [user.user_id for user in unsent] if self._partial or self._draw.random() < 0.5 else None
         self.entries.append(RecoveredEntry(self.lane, newest, names if newest else None))
         self._partial = False
@@ -191,7 +193,7 @@ class StandIn:
         for source in sources:
             rest = self._rest(source)[:self._draw.randint(1, 25)]
             stops[source] = decode_offset(rest[-1]) + 1
-            if self._draw.random() < 0.1:       # a fetch of nothing but markers
+            if self._draw.random() < 0.1:       # a fetch that returned only markers
                 rest, stops[source] = [], decode_offset(rest[0])
             latest_ms = 0
             for line in rest:
@@ -235,10 +237,10 @@ class StandIn:
             try:
                 self._maybe_killed()
             except Killed:
-                self._partial = True        # of this step, what stands before is in the changelog
+                self._partial = True        # only the users before this one are in the changelog
                 self.cut += place > 0
                 raise
-            self.changelog.pop(entry.user.user_id, None)        # so that it stands in the order of the last writes
+            self.changelog.pop(entry.user.user_id, None)        # keeps the changelog in the order of the last writes
             self.changelog[entry.user.user_id] = encode(entry.user)
         self._maybe_killed()
         for entry in step.touched:
@@ -309,7 +311,7 @@ class Replayed:
 
 
 def records_of(lane: StandIn) -> dict[str, bytes]:
-    """What the lane has left, as a replay has it: the generation is the run's own."""
+    """The lane's final state, comparable with a replay's: without the generation, which differs from run to run."""
     users = lane.users()
     for user in users.values():
         user.generation = 0
@@ -333,7 +335,7 @@ def test_a_journaled_replay_is_the_worker_whatever_was_killed(tmp_path: Path, se
 
 
 def test_the_stand_in_is_killed_in_every_way_that_counts():
-    # Else the test above could not fail: owners come and go, steps are cut short, entries come to nothing.
+    # Without these events the test above could not fail: changes of owner, partial steps, entries without effect.
     cut = nothing = owners = timers = both = 0
     for seed in range(SEEDS):
         for lane in worked(seed)[1]:
@@ -378,7 +380,7 @@ def clicks(*users: str, ts_ms: int = T0_MS) -> dict[tuple[int, int], list[bytes]
 
 
 def told(replay: Replayed) -> list[tuple[str, int]]:
-    """Whose scores came out, and after how many events; decisions are left out."""
+    """The users whose scores were published, with their number of events, without decisions."""
     values = [json.loads(line) for line in replay.outputs]
     return [(value['user_id'], value['events_seen']) for value in values if value['type'] == 'scores.updated']
 
@@ -391,7 +393,7 @@ def test_of_a_step_cut_short_only_the_users_that_were_found_are_kept(tmp_path: P
     replay = Replayed([path], journal, EVERYTHING)
     assert told(replay) == [('a', 1), ('b', 1), ('b', 2), ('c', 2), ('a', 2)]
     assert {user_id: decode(user_id, record).step for user_id, record in replay.records(0).items()} == {
-        'a': 3, 'b': 3, 'c': 3}        # b's events of step 3 came again: it was touched, and not scored
+        'a': 3, 'b': 3, 'c': 3}        # b's events of step 3 were redelivered, so b was touched but not scored
     assert (replay.counts.read, replay.counts.applied, replay.run.unfinished) == (6, 6, 0)
 
 
@@ -466,7 +468,7 @@ def test_another_model_or_other_rules_are_refused(tmp_path: Path, change: dict[s
     right = msgspec.structs.replace(wrong, model=SCORER.model.sha256, rules=DIGEST, step=2, start=1, stop=2)
     with pytest.raises(UsageError, match='up to the change'):
         Replayed([path], {0: [wrong, right]}, EVERYTHING)
-    # What came to nothing does not count.
+    # Entries without effect do not count.
     assert told(Replayed([path], {0: [wrong, RecoveredEntry(0, 0, None), block(0, 1, 0, 2)]}, EVERYTHING)) == [
         ('a', 1), ('b', 1)]
 
@@ -489,7 +491,7 @@ def test_an_entry_that_is_missing_is_noticed(tmp_path: Path):
         except InputError as error:
             assert 'whole journal' in error.do or 'first steps' in error.do
             noticed += 1
-        else:       # one of a run of both inputs: its steps may be as many without it
+        else:       # without one entry of a run of both inputs, the run may still have the same number of steps
             assert replay.run.passed_over or replay.outputs == whole.outputs
     assert noticed > len(entries) // 2
 
@@ -574,13 +576,13 @@ def test_a_journal_for_a_person():
             RecoveredEntry(0, 4, ['u1'])],
         3: [block(3, 1, 5, 6)]}
     assert list(described(journal, TOPICS)) == [
-        ' lane      step  cause                                    came to be     model        users',
-        '    0         0  a new owner found this                                               all of the step',
+        ' lane      step  cause                                    took effect    model        users',
+        '    0         0  take-over, newest step found                                         all users of the step',
         '    0         1  clicks [0, 40)                           to step 4      000000000000',
         '    0         4  7 timers                                 to step 4      000000000000 '
         'u0 u1 u2 u3 u4 and 2 more',
         '    0         5  clicks [40, 41)                          nothing        000000000000',
-        '    0         4  a new owner found this                                               u1',
+        '    0         4  take-over, newest step found                                         u1',
         '    3         1  clicks [5, 6)                            all            000000000000']
     assert 'u5 u6' in list(described(journal, TOPICS, with_users=True))[3]
 
@@ -593,7 +595,7 @@ def stream(folder: Path, *arguments: str, expect: int = 0) -> subprocess.Complet
 
 
 def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys.modules[__name__], 'SCORER', ConstantScorer())      # the one that the command has, too
+    monkeypatch.setattr(sys.modules[__name__], 'SCORER', ConstantScorer())      # the command uses this scorer too
     lines, lanes, _ = worked(5, publish='all')
     recording_of(tmp_path, lines)
     journal_of(tmp_path, lanes)

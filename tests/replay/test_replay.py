@@ -30,7 +30,7 @@ T0_MS = 1_700_000_000_000 // DAY_MS * DAY_MS
 
 
 class SilenceScorer(ConstantScorer):
-    """Churn grows with the days of silence, so that timers decide: 7 days or more is above any threshold."""
+    """A scorer whose churn grows with the days of silence. From 7 days on, it is above any threshold."""
 
     async def score(self, batches: Sequence[Batch]) -> list[Outputs]:
         outputs = await super().score(batches)
@@ -160,7 +160,7 @@ def test_all_mode_has_one_output_per_scored_user(simulated: Path):
     assert sum(value['type'] == 'scores.updated' for value in lines(outputs)) == counts.scored
 
 
-#   day   0    3    7   10        a buys and goes silent; b goes on, so that time passes
+#   day   0    3    7   10        a buys and goes silent; events of b make time pass
 #   a     $    !    !
 #   b     .         .    .
 def test_silence_raises_an_alert_when_it_is_due_and_an_event_clears_it(tmp_path: Path):
@@ -240,7 +240,7 @@ def test_a_used_state_directory_is_refused(tmp_path: Path):
 
 
 def test_a_recorded_replay_gives_the_recorded_bytes():
-    """What a change of these bytes means for subscribers and stored records belongs in its commit."""
+    """If a commit changes these bytes, its message must say what that means for subscribers and stored records."""
     recorded = Path(__file__).parents[1] / 'golden' / 'replay'
     state = MemoryState()
     _, outputs, dead_letters = replayed(recorded / 'events.jsonl', ReplayRules(publish='all'), state=state)

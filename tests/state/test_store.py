@@ -77,7 +77,7 @@ def test_only_the_newest_step_of_a_changelog_may_be_unsent(store: PartitionStore
     assert store.meta.unsent == ['b', 'c']
     store.apply([(b'd', encode(user('d', step=6)))], 4)         # a step that was cut short
     assert (store.meta.newest, store.meta.unsent) == (6, ['d'])
-    store.apply([(LANE_KEY, msgspec.json.encode(LaneRecord(6, sent=5)))], 5)    # its own record: not known to be sent
+    store.apply([(LANE_KEY, msgspec.json.encode(LaneRecord(6, sent=5)))], 5)    # step 6 is complete, maybe not sent
     assert store.meta.unsent == ['d']
     store.apply([(LANE_KEY, msgspec.json.encode(LaneRecord(6, sent=6)))], 6)    # the owner has signed off
     assert store.meta.unsent == []
@@ -111,7 +111,7 @@ def test_a_directory_that_cannot_be_opened_is_set_aside(store: PartitionStore, m
 
 @pytest.mark.parametrize('back', [60, 300, 1200])
 def test_a_flipped_byte_is_damage_whether_it_shows_at_opening_or_later(tmp_path: Path, memory: Memory, back: int):
-    """RocksDB calls some of it a mismatch of a `block`: that is no lock."""
+    """RocksDB reports some of the damage as a mismatch of a `block`, which must not be mistaken for a held lock."""
     directory = tmp_path / 'blocks' / 'users-0'
     store = PartitionStore(directory, memory)
     store.write([change(user(f'u{number}')) for number in range(500)], Meta(500))
