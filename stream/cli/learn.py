@@ -170,11 +170,11 @@ def compare(
 ) -> None:
     """Compare the model with simpler ones on a recording: trained alike, judged on users and days they never saw."""
     settings = effective_settings(config, **parsed(overrides))
-    comparing, reporting = _learning('stream.learn.judging.compare'), _learning('stream.learn.judging.compare_report')
+    comparing, reporting = _learning('stream.learn.judging.compare'), _learning('stream.learn.judging.report')
     _refuse_a_file(out)
     times_ms = _times_ms(at)
     from stream.learn import dataset
-    from stream.learn.judging.questions import default_cutoffs
+    from stream.learn.judging.tasks import default_cutoffs
     fitting = _changed(_fitting(comparing.FitOptions(), backbone, pretrained, tuning, catalogue, pretrain, clean), how)
     _learning('stream.learn.fit').check(fitting)
     history = dataset.read(recorded(files, format_name, settings), settings.event_rules())
@@ -189,7 +189,7 @@ def compare(
     figures |= comparing.compare(history, cutoffs_ms, options, say)
     if pretrained_on:
         figures['transfer'] = transferring.transfer(history, cutoffs_ms[0], pretrained_on, options, say)
-    _report(out, figures, reporting)
+    _report(out, figures, reporting.comparison_page(figures))
 
 
 @app.command()
@@ -211,10 +211,10 @@ def evaluate(
     settings = effective_settings(config, **parsed(overrides))
     _refuse_a_file(out)
     times_ms = _times_ms(at)
-    backtest_report = extra_module('stream.learn.judging.backtest_report', 'The report', INSTALL_REPORT)
+    report = extra_module('stream.learn.judging.report', 'The report', INSTALL_REPORT)
     from stream.learn import dataset
     from stream.learn.judging import backtest
-    from stream.learn.judging.questions import default_cutoffs
+    from stream.learn.judging.tasks import default_cutoffs
     from stream.scoring.make import shipped
     version_dir = version_of(model) if model else shipped(settings.model)
     currency = amounts_in(format_name, settings)
@@ -224,8 +224,8 @@ def evaluate(
     figures = {'about': {'sources': [file.name for file in files], 'format': format_name, 'currency': currency,
                          'warnings': warnings}}
     figures |= backtest.backtest(history, times_ms or default_cutoffs(history), version_dir, options, say)
-    _report(out, figures, backtest_report)
-    for line in (*warnings, *backtest_report.doubts(figures)):
+    _report(out, figures, report.evaluation_page(figures))
+    for line in (*warnings, *report.doubts(figures)):
         say(f'warning: {line}')
 
 
@@ -247,7 +247,7 @@ def predict(
     """Score every user seen before a time: one JSON line each, with purchase and churn within days, tier, spend."""
     from stream.learn import dataset
     from stream.learn.predict import predict as predicted
-    from stream.learn.ranking.item_names import Texts, read_candidates
+    from stream.learn.ranking.next_items import Texts, read_candidates
     from stream.scoring.make import shipped
     settings = effective_settings(config, **parsed(overrides))
     version_dir = version_of(model) if model else shipped(settings.model)
@@ -328,7 +328,8 @@ def _fitting(fitting: Any, backbone: str, pretrained: str, tuning: str, catalogu
 
 
 def _changed(fitting: Any, how: list[str] | None) -> Any:
-    return _learning('stream.learn.options').changed(fitting, parsed(how, '--fit', 'give e.g. --fit epochs=20.'))
+    return _learning('stream.learn.options').changed(
+        fitting, parsed(how, '--fit', 'give e.g. --fit epochs=20.'), _learning('stream.learn.fit').option_names())
 
 
 def _given(fitting: Any) -> str:
@@ -352,11 +353,11 @@ def _refuse_a_file(out: Path) -> None:
         raise UsageError(f'{out} is a file.', 'name a folder with --out.')
 
 
-def _report(out: Path, figures: dict[str, Any], reporting: Any) -> None:
+def _report(out: Path, figures: dict[str, Any], page: str) -> None:
     """The figures as a file, a page, and a table for a person."""
     out.mkdir(parents=True, exist_ok=True)
     for name, content in (('figures.json', orjson.dumps(figures, option=orjson.OPT_INDENT_2) + b'\n'),
-                          ('index.html', reporting.render_report(figures).encode())):
+                          ('index.html', page.encode())):
         with written(out / name) as file:
             file.write(content)
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
@@ -368,7 +369,7 @@ def _report(out: Path, figures: dict[str, Any], reporting: Any) -> None:
 
 def _standing(figures: dict[str, Any]) -> Table:
     """Who ranks how well, question by question: AUROC with its interval."""
-    from stream.learn.judging import compare_report as reporting
+    from stream.learn.judging import report as reporting
     table = Table(title='AUROC [95 % over users]: 0.5 is guessing, 1 is perfect', title_justify='left')
     for column in ('as of', 'a user…', 'who', 'AUROC', 'our model less it', 'our model is'):
         figure = column in ('AUROC', 'our model less it')
@@ -389,7 +390,7 @@ def _standing(figures: dict[str, Any]) -> Table:
 
 def _spending(figures: dict[str, Any]) -> Table:
     """Who foretells spend how well."""
-    from stream.learn.judging import compare_report as reporting
+    from stream.learn.judging import report as reporting
     table = Table(title='Spend [95 % over users]: rank correlation, and mean error', title_justify='left')
     compared = any(spend['error_ratio'] for cutoff in figures['cutoffs'] for spend in cutoff['spend'])
     over = [f'over that of {reporting.LEAST_ERROR}'] if compared else []

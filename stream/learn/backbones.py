@@ -28,7 +28,7 @@ from stream.core.features import (
     TYPE_VOCABULARY,
 )
 from stream.errors import UsageError
-from stream.learn.bounds import Count, NotNegative, Share
+from stream.learn.options import Count, NotNegative, Share
 from stream.learn.text.catalogue import WithItems, bag_of_words, item_table, read_catalogue
 from stream.learn.text.readers import (
     TEXT_BACKBONES,

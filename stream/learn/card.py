@@ -7,10 +7,10 @@ from stream.core.layout import DAY_MS
 from stream.learn.backbones import describe
 from stream.learn.checkpoint import Checkpoint
 from stream.learn.clean import in_words
+from stream.learn.compress import attentions
 from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT, NEXT_DAYS, REFUND_DAYS, SPEND_DAYS
 from stream.learn.judging.judge import MODEL, TOP
 from stream.learn.model import ShopperModel
-from stream.learn.prune import attentions
 from stream.scoring.artefact import Precision
 
 NAME = 'shopper'        # of a model that is given none

@@ -25,9 +25,9 @@ from torch import Tensor
 from stream.core.features import COUNTERS, LENGTHS, SLOT_NUMBERS, Batch, batches, padded
 from stream.errors import ModelError
 from stream.learn.backbones import Description, describe, remake
+from stream.learn.compress import cut_as
 from stream.learn.dataset import Examples
 from stream.learn.model import INPUT_NAMES, ShopperModel
-from stream.learn.prune import cut_as
 from stream.learn.ranking.ranker import Recommender
 from stream.learn.text.tuning import merged
 from stream.scoring.artefact import LAYOUT, FeatureLayout

@@ -30,7 +30,7 @@ from stream.core.features import COUNTER_NAMES, Features, Snapshots, features
 from stream.core.layout import DAY_MS, Fold, WindowLimits
 from stream.core.user import User, clock_ms, fire_timer, fold, pack_header
 from stream.errors import UsageError
-from stream.learn.bounds import Count, NotNegative
+from stream.learn.options import Count, NotNegative
 
 HORIZON_DAYS = (1, 7, 30, 90, 273)
 INTENT, CHURN = HORIZON_DAYS.index(7), HORIZON_DAYS.index(30)     # the horizons that the worker publishes

@@ -3,9 +3,9 @@
     1 examples     what was known at a moment, and what came after (stream.learn.dataset)
     2 counters     the linear branch, to its optimum
     3 start        the backbone from another checkpoint, or pretrained, where that is asked for (stream.learn.pretrain)
-    4 window       the backbone on all tasks, by itself or taught by larger ones (stream.learn.distil); the best epoch
-                   by validation loss is kept (stream.learn.passes)
-    5 heads        those that matter least are cut out, where that is asked for (stream.learn.prune)
+    4 window       the backbone on all tasks, by itself or taught by larger ones (stream.learn.compress); the best epoch
+                   by validation loss is kept (stream.learn.epochs)
+    5 heads        those that matter least are cut out, where that is asked for (stream.learn.compress)
     6 calibration  the branches mixed, probabilities made honest (stream.learn.calibrate)
     7 ranking      what is bought next (stream.learn.ranking.ranker); what is learnt above does not change
 
@@ -27,10 +27,19 @@ from stream.core.layout import DAY_MS, WindowLimits
 from stream.errors import UsageError
 from stream.learn.backbones import BackboneOptions, EncoderOptions, EventsBackbone, make_backbone
 from stream.learn.backbones import check as check_backbone
-from stream.learn.bounds import Count, NotNegative, Part, PartOrAll, Positive, Share
 from stream.learn.calibrate import SETTLED_ROWS_MIN, calibrate
 from stream.learn.clean import clean
 from stream.learn.clean import in_words as cleaning_in_words
+from stream.learn.compress import (
+    DistilOptions,
+    attentions,
+    cut,
+    expected_losses,
+    importance,
+    kept_heads,
+    mean_logits,
+    teacher_options,
+)
 from stream.learn.dataset import (
     HORIZON_DAYS,
     SPEND_DAYS,
@@ -41,11 +50,10 @@ from stream.learn.dataset import (
     sample,
     tier_of,
 )
-from stream.learn.distil import DistilOptions, expected_losses, mean_logits, teacher_options
+from stream.learn.epochs import Course, Rated, device, improve, mixed_precision, reproducible, shuffled
 from stream.learn.model import ShopperModel, losses, mu_and_sigma
-from stream.learn.passes import Course, Rated, device, improve, mixed_precision, reproducible, shuffled
+from stream.learn.options import Count, NotNegative, Part, PartOrAll, Place, Positive, Share, names_of
 from stream.learn.pretrain import PretrainOptions, pretrain, reads_text, start_from
-from stream.learn.prune import attentions, cut, importance, kept_heads
 from stream.learn.ranking.ranker import RankerOptions, Recommender, fit_recommender
 from stream.learn.text.tuning import learning_rate, pretrained
 from stream.learn.training_log import NO_JOURNAL, Journal
@@ -105,6 +113,17 @@ class FitOptions:
     pretrain: PretrainOptions | None = None
     distil: DistilOptions = field(default_factory=DistilOptions)
     heads_kept: PartOrAll = 1.0
+
+
+# Flags of their own set these.
+_FLAGS = {('seed',), ('clean',), ('tiers',), ('refund',), ('start_from',), ('pretrain', 'objectives'),
+          ('backbone', 'name'), ('backbone', 'source'), ('backbone', 'tuning'), ('backbone', 'catalogue')}
+_QUALIFIED = ('task_weights', 'ranker', 'pretrain')     # their fields' names alone say too little
+
+
+def option_names() -> dict[str, Place]:
+    """The options that `--fit` can set: the place of each in FitOptions by its name."""
+    return names_of(FitOptions(pretrain=PretrainOptions({})), _FLAGS, _QUALIFIED)
 
 
 @dataclass(frozen=True)

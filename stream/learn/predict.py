@@ -12,9 +12,8 @@ import orjson
 from stream.core.layout import DAY_MS, WindowLimits
 from stream.errors import ModelError
 from stream.learn.dataset import Examples, History, at_time
-from stream.learn.ranking.item_names import Names, Texts
-from stream.learn.ranking.served import rankings, verified
-from stream.learn.served import score
+from stream.learn.inference import score
+from stream.learn.ranking.next_items import Names, Texts, rankings, verified
 from stream.scoring.artefact import load_artefact
 
 CHURN_DAYS = (30, 90)

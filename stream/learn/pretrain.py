@@ -28,10 +28,10 @@ from torch.nn.functional import cross_entropy, normalize
 from stream.core.features import CATEGORY_BUCKETS, ITEM_BUCKETS, SLOT_NUMBER_NAMES, TYPE_VOCABULARY, padded
 from stream.errors import ModelError, UsageError
 from stream.learn.backbones import EventsBackbone
-from stream.learn.bounds import Count, NotNegative, Part, PartOrAll, Positive, Share
 from stream.learn.checkpoint import load
 from stream.learn.dataset import Examples
-from stream.learn.passes import Course, chunks, improve, mixed_precision, shuffled
+from stream.learn.epochs import Course, chunks, improve, mixed_precision, shuffled
+from stream.learn.options import Count, NotNegative, Part, PartOrAll, Positive, Share
 from stream.learn.training_log import Journal
 
 OBJECTIVES = ('masked', 'next', 'contrastive')

@@ -26,13 +26,13 @@ from stream.errors import UsageError
 from stream.learn import dataset
 from stream.learn.checkpoint import Checkpoint, save, some_training_windows, some_windows
 from stream.learn.dataset import HORIZON_DAYS, ExampleOptions, Examples, History
-from stream.learn.export import write_graph
+from stream.learn.epochs import device_name
 from stream.learn.fit import FitOptions, Fitted, check, fit, rows_max
+from stream.learn.graph import write_graph
+from stream.learn.inference import score
 from stream.learn.judging import quality as metrics
 from stream.learn.judging.evaluate import evaluate, evaluate_ranking
-from stream.learn.passes import device_name
 from stream.learn.search import search
-from stream.learn.served import score
 from stream.learn.training_log import Journal
 from stream.scoring.artefact import LAYOUT
 from stream.simulator.posterior import posteriors

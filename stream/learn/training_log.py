@@ -3,7 +3,7 @@
     <state>/<course>.pt   all that the next pass depends on; of the newest pass, and whole
     <curves>/<course>/    the losses of each pass, for TensorBoard
 
-A course is one run of passes (stream.learn.passes), such as the pretraining, or the window's branch. A state belongs to
+A course is one run of passes (stream.learn.epochs), such as the pretraining, or the window's branch. A state belongs to
 one course alone: it says from which weights, data and options it came, and nothing else goes on from it.
 """
 import hashlib

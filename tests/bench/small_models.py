@@ -10,7 +10,7 @@ does: AUROC and ECE of a purchase within 7 days, and the largest difference of a
 in fp32.
 
     fp32                 the default sizes
-    int8                 the same in 8 bits (stream.learn.quantize)
+    int8                 the same in 8 bits (stream.learn.graph)
     pruned               trained like fp32, then half of the attention heads cut out
     small                half as wide, one layer, by itself
     distilled            as small, taught by two that are twice as wide, with a layer more
@@ -43,13 +43,12 @@ from stream.core.layout import DAY_MS, WindowLimits
 from stream.learn import dataset
 from stream.learn.backbones import EncoderOptions
 from stream.learn.checkpoint import some_training_windows, some_windows
+from stream.learn.compress import DistilOptions
 from stream.learn.dataset import INTENT, ExampleOptions, Examples, Kind
-from stream.learn.distil import DistilOptions
-from stream.learn.export import write_graph
 from stream.learn.fit import FitOptions, fit
+from stream.learn.graph import quantize, write_graph
+from stream.learn.inference import score
 from stream.learn.judging import quality as metrics
-from stream.learn.quantize import quantize
-from stream.learn.served import score
 from stream.learn.train import split
 from stream.scoring.artefact import MANIFEST, ROWS_MAX, WEIGHTS, sha256
 from stream.simulator.shop import SimulatorOptions, simulate

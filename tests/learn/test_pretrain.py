@@ -16,9 +16,9 @@ from stream.errors import ModelError, UsageError
 from stream.learn import dataset
 from stream.learn.backbones import BackboneOptions, EncoderOptions, EventsBackbone
 from stream.learn.checkpoint import load, save
+from stream.learn.compress import attentions, cut
 from stream.learn.fit import fit
 from stream.learn.pretrain import Lesson, PretrainOptions, cropped, pretrain, start_from, told_of
-from stream.learn.prune import attentions, cut
 from stream.learn.training_log import Journal
 from tests.learn.pretrained import save_tiny
 

@@ -17,6 +17,7 @@ import numpy as np
 from stream.core.layout import WindowLimits
 from stream.errors import ModelError
 from stream.learn.dataset import ACTIVE_DAYS, HORIZON_DAYS, SPEND_DAYS, History, tier_of
+from stream.learn.inference import score
 from stream.learn.judging.judge import (
     MODEL,
     PAST_TIER,
@@ -27,9 +28,8 @@ from stream.learn.judging.judge import (
     judge_tiers,
     spend_forecasts,
 )
-from stream.learn.judging.questions import Cutoff, Task, day_of, segments, spend_horizons, truth_of
 from stream.learn.judging.simple_rules import Table, past_tier, purchase_rules, spend_rules
-from stream.learn.served import score
+from stream.learn.judging.tasks import Cutoff, Task, day_of, segments, spend_horizons, truth_of
 from stream.scoring.artefact import Artefact, Manifest, load_artefact
 
 SEEN, UNSEEN, UNKNOWN = 'learned from later days', 'learned from earlier days', 'not known'

@@ -43,8 +43,9 @@ from stream.learn.dataset import (
     part_of,
     tier_of,
 )
-from stream.learn.export import write_graph
 from stream.learn.fit import FitOptions, Fitted, fit, rows_max, window_logits
+from stream.learn.graph import write_graph
+from stream.learn.inference import score
 from stream.learn.judging.baselines import (
     BuyTillYouDie,
     Network,
@@ -66,14 +67,13 @@ from stream.learn.judging.judge import (
     judge_tiers,
     spend_forecasts,
 )
-from stream.learn.judging.questions import Cutoff, Task, day_of, known_until, segments, spend_horizons, truth_of
+from stream.learn.judging.ranking import ASKED_MIN, RankedFold, judge_ranking, rank
+from stream.learn.judging.sasrec import SasRecOptions
 from stream.learn.judging.simple_rules import Table, past_tier, spend_rules
+from stream.learn.judging.tasks import Cutoff, Task, day_of, known_until, segments, spend_horizons, truth_of
 from stream.learn.ranking.export import write_ranking
+from stream.learn.ranking.next_items import rankings
 from stream.learn.ranking.past_items import BUCKETS
-from stream.learn.ranking.recommend import ASKED_MIN, RankedFold, judge_ranking, rank
-from stream.learn.ranking.sasrec import SasRecOptions
-from stream.learn.ranking.served import rankings
-from stream.learn.served import score
 
 _FOLD_SEED = 1 << 32                # far from the seed of training, whose validation users are cut by the same hash
 

@@ -25,10 +25,10 @@ from stream.learn.judging import quality as metrics
 from stream.learn.judging.baselines import purchase_contenders
 from stream.learn.judging.judge import MODEL, beside_model
 from stream.learn.judging.quality import AMOUNT, BINARY, CLASSES, RANKING, Metric, mean_absolute_error
+from stream.learn.judging.ranking import ASKED_MIN, judge_ranking, rank
 from stream.learn.judging.simple_rules import Table
 from stream.learn.ranking.export import write_ranking
-from stream.learn.ranking.recommend import ASKED_MIN, judge_ranking, rank
-from stream.learn.ranking.served import rankings
+from stream.learn.ranking.next_items import rankings
 
 RESAMPLES = 200
 POSITIVES_MIN = 20      # fewer tell nothing

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from stream.learn.dataset import SPEND_DAYS
-from stream.learn.judging.curves import curves
 from stream.learn.judging.quality import (
     AMOUNT,
     BINARY,
@@ -37,9 +36,13 @@ RULES = ('recency rule', 'past rate', 'past spend', 'spend of 90 days')     # wh
 LEAST_ERROR = 'LightGBM'     # trained for a small mean error of spend
 SPEND_BINS = 10
 _TINY = 1e-6
+POINTS = 100            # of a curve
+LIFT_FROM = 0.01
 TOP = 10
 POPULAR, RECENT, OWN, BOUGHT, SASREC = (
     'popularity', 'popularity of 30 days', 'own past', 'own purchases', 'SASRec')
+
+Curve = tuple[list[float], list[float]]     # x, y
 
 
 @dataclass(frozen=True)
@@ -173,3 +176,47 @@ def _verdict(difference: list[float]) -> str:
     """Of an interval of the model's AUROC less another one's."""
     _, low, high = difference
     return 'better' if low > 0 else 'worse' if high < 0 else 'no difference shown'
+
+
+def curves(scores: np.ndarray, truth: np.ndarray) -> dict[str, Curve]:
+    """What happens as more and more rows are called, the highest scores first: the points of the usual curves by name.
+
+    roc               x: share of the negatives called, y: share of the positives called
+    precision_recall  x: share of the positives called, y: share of the called rows that are positive
+    gain              x: share of all rows called, y: share of the positives called
+    lift              x: share of all rows called, y: share of positives among them over that among all rows; from
+                      LIFT_FROM on, since a handful of rows is chance
+
+    Rows of equal score are called together; between two scores a curve is straight, as if the rows in between were
+    called in any order. A curve is thinned to about POINTS points, both ends included: it is for the eye, not for an
+    area.
+
+    truth   holds 0 and 1. If it holds only one of them, every curve is empty.
+    """
+    positives, rows = int((truth > 0).sum()), len(truth)
+    if positives in (0, rows):
+        return {'roc': ([], []), 'precision_recall': ([], []), 'gain': ([], []), 'lift': ([], [])}
+    called, hits = _cumulative(scores, truth)
+    share, recall = called / rows, hits / positives
+    precision = hits[1:] / called[1:]
+    far = share[1:] >= LIFT_FROM
+    return {
+        'roc': _thinned((called - hits) / (rows - positives), recall),
+        'precision_recall': _thinned(recall[1:], precision),
+        'gain': _thinned(share, recall),
+        'lift': _thinned(share[1:][far], precision[far] / (positives / rows)),
+    }
+
+
+def _cumulative(scores: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [distinct scores + 1] each: how many rows, and how many positives, reach each score; 0 and 0 at first."""
+    order = np.argsort(-scores, kind='stable')
+    last = np.append(scores[order][1:] != scores[order][:-1], True)
+    return (np.append(0, np.flatnonzero(last) + 1), np.append(0, np.cumsum(truth[order] > 0)[last]))
+
+
+def _thinned(x: np.ndarray, y: np.ndarray) -> Curve:
+    """Some of the points of a curve whose x never falls: spread evenly both along it and over the points."""
+    along = np.searchsorted(x, np.linspace(x[0], x[-1], POINTS // 2))
+    kept = np.unique(np.concatenate([along, np.linspace(0, len(x) - 1, POINTS // 2).round().astype(np.int64)]))
+    return x[kept].tolist(), y[kept].tolist()

@@ -28,7 +28,7 @@ from stream.learn.fit import check as check_fit
 from stream.learn.judging.compare import CompareOptions, fold_of, runner
 from stream.learn.judging.judge import COUNTERS, MODEL, SCRATCH, TRANSFERRED, WINDOW
 from stream.learn.judging.quality import auc, interval
-from stream.learn.judging.questions import Cutoff, Task, day_of, known_until, truth_of
+from stream.learn.judging.tasks import Cutoff, Task, day_of, known_until, truth_of
 
 SHARES = (0.01, 0.05, 0.1, 1.0)
 _DRAWS_MAX = 3

@@ -26,9 +26,9 @@ import torch
 
 from stream.errors import ModelError
 from stream.learn.dataset import NEXT_DAYS
+from stream.learn.ranking.next_items import CANDIDATES, ROWS_MAX, ranking_dir, score_names, tensor_names
 from stream.learn.ranking.past_items import BUCKETS, OWN_NUMBERS
 from stream.learn.ranking.ranker import Recommender
-from stream.learn.ranking.served import CANDIDATES, ROWS_MAX, ranking_dir, score_names, tensor_names
 from stream.scoring.artefact import WEIGHTS, sha256
 from stream.scoring.repository import CONFIG_FILE, RANKING_MANIFEST, Served, Tensor, triton_config
 

@@ -28,8 +28,8 @@ from torch.nn.functional import softplus
 
 from stream.core.features import buckets
 from stream.core.layout import DAY_MS
-from stream.learn.bounds import CountOrNone, NotNegative
 from stream.learn.dataset import NEXT_DAYS, Examples, History, bought_next
+from stream.learn.options import CountOrNone, NotNegative
 from stream.learn.ranking.past_items import BUCKETS, OWN_NUMBERS, UNDONE_NUMBERS, past, popular
 
 ROWS_MIN = 100          # fewer settled moments that are followed by a purchase teach nothing

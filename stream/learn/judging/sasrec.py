@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from stream.learn.passes import reproducible
+from stream.learn.epochs import reproducible
 
 NEGATIVES = 256
 

@@ -13,9 +13,9 @@ from rich.console import Console
 
 from stream.core.layout import WindowLimits
 from stream.errors import StateError, UsageError
-from stream.learn import passes
+from stream.learn import epochs
+from stream.learn.epochs import Course, device, improve, mixed_precision
 from stream.learn.fit import fit
-from stream.learn.passes import Course, device, improve, mixed_precision
 from stream.learn.pretrain import PretrainOptions
 from stream.learn.training_log import Journal
 
@@ -150,7 +150,7 @@ def test_a_gpu_multiplies_in_bfloat16_if_it_can(monkeypatch, able):
     asked = []
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda: able)
-    monkeypatch.setattr(passes.torch, 'autocast', lambda *arguments: asked.append(arguments) or nullcontext())
+    monkeypatch.setattr(epochs.torch, 'autocast', lambda *arguments: asked.append(arguments) or nullcontext())
     assert device() == torch.device('cuda')
     mixed_precision(device())
     assert asked == ([('cuda', torch.bfloat16)] if able else [])

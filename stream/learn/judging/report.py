@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from stream.learn.clean import in_words
+from stream.learn.judging.backtest import SEEN, UNKNOWN
 from stream.learn.judging.judge import (
     BOUGHT,
     COMMONEST,
@@ -76,17 +77,43 @@ CONTENDERS = {
 }
 
 
-def render_report(figures: Mapping[str, Any]) -> str:
+def comparison_page(figures: Mapping[str, Any]) -> str:
     """The page as text.
 
     figures  of `stream.learn.judging.compare.compare`, and `about`: sources (file names), format, currency; if it was
              asked for `transfer`, of `stream.learn.judging.transfer.transfer`
     Promise  the same figures give the same bytes (with the same release of matplotlib).
     """
-    return rendered('compare.html.j2', figures, REFERENCES, 'Best of the three')
+    return _rendered('compare.html.j2', figures, REFERENCES, 'Best of the three')
 
 
-def rendered(template: str, figures: Mapping[str, Any], rivals: Sequence[str], rival_title: str, **more: Any) -> str:
+def evaluation_page(figures: Mapping[str, Any]) -> str:
+    """The page as text.
+
+    figures  of `stream.learn.judging.backtest.backtest`, and `about`: sources (file names), format, currency, warnings
+    Promise  the same figures give the same bytes (with the same release of matplotlib).
+    """
+    warnings = [*figures['about']['warnings'], *doubts(figures)]
+    return _rendered('backtest.html.j2', figures, RULES, 'Best rule', served=figures['model'], warnings=warnings)
+
+
+def doubts(figures: Mapping[str, Any]) -> list[str]:
+    """Why figures may be too good, a sentence each."""
+    model, found = figures['model'], []
+    if seen := _days(figures['cutoffs'], SEEN):
+        found.append(f'The model has learned from days up to {day(model["known_until_ms"])}, after {seen}: if they '
+                     'were days of this shop, it knows answers, and its figures are too good.')
+    if _days(figures['cutoffs'], UNKNOWN):
+        found.append('Up to when the model has learned is not known: if it was from this recording, its figures are '
+                     'too good.')
+    return found
+
+
+def _days(cutoffs: Sequence[Mapping[str, Any]], learned: str) -> str:
+    return ', '.join(day(cutoff['at_ms']) for cutoff in cutoffs if cutoff['learned'] == learned)
+
+
+def _rendered(template: str, figures: Mapping[str, Any], rivals: Sequence[str], rival_title: str, **more: Any) -> str:
     """A page of judged cut-offs. `rivals`: of whom the best is set beside the model; `more`: what a template wants."""
     return render('stream.learn.judging', template, {
         'number': lambda value: f'{value:,}', 'day': day, 'share': partial(_plain, '{:.1%}'),

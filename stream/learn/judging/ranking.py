@@ -4,7 +4,7 @@
     popularity of 30 days    in the days before the moment
     own past                 what the user had to do with most, newer events counting more, then popularity
     own purchases            what the user bought most often, then popularity
-    SASRec                   self-attention over the sequence of the user's items (stream.learn.ranking.sasrec)
+    SASRec                   self-attention over the sequence of the user's items (stream.learn.judging.sasrec)
 
 All rank what was seen in training or by the user, by its hash of 32 bits (16 for categories), not by its bucket: of the
 buckets that our ranking gives, each names one (item_names). Asked of whoever buys something with a name
@@ -24,9 +24,9 @@ from stream.core.layout import DAY_MS
 from stream.learn.dataset import NEXT_DAYS, Examples, History, Kind, bought_next
 from stream.learn.judging.judge import BOUGHT, MODEL, OWN, POPULAR, RECENT, SASREC, TOP, intervals
 from stream.learn.judging.quality import resamples
-from stream.learn.ranking.item_names import Names, Ranked
+from stream.learn.judging.sasrec import SasRecOptions, fit_sasrec
+from stream.learn.ranking.next_items import Names, Ranked
 from stream.learn.ranking.past_items import Named
-from stream.learn.ranking.sasrec import SasRecOptions, fit_sasrec
 
 ASKED_MIN = 10          # of fewer users nothing is said
 _OWN_DAYS = 30.0        # an event's weight falls to 1/e in so many days
