@@ -11,7 +11,7 @@ in Radford et al. (2018). Kang, McAuley (2018), SASRec, arXiv 1808.09781, for ca
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from stream.core.features import (
     TYPE_VOCABULARY,
 )
 from stream.errors import UsageError
+from stream.learn.model import Backbone
 from stream.learn.options import Count, NotNegative, Share
 from stream.learn.text.catalogue import WithItems, bag_of_words, item_table, read_catalogue
 from stream.learn.text.readers import (
@@ -48,19 +49,6 @@ _AGES = 3                                   # of the newest slot, of the oldest 
 # Added to the attention's logits where a token must not look: e^-60 of a weight stays, which no float32 sum notices.
 # With much less the weights are denormal numbers, which a CPU is slow at: -1e9 cost 40 % of all scoring.
 _HIDE = -60.0
-
-
-class Backbone(Protocol):
-    """`width`: units of the state that it gives for a window."""
-
-    width: int
-
-    def __call__(self, categories: Tensor, numbers: Tensor) -> Tensor:
-        """[b, width] from int [b, l, 3] and float [b, l, SLOT_NUMBERS] as in `stream.core.features.Batch`.
-
-        Promise  a row's state depends neither on its padding nor on its neighbours.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -117,7 +105,7 @@ def check(options: BackboneOptions, encoder: EncoderOptions) -> None:
                          do=f'choose a multiple of {encoder.heads}.')
 
 
-def make_backbone(options: BackboneOptions, encoder: EncoderOptions) -> nn.Module:
+def make_backbone(options: BackboneOptions, encoder: EncoderOptions) -> Backbone:
     """The backbone that the options name, ready to be trained; `encoder` is for that of events.
 
     Errors   UsageError where an option does not suit the others, or there is no such model; InputError where the
@@ -160,7 +148,7 @@ class Description:
     catalogue_columns: int = 0
 
 
-def describe(backbone: nn.Module) -> Description:
+def describe(backbone: Backbone) -> Description:
     """The description of a backbone; LoRA and IA3 are to be merged before."""
     if isinstance(backbone, WithItems):
         return replace(describe(backbone.backbone), catalogue_columns=backbone.table.shape[1])
@@ -170,15 +158,18 @@ def describe(backbone: nn.Module) -> Description:
             tables={name: tuple(table.shape) for name, table in backbone.named_buffers(recurse=False)},
             category_names=backbone.category_names, tokens_max=backbone.tokens_max,
             prefix_tokens=prefix_tokens(backbone))
+    assert isinstance(backbone, EventsBackbone)
     return Description('events', encoder=backbone.options)
 
 
-def remake(description: Description) -> nn.Module:
+def remake(description: Description) -> Backbone:
     """The backbone of a description, its weights and tables still to be loaded.
 
     Errors   whatever `transformers` raises where the description is none of its.
     """
-    if description.encoder is not None:
+    if description.name == 'events':
+        if description.encoder is None:
+            raise ValueError('the sizes of the encoder are missing')
         backbone = EventsBackbone(description.encoder)
     else:
         reader = untrained_reader(description.name, description.reader)
@@ -191,7 +182,7 @@ def remake(description: Description) -> nn.Module:
     return WithItems(backbone, torch.zeros(ITEM_BUCKETS, columns)) if columns else backbone
 
 
-class EventsBackbone(nn.Module):
+class EventsBackbone(Backbone):
     """The encoder on event tokens."""
 
     def __init__(self, options: EncoderOptions) -> None:
@@ -212,8 +203,10 @@ class EventsBackbone(nn.Module):
             vocab_size=1, hidden_size=h, num_hidden_layers=options.layers, num_attention_heads=options.heads,
             intermediate_size=options.intermediate, max_position_embeddings=1 + SLOTS_MAX, type_vocab_size=1,
             hidden_dropout_prob=options.dropout, attention_probs_dropout_prob=options.dropout,
-            attn_implementation='eager'), add_pooling_layer=False)
-        self.encoder.set_input_embeddings(None)             # its words are not used: slots come embedded
+            attn_implementation='eager',        # pyright: ignore[reportCallIssue]  # among the **kwargs of the base class
+        ), add_pooling_layer=False)
+        # Its words are not used: slots come embedded.
+        self.encoder.set_input_embeddings(None)     # pyright: ignore[reportArgumentType]
 
     def forward(self, categories: Tensor, numbers: Tensor) -> Tensor:
         """The query's state, [b, h]. In the last layer it alone asks: of the slots nobody needs what that would say."""
@@ -221,7 +214,7 @@ class EventsBackbone(nn.Module):
         *layers, last = self.encoder.encoder.layer
         for layer in layers:
             states = layer(states, hide)
-        return _of_last_token(last, states, hide)
+        return _of_last_token(cast(BertLayer, last), states, hide)
 
     def states(self, categories: Tensor, numbers: Tensor, hidden: Tensor | None = None) -> Tensor:
         """States [b, l + 1, h], the query's last. `hidden` [b, l]: slots whose content the encoder must not see."""

@@ -268,10 +268,11 @@ def _comparison(test: dict) -> str:
 
 
 def _number(interval: list[float | None] | None) -> str:
-    if interval is None or None in interval:        # not a number of this contender, or too few rows to compute it
+    numbers = [number for number in interval or () if number is not None]
+    if len(numbers) < 3:        # not a number of this contender, or too few rows to compute it
         return ''
-    digits = 0 if abs(interval[0]) >= 100 else 3
-    value, low, high = (f'{number:.{digits}f}' for number in interval)
+    digits = 0 if abs(numbers[0]) >= 100 else 3
+    value, low, high = (f'{number:.{digits}f}' for number in numbers)
     return f'{value} ({low} .. {high})'
 
 

@@ -221,7 +221,7 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
     counters = torch.from_numpy(data.inputs.counters)
     # Of one year, its phase is but another name of the time since the recording began.
     ignored = YEAR if known_until_ms - history.start_ms < YEARS_MIN * 365 * DAY_MS else ()
-    model.counters.fit_normal(counters[~held_out], ignored)
+    model.counters.fit_normal(counters[torch.from_numpy(~held_out)], ignored)
     _fit_counters(model, counters, labels, ~held_out, options)
     if options.heads_kept < 1:
         attentions(model.backbone)      # an error now, not after the training
@@ -371,7 +371,7 @@ def _rated(model: ShopperModel, options: FitOptions) -> list[Rated]:
     """What the window's branch trains, and how fast: pretrained weights have a rate of their own."""
     tuned = set(pretrained(model.backbone))
     moving = [weight for weight in (*model.backbone.parameters(), *model.head.parameters()) if weight.requires_grad]
-    rated = [(options.learning_rate, options.weight_decay, [weight for weight in moving if weight not in tuned])]
+    rated: list[Rated] = [(options.learning_rate, options.weight_decay, [weight for weight in moving if weight not in tuned])]
     if theirs := [weight for weight in moving if weight in tuned]:
         tuning = options.backbone.tuning
         rated.append((options.backbone.learning_rate or learning_rate(tuning),

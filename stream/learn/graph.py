@@ -28,6 +28,7 @@ from stream.core.features import COUNTERS, LENGTHS, SLOT_NUMBERS
 from stream.errors import ModelError
 from stream.learn.checkpoint import Checkpoint
 from stream.learn.fit import rows_max
+from stream.learn.inference import run
 from stream.learn.model import HORIZONS, INPUT_NAMES, ShopperModel
 from stream.learn.text.tuning import merged
 from stream.scoring.artefact import ROWS_MAX, Precision
@@ -62,7 +63,7 @@ def write_graph(model: ShopperModel, windows: dict[int, dict[str, torch.Tensor]]
         # Of the places by which masks and tables are looked up none is negative.
         warnings.filterwarnings('ignore', 'Exporting aten::index operator of advanced indexing', UserWarning)
         # Shapes read as Python numbers become constants; parity at every length shows that none of them matters.
-        warnings.filterwarnings('ignore', category=torch.jit.TracerWarning)
+        warnings.filterwarnings('ignore', category=torch.jit.TracerWarning)    # pyright: ignore[reportPrivateImportUsage]
         torch.onnx.export(
             model, tuple(example[name] for name in INPUT_NAMES), path, dynamo=False, opset_version=OPSET,
             input_names=list(INPUT_NAMES), output_names=list(outputs(model)),
@@ -80,7 +81,7 @@ def parity(kept: Checkpoint, graph: Path, precision: Precision = 'fp32') -> floa
     for length in LENGTHS:
         fitting = [padded(batch, length) for own, batch in kept.windows.items() if own <= length]
         for batch in (*fitting, *({name: part[:1] for name, part in batch.items()} for batch in fitting)):
-            got = session.run(names, {name: part.numpy() for name, part in batch.items()})
+            got = run(session, names, {name: part.numpy() for name, part in batch.items()})
             with torch.no_grad():
                 wanted = kept.model(*(batch[name] for name in INPUT_NAMES))
             for output, (mine, theirs) in zip(names, zip(got, wanted, strict=True), strict=True):
@@ -105,9 +106,9 @@ def check_neighbours(kept: Checkpoint, graph: Path) -> None:
     for batch in kept.windows.values():
         parts = {name: part.numpy() for name, part in batch.items()}
         rows = np.arange(rows_max(kept.model)) % len(parts['row_id'])
-        among = session.run(names, {name: part[rows] for name, part in parts.items()})
+        among = run(session, names, {name: part[rows] for name, part in parts.items()})
         for row in range(min(len(rows), len(parts['row_id']))):
-            alone = session.run(names, {name: part[row:row + 1] for name, part in parts.items()})
+            alone = run(session, names, {name: part[row:row + 1] for name, part in parts.items()})
             for output, mine, theirs in zip(names, alone, among, strict=True):
                 difference = _difference(output, mine[0], theirs[row])
                 if not difference <= NEIGHBOURS_TOLERANCE:
@@ -164,5 +165,6 @@ class _Windows(CalibrationDataReader):
         self._batches = ({name: part[at:at + rows_max] for name, part in windows[length].items()}
                          for length in sorted(windows) for at in range(0, len(windows[length]['row_id']), rows_max))
 
-    def get_next(self) -> dict[str, np.ndarray] | None:
+    # None ends the batches: the base class's hint leaves it out.
+    def get_next(self) -> dict[str, np.ndarray] | None:     # pyright: ignore[reportIncompatibleMethodOverride]
         return next(self._batches, None)

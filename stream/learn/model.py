@@ -61,8 +61,27 @@ def mu_and_sigma(log_spend: Tensor) -> Tensor:
     return torch.stack([log_spend.mean(), sigma.expm1().log()])
 
 
+class Backbone(nn.Module):
+    """What reads a window: the base class of all backbones (stream.learn.backbones).
+
+    width   units of the state that `forward` returns
+    """
+
+    width: int
+
+    def forward(self, categories: Tensor, numbers: Tensor) -> Tensor:
+        """[b, width] from int [b, l, 3] and float [b, l, SLOT_NUMBERS] as in `stream.core.features.Batch`.
+
+        Promise  a row's state depends neither on its padding nor on its neighbours.
+        """
+        raise NotImplementedError
+
+
 class Counters(nn.Module):
-    """The branch of the counters: normalised, then linear."""
+    """The counters branch: normalised, then linear."""
+
+    mean: Tensor
+    scale: Tensor
 
     def __init__(self, logits: int) -> None:
         super().__init__()
@@ -92,7 +111,15 @@ class Counters(nn.Module):
 class ShopperModel(nn.Module):
     """Batch in, scores out: see `forward`."""
 
-    def __init__(self, backbone: nn.Module, tiers: int, refund: bool = True) -> None:
+    mix: Tensor
+    calibration_scale: Tensor
+    calibration_shift: Tensor
+    told_from: Tensor
+    told_power: Tensor
+    log_spend_max: Tensor
+    log_spend_scale: Tensor
+
+    def __init__(self, backbone: Backbone, tiers: int, refund: bool = True) -> None:
         super().__init__()
         self.tiers = tiers
         self.refund = refund        # whether it has the risk head; without, its logit stays untrained and unseen

@@ -246,8 +246,11 @@ def cropped(categories: Tensor, numbers: Tensor, share_min: float) -> tuple[Tens
     slots = torch.arange(length, device=count.device)                       # [l]
     taken = (first[:, None] + slots).clamp(max=length - 1)[:, :, None]      # [b, l, 1]
     inside = (slots < kept[:, None])[:, :, None]
-    return tuple(torch.where(inside, values.gather(1, taken.expand(-1, -1, values.shape[2])), 0)
-                 for values in (categories, numbers))
+
+    def kept_of(values: Tensor) -> Tensor:
+        return torch.where(inside, values.gather(1, taken.expand(-1, -1, values.shape[2])), 0)
+
+    return kept_of(categories), kept_of(numbers)
 
 
 def _filled(categories: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ not, the end of a session weighs those.
 The price level, and with it the tier, is filtered beside, on nodes: a fresh pick prefers items of the shopper's level.
 """
 import enum
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -128,7 +128,7 @@ class Desire:
         self._seen = _NOTHING
         self._weights: dict[Hypothesis, np.ndarray] = {Hypothesis(): shelf.conversion_chances}
         self._levels = shelf.level_chances
-        self._category_counts: Counter[int] = Counter()
+        self._category_counts: dict[int, float] = {}
 
     def arrive(self, day: float) -> None:
         """A session begins; if there was one before, it is over."""
@@ -215,7 +215,8 @@ class Desire:
         self._keep(found)
         all_ways = sum(float(weight.sum()) for _, weight in found)
         share = fresh / all_ways
-        self._category_counts[category] += first_of_category / all_ways
+        counts = self._category_counts
+        counts[category] = counts.get(category, 0.0) + first_of_category / all_ways
         self._levels = self._levels * (share * of_levels / picked + 1 - share)
         self._levels = self._levels / self._levels.sum()
         self._step, self._seen = Step.VIEWED, item
@@ -244,8 +245,8 @@ class Desire:
         if hypothesis.category != _NOTHING:
             return 1.0 if hypothesis.category == category else 1e-9
         counts = self._category_counts
-        return float((counts[category] + PRIOR_CATEGORIES * self.shelf.category_chances[category])
-                     / (counts.total() + PRIOR_CATEGORIES))
+        return float((counts.get(category, 0.0) + PRIOR_CATEGORIES * self.shelf.category_chances[category])
+                     / (sum(counts.values()) + PRIOR_CATEGORIES))
 
     def _leaves(self, hypothesis: Hypothesis) -> float:
         """Chance that what was seen last stays out of the cart, and, after a whole step, that another one follows."""

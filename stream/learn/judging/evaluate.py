@@ -15,6 +15,7 @@ Churn is asked of active users: those who bought within the 90 days before. `str
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,7 @@ RESAMPLES = 200
 POSITIVES_MIN = 20      # fewer tell nothing
 
 
-def evaluate(fitted: Fitted, answers: Mapping[str, np.ndarray], test: Examples, seed: int) -> dict[str, object]:
+def evaluate(fitted: Fitted, answers: Mapping[str, np.ndarray], test: Examples, seed: int) -> dict[str, Any]:
     """All numbers of the model card, ready for JSON. `answers`: those of the model's exported graph to `test`."""
     purchase, tiers = answers['purchase'].astype(float), answers['tier_probabilities'].astype(float)
     spend, typical = (answers[name][:, 0].astype(float) for name in ('expected_spend', 'typical_spend'))
@@ -128,7 +129,7 @@ def _segments(test: Examples) -> dict[str, np.ndarray]:
 
 
 def _segment(rows: np.ndarray, purchase: np.ndarray, bought: np.ndarray) -> dict[str, float]:
-    row = {'rows': int(rows.sum())}
+    row: dict[str, float] = {'rows': int(rows.sum())}
     for name, horizon in (('intent', INTENT), ('purchase', CHURN)):
         known = rows & ~np.isnan(bought[:, horizon])
         if known.any():

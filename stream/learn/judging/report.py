@@ -263,7 +263,7 @@ def _curves(figure: Figure, curves: Mapping[str, Any], labels: tuple[str, str], 
             as_share: bool) -> None:
     axes = figure.add_subplot()
     axes.plot(*chance, color=_CHANCE, linestyle='--', linewidth=1)
-    for name, (x, y) in reversed(curves.items()):       # the model on top
+    for name, (x, y) in reversed(list(curves.items())):       # the model on top
         axes.plot(x, y, color=_COLOURS[name], linewidth=2 if name == MODEL else 1.3)
     _share_axis(axes, 'x')
     if as_share:
@@ -279,7 +279,7 @@ def _reliability(figure: Figure, by_name: Mapping[str, Sequence[Mapping[str, flo
     axes = figure.add_subplot()
     top = max(max(row['score'], row['rate']) for rows in by_name.values() for row in rows) * 1.05
     axes.plot([0, top], [0, top], color=_CHANCE, linestyle='--', linewidth=1)
-    for name, rows in reversed(by_name.items()):
+    for name, rows in reversed(list(by_name.items())):
         axes.plot([row['score'] for row in rows], [row['rate'] for row in rows], marker='o', markersize=4,
                   color=_COLOURS[name], linewidth=1.6 if name == MODEL else 1)
     for axis in (axes.xaxis, axes.yaxis):

@@ -26,6 +26,7 @@ import torch
 
 from stream.errors import ModelError
 from stream.learn.dataset import NEXT_DAYS
+from stream.learn.inference import run
 from stream.learn.ranking.next_items import CANDIDATES, ROWS_MAX, ranking_dir, score_names, tensor_names
 from stream.learn.ranking.past_items import BUCKETS, OWN_NUMBERS
 from stream.learn.ranking.ranker import Recommender
@@ -85,7 +86,7 @@ def write_ranking(recommender: Recommender, path: Path) -> None:
     with warnings.catch_warnings():
         # As in stream.learn.export.
         warnings.filterwarnings('ignore', category=DeprecationWarning)
-        warnings.filterwarnings('ignore', category=torch.jit.TracerWarning)
+        warnings.filterwarnings('ignore', category=torch.jit.TracerWarning)    # pyright: ignore[reportPrivateImportUsage]
         torch.onnx.export(
             recommender, tuple(example.values()), path, dynamo=False, opset_version=OPSET, input_names=list(asked),
             output_names=list(outputs(recommender)),
@@ -94,7 +95,7 @@ def write_ranking(recommender: Recommender, path: Path) -> None:
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
     for rows, length in ((_ROWS, _LENGTH), (1, 1), (3, 200)):
         feed = _some(recommender, rows, length)
-        got = session.run(None, {name: part.numpy() for name, part in feed.items()})
+        got = run(session, None, {name: part.numpy() for name, part in feed.items()})
         with torch.no_grad():
             wanted = recommender(*feed.values())
         worst = max(float(np.abs(mine - theirs.numpy()).max()) for mine, theirs in zip(got, wanted, strict=True))

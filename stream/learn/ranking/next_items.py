@@ -16,7 +16,7 @@ from stream.core.events import EventType, hash16, hash32
 from stream.core.features import buckets
 from stream.errors import InputError, ModelError, UsageError
 from stream.learn.dataset import Examples, History
-from stream.learn.inference import session_of
+from stream.learn.inference import run, session_of
 from stream.learn.ranking.past_items import BUCKETS, OWN_NUMBERS, Named, past
 from stream.scoring.artefact import WEIGHTS
 from stream.scoring.repository import RANKING_MANIFEST, load_ranking
@@ -80,7 +80,7 @@ def rankings(graph: Path, history: History, examples: Examples) -> Iterator[dict
         before = {column: past(history, examples, rows, column) for column in columns}
         for column, part in before.items():
             feed |= zip(tensor_names(column), part.padded(np.arange(len(rows))), strict=True)
-        answers = dict(zip(names, session.run(names, feed), strict=True))
+        answers = dict(zip(names, run(session, names, feed), strict=True))
         for row in range(len(rows)):
             found = {}
             for column, part in before.items():

@@ -20,6 +20,7 @@ LOG.md.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import numpy as np
 import torch
@@ -55,6 +56,8 @@ class RankerOptions:
 
 class Ranker(nn.Module):
     """Of items, or of categories."""
+
+    popularity: Tensor
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -119,7 +122,7 @@ class Recommender(nn.Module):
 
         inputs   of each column `own` and `numbers`; then candidates, int [b, c], buckets of the first column
         """
-        chances = [part for place, ranker in enumerate(self.rankers.values())
+        chances = [part for place, ranker in enumerate(cast(Iterable[Ranker], self.rankers.values()))
                    for part in ranker.chances(*inputs[2 * place:2 * place + 2])]
         return *chances, chances[0].gather(1, inputs[-1].long())
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from stream.core.events import hash16, hash32
 from stream.core.features import CATEGORY_BUCKETS, ITEM_BUCKETS, buckets
 from stream.errors import InputError
+from stream.learn.model import Backbone
 
 WORD_COLUMNS = 256          # of the hashed bag of words
 
@@ -158,16 +159,19 @@ def _spread(items: int, places: np.ndarray, vectors: Tensor) -> Tensor:
     return even.new_zeros(items, vectors.shape[1]).index_copy(0, torch.from_numpy(places), even)
 
 
-class WithItems(nn.Module):
+class WithItems(Backbone):
     """A backbone, and what the catalogue says of the window's items.
 
     table   float32 [ITEM_BUCKETS, d], a bucket that is all 0 is not known
     """
 
-    def __init__(self, backbone: nn.Module, table: Tensor) -> None:
+    table: Tensor
+    known: Tensor
+
+    def __init__(self, backbone: Backbone, table: Tensor) -> None:
         super().__init__()
         self.backbone = backbone
-        self.width: int = backbone.width
+        self.width = backbone.width
         self.register_buffer('table', table)
         self.register_buffer('known', (table != 0).any(1))
         self.linear = nn.Linear(table.shape[1], self.width)

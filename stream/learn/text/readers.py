@@ -30,13 +30,14 @@ from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 from transformers.utils import logging
 
 from stream.core.events import TYPE_NAMES
 from stream.core.features import CATEGORY_BUCKETS, SLOT_NUMBER_NAMES
 from stream.errors import UsageError
+from stream.learn.model import Backbone
 
 TextName = Literal['bert', 'distilbert', 't5', 'gpt2']
 TEXT_BACKBONES: tuple[TextName, ...] = get_args(TextName)
@@ -108,7 +109,7 @@ def _bucket(values: Tensor, edges: Tensor) -> Tensor:
     return (values[..., None] >= edges.to(values.device)).sum(-1)
 
 
-class TextBackbone(nn.Module):
+class TextBackbone(Backbone):
     """A pretrained model on the window's text.
 
     reader           the pretrained model; stream.learn.text.tuning puts what is tuned into it
@@ -117,12 +118,16 @@ class TextBackbone(nn.Module):
     tokens_max       the longest text, special tokens included
     """
 
-    def __init__(self, name: str, reader: PreTrainedModel, tables: Mapping[str, Tensor],
+    opening: Tensor
+    closing: Tensor
+    tokens_now: Tensor
+
+    def __init__(self, name: TextName, reader: PreTrainedModel, tables: Mapping[str, Tensor],
                  category_names: Mapping[int, str], tokens_max: int) -> None:
         super().__init__()
-        self.name = name
-        self.reader = reader
-        self.width: int = reader.config.hidden_size
+        self.name: TextName = name
+        self.reader: Any = reader       # or peft's model around it
+        self.width = reader.config.hidden_size
         self.tokens_max = tokens_max
         self.category_names = dict(category_names)
         self.words = slot_words(category_names)
@@ -248,7 +253,8 @@ def load_text_backbone(name: TextName, source: str, category_names: Mapping[int,
             if kind != name:
                 raise UsageError(f'{source!r} holds a {kind}, not a {name}.',
                                  do='name the backbone that it holds, or another folder.')
-            reader, found = (T5EncoderModel if name == 't5' else AutoModel).from_pretrained(
+            loader: Any = T5EncoderModel if name == 't5' else AutoModel     # the hints of from_pretrained lack options
+            reader, found = loader.from_pretrained(
                 source, attn_implementation=ATTENTION, dtype=torch.float32, output_loading_info=True,
                 **READER_OPTIONS.get(name, {}))
             tokenizer = AutoTokenizer.from_pretrained(source)
@@ -266,7 +272,7 @@ def load_text_backbone(name: TextName, source: str, category_names: Mapping[int,
 
 def untrained_reader(name: str, config: Mapping[str, Any]) -> PreTrainedModel:
     """A model of that configuration whose weights are to come; `config` as from its `to_diff_dict`."""
-    given = AutoConfig.for_model(**{**config, 'model_type': name}, attn_implementation=ATTENTION)
+    given: Any = AutoConfig.for_model(**{**config, 'model_type': name}, attn_implementation=ATTENTION)
     with _quiet():
         return (T5EncoderModel(given) if name == 't5' else
                 AutoModel.from_config(given, dtype=torch.float32, **READER_OPTIONS.get(name, {})))

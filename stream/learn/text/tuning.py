@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import nn
 
@@ -68,7 +68,8 @@ def tune(backbone: TextBackbone, tuning: str) -> None:
 
     Errors   UsageError where there is no such tuning, or not for this backbone.
     """
-    parts = [_PART.fullmatch(part) for part in tuning.removeprefix('freeze:').split(',')]
+    named = tuning.removeprefix('freeze:').split(',')
+    parts = [part for part in map(_PART.fullmatch, named) if part]
     if tuning == 'frozen':
         backbone.reader.requires_grad_(False)
     elif tuning in ('lora', 'ia3'):
@@ -79,7 +80,7 @@ def tune(backbone: TextBackbone, tuning: str) -> None:
                 f'A prefix cannot be put before a {backbone.name}: it takes no keys and values from outside.',
                 do=f'use lora or ia3, or one of {", ".join(PREFIX_BACKBONES)}.')
         put_prefix(backbone, PREFIX_TOKENS)
-    elif tuning.startswith('freeze:') and all(parts):
+    elif tuning.startswith('freeze:') and len(parts) == len(named):
         for part in parts:
             _freeze(backbone, bool(part[1]), int(part[2] or 0))
     elif tuning != 'full':
@@ -119,7 +120,7 @@ def _mergeable(model: nn.Module) -> list[TextBackbone]:
 
 def _freeze(backbone: TextBackbone, embeddings: bool, layers: int) -> None:
     parts = _PARTS[backbone.name]
-    there = backbone.reader.get_submodule(parts.layers)
+    there = cast(nn.ModuleList, backbone.reader.get_submodule(parts.layers))
     if layers > len(there):
         raise UsageError(f'This {backbone.name} has {len(there)} layers, not {layers}.', do='freeze fewer layers.')
     for name in parts.embeddings if embeddings else ():
