@@ -176,13 +176,13 @@ def compare(
     from stream.learn import dataset
     from stream.learn.judging.tasks import default_cutoffs
     fitting = _changed(_fitting(comparing.FitOptions(), backbone, pretrained, tuning, catalogue, pretrain, clean), how)
-    _learning('stream.learn.fit').check(fitting)
+    _learning('stream.learn.fit').check_fit(fitting)
     history = dataset.read(recorded(files, format_name, settings), settings.event_rules())
     options = comparing.CompareOptions(seed=seed, folds=folds, processes=os.cpu_count() or 1,
                                        limits=settings.window_limits(), fit=fitting)
     transferring = _learning('stream.learn.judging.transfer')
     if pretrained_on:
-        transferring.check(pretrained_on, options)
+        transferring.check_source(pretrained_on, options)
     cutoffs_ms = times_ms or default_cutoffs(history)
     figures = {'about': {'sources': [file.name for file in files], 'format': format_name,
                          'currency': amounts_in(format_name, settings)}}

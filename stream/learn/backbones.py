@@ -90,7 +90,7 @@ class EncoderOptions:
         return {name: value for name, value in asdict(self).items() if name != 'dropout'}
 
 
-def check(options: BackboneOptions, encoder: EncoderOptions) -> None:
+def check_backbone(options: BackboneOptions, encoder: EncoderOptions) -> None:
     """Errors: UsageError where the options do not suit one another, whatever the source holds; quick."""
     if options.name != 'events' and options.name not in TEXT_BACKBONES:
         raise UsageError(f'There is no backbone {options.name!r}.', do=f'use events, {", ".join(TEXT_BACKBONES)}.')
@@ -111,7 +111,7 @@ def make_backbone(options: BackboneOptions, encoder: EncoderOptions) -> Backbone
     Errors   UsageError where an option does not suit the others, or there is no such model; InputError where the
              catalogue cannot be read.
     """
-    check(options, encoder)
+    check_backbone(options, encoder)
     catalogue = read_catalogue(Path(options.catalogue)) if options.catalogue else None
     if options.name in TEXT_BACKBONES:
         backbone, tokenizer = load_text_backbone(options.name, options.source,

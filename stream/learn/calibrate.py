@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from stream.learn.dataset import HORIZON_DAYS, Examples, Kind
+from stream.learn.dataset import HORIZON_DAYS, Examples, SnapshotKind
 from stream.learn.model import BINARY, HORIZONS, Logits, ShopperModel
 
 SETTLED_ROWS_MIN = 500      # fewer labels than that teach a horizon nothing
@@ -73,8 +73,9 @@ def calibrate(model: ShopperModel, window: Tensor, counters: Tensor, examples: E
 
 
 def _newest(examples: Examples, known: np.ndarray) -> np.ndarray:
-    """Which of the known rows are the newest ones, bool [n]: at cut-offs, where everybody is asked."""
-    asked = known & (examples.kind == Kind.CUTOFF) if (examples.kind[known] == Kind.CUTOFF).any() else known
+    """Which of the known rows are the newest, bool [n]. Only cut-offs, which every user has, if there are any."""
+    at_cutoff = examples.kind == SnapshotKind.CUTOFF
+    asked = known & at_cutoff if at_cutoff[known].any() else known
     return asked & (examples.as_of_ms >= np.quantile(examples.as_of_ms[asked], 1 - NEWEST_SHARE))
 
 

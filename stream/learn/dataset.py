@@ -44,7 +44,7 @@ SESSION_GAP_MS = 30 * 60_000        # a longer pause ends a session
 Parts = tuple[bytes, bytes, bytes]      # header, days, rows: what `Snapshots.join` joins
 
 
-class Kind(enum.IntEnum):
+class SnapshotKind(enum.IntEnum):
     """Where in a user's life a moment lies."""
 
     CUTOFF = 0          # at a time that is not the user's
@@ -112,7 +112,7 @@ class Examples:
     """N moments.
 
     snapshots  what was known; `inputs` are its features
-    kind       int8 [N], see Kind
+    kind       int8 [N], see SnapshotKind
     user       int64 [N], places in the history's `user_ids`
     """
 
@@ -188,7 +188,7 @@ def part_of(user_id: str, shares: Sequence[float], seed: int) -> int:
 
 def at_time(history: History, users: Iterable[int], at_ms: int, limits: WindowLimits, known_until_ms: int) -> Examples:
     """Every one of `users` who was seen before a time, as of it."""
-    return _examples(history, [(user, Kind.CUTOFF, at_ms, parts) for user in users
+    return _examples(history, [(user, SnapshotKind.CUTOFF, at_ms, parts) for user in users
                                for _, parts in at_cutoffs(history.events[user], [at_ms], limits)], known_until_ms)
 
 
@@ -212,10 +212,12 @@ def sample(history: History, users: Iterable[int], first_ms: int, known_until_ms
         later = grid[grid > events[0].ts_ms]
         drawn = later if len(later) <= options.cutoffs_per_user else np.sort(
             rng.choice(later, options.cutoffs_per_user, replace=False))
-        found += [(user, Kind.CUTOFF, at_ms, parts) for at_ms, parts in at_cutoffs(events, drawn.tolist(), limits)]
+        found += [(user, SnapshotKind.CUTOFF, at_ms, parts)
+                  for at_ms, parts in at_cutoffs(events, drawn.tolist(), limits)]
         if chance > 0:
-            own += [(user, kind, as_of_ms, _packed(state)) for kind, as_of_ms, state
-                    in moments(events, limits, last_ms) if first_ms <= as_of_ms <= last_ms and rng.random() < chance]
+            own += [(user, kind, as_of_ms, _packed(state))
+                    for kind, as_of_ms, state in scoring_times(events, limits, last_ms)
+                    if first_ms <= as_of_ms <= last_ms and rng.random() < chance]
     wanted = round(options.moments_per_user * len(chosen))
     if len(own) > wanted:       # where users have few events, there are more timers than events
         kept = np.random.default_rng(seed).choice(len(own), wanted, replace=False)
@@ -243,7 +245,7 @@ def at_cutoffs(events: list[Event], cutoffs_ms: list[int], limits: WindowLimits)
             yield cutoff_ms, _packed(user)
 
 
-def moments(events: list[Event], limits: WindowLimits, until_ms: int) -> Iterator[tuple[Kind, int, User]]:
+def scoring_times(events: list[Event], limits: WindowLimits, until_ms: int) -> Iterator[tuple[SnapshotKind, int, User]]:
     """Every moment at which the worker could score this user: its kind, its as-of time in ms, and the user as of then.
 
     The user goes on changing: whoever wants to keep it packs it before asking for the next moment.
@@ -251,20 +253,20 @@ def moments(events: list[Event], limits: WindowLimits, until_ms: int) -> Iterato
     user = User(events[0].user_id)
     for place, event in enumerate(events):
         while user.due_ms and user.due_ms <= event.ts_ms:
-            yield Kind.TIMER, fire_timer(user, limits), user
+            yield SnapshotKind.TIMER, fire_timer(user, limits), user
         event.offset = place
         if fold(user, [event], limits) == [Fold.APPLIED]:
             last = place + 1 == len(events) or events[place + 1].ts_ms - event.ts_ms > SESSION_GAP_MS
-            yield Kind.SESSION_END if last else Kind.EVENT, clock_ms(user, limits), user
+            yield SnapshotKind.SESSION_END if last else SnapshotKind.EVENT, clock_ms(user, limits), user
     while user.due_ms and user.due_ms <= until_ms:
-        yield Kind.TIMER, fire_timer(user, limits), user
+        yield SnapshotKind.TIMER, fire_timer(user, limits), user
 
 
 def _packed(user: User) -> Parts:
     return pack_header(user), bytes(user.days), bytes(user.rows)
 
 
-def outcomes(events: list[Event], asked: Sequence[tuple[Kind, int]], known_until_ms: int,
+def outcomes(events: list[Event], asked: Sequence[tuple[SnapshotKind, int]], known_until_ms: int,
              priced: bool = True) -> np.ndarray:
     """float64 [moments, 2 * horizons + 1]: bought within each horizon, refunded, spent within each; NaN: not settled.
 
@@ -280,7 +282,7 @@ def outcomes(events: list[Event], asked: Sequence[tuple[Kind, int]], known_until
     rows = np.empty((len(asked), len(days)))
     for row, (kind, as_of_ms) in zip(rows, asked, strict=True):
         # What is at the time of a cut-off is not before it: as if the moment were 1 ms earlier.
-        ahead_ms = ts_ms - (as_of_ms - 1 if kind == Kind.CUTOFF else as_of_ms)
+        ahead_ms = ts_ms - (as_of_ms - 1 if kind == SnapshotKind.CUTOFF else as_of_ms)
         after = ahead_ms > 0
         next_ms = np.min(ahead_ms[after & bought], initial=np.iinfo(np.int64).max)
         refund_ms = np.min(ahead_ms[after & ~bought], initial=np.iinfo(np.int64).max)
@@ -311,13 +313,13 @@ def bought_next(history: History, examples: Examples, column: str, known_until_m
             continue
         ts_ms, hashes = bought[user]
         # What is at the time of a cut-off comes after it; see `outcomes`.
-        first, last = np.searchsorted(ts_ms, [as_of_ms, until_ms] if kind == Kind.CUTOFF
+        first, last = np.searchsorted(ts_ms, [as_of_ms, until_ms] if kind == SnapshotKind.CUTOFF
                                       else [as_of_ms + 1, until_ms + 1])
         rows.append(np.unique(hashes[first:last]))
     return rows
 
 
-def _examples(told: History, found: list[tuple[int, Kind, int, Parts]], known_until_ms: int) -> Examples:
+def _examples(told: History, found: list[tuple[int, SnapshotKind, int, Parts]], known_until_ms: int) -> Examples:
     if not found:
         raise UsageError('No user was seen before that time.', do='name a later time.')
     users, kinds, as_of_ms, parts = zip(*found, strict=True)

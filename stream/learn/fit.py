@@ -25,8 +25,7 @@ from torch import Tensor
 from stream.core.features import padded
 from stream.core.layout import DAY_MS, WindowLimits
 from stream.errors import UsageError
-from stream.learn.backbones import BackboneOptions, EncoderOptions, EventsBackbone, make_backbone
-from stream.learn.backbones import check as check_backbone
+from stream.learn.backbones import BackboneOptions, EncoderOptions, EventsBackbone, check_backbone, make_backbone
 from stream.learn.calibrate import SETTLED_ROWS_MIN, calibrate
 from stream.learn.clean import clean
 from stream.learn.clean import in_words as cleaning_in_words
@@ -50,13 +49,13 @@ from stream.learn.dataset import (
     sample,
     tier_of,
 )
-from stream.learn.epochs import Course, Rated, device, improve, mixed_precision, reproducible, shuffled
+from stream.learn.epochs import Rated, Run, device, mixed_precision, reproducible, run_epochs, shuffled
 from stream.learn.model import ShopperModel, losses, mu_and_sigma
 from stream.learn.options import Count, NotNegative, Part, PartOrAll, Place, Positive, Share, names_of
 from stream.learn.pretrain import PretrainOptions, pretrain, reads_text, start_from
 from stream.learn.ranking.ranker import RankerOptions, Recommender, fit_recommender
 from stream.learn.text.tuning import learning_rate, pretrained
-from stream.learn.training_log import NO_JOURNAL, Journal
+from stream.learn.training_log import NO_LOG, TrainingLog
 from stream.scoring.artefact import ROWS_MAX
 
 TEXT_ROWS_MAX = 16      # a text has several times as many tokens as a window has slots, and its reader is large
@@ -153,21 +152,21 @@ class Fitted:
 
 
 def fit(history: History, users: Iterable[int], known_until_ms: int, options: FitOptions, limits: WindowLimits,
-        console: Console, journal: Journal = NO_JOURNAL,
-        after_pass: Callable[[int, float], None] | None = None, ranked: bool = True) -> Fitted:
+        console: Console, log: TrainingLog = NO_LOG,
+        after_epoch: Callable[[int, float], None] | None = None, ranked: bool = True) -> Fitted:
     """Train on these users with labels that are settled before `known_until_ms`.
 
-    journal     where states to go on from, and curves, are kept
-    after_pass  is told the number of each pass and its validation loss; what it raises ends the training
+    log     where states to go on from, and curves, are kept
+    after_epoch  is told the number of each pass and its validation loss; what it raises ends the training
     ranked      whether what is bought next is learnt too, which takes some seconds more
     Errors   UsageError where the events hold nothing to learn from.
-    Promise  on one machine the same options give the same weights, cut off and gone on (journal) or not.
+    Promise  on one machine the same options give the same weights, cut off and gone on (log) or not.
     """
     with reproducible(options.seed):
-        return _fit(history, list(users), known_until_ms, options, limits, console, journal, after_pass, ranked)
+        return _fit(history, list(users), known_until_ms, options, limits, console, log, after_epoch, ranked)
 
 
-def check(options: FitOptions) -> None:
+def check_fit(options: FitOptions) -> None:
     """Errors: UsageError or ModelError where there is no such backbone, or it cannot start so; quick."""
     check_backbone(options.backbone, options.encoder)
     if options.start_from is None and options.pretrain is None:
@@ -179,7 +178,7 @@ def check(options: FitOptions) -> None:
 
 
 def _fit(history: History, users: list[int], known_until_ms: int, options: FitOptions, limits: WindowLimits,
-         console: Console, journal: Journal, after_pass: Callable[[int, float], None] | None,
+         console: Console, log: TrainingLog, after_epoch: Callable[[int, float], None] | None,
          ranked: bool) -> Fitted:
     # 1 examples
 
@@ -233,11 +232,11 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
 
     where = device()
     model.to(where)
-    journal = journal.of(options, data.inputs.categories, data.inputs.numbers, bought, spend, held_out)
+    log = log.of(options, data.inputs.categories, data.inputs.numbers, bought, spend, held_out)
     if options.start_from is not None:
         start_from(model.backbone, Path(options.start_from))
     pretraining = ([] if options.pretrain is None
-                   else pretrain(model.backbone, data, held_out, options.pretrain, options.seed, journal, console))
+                   else pretrain(model.backbone, data, held_out, options.pretrain, options.seed, log, console))
 
     # 4 window
 
@@ -260,24 +259,24 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
         share = options.distil.weight
         return (1 - share) * own + share * _total(expected_losses(logits, taught[rows].to(where), *mine), options)
 
-    passes = count(1)
+    epoch_numbers = count(1)
 
-    def validated() -> dict[str, float]:
+    def validation_losses() -> dict[str, float]:
         parts = losses(window_logits(model, data, validation_rows), *(label[validation_rows] for label in labels))
         return {'validation': float(_total(parts, options)), **{task: float(part) for task, part in parts.items()}}
 
-    def judged() -> dict[str, float]:
-        found = validated()
-        if after_pass is not None:
-            after_pass(next(passes), found['validation'])
+    def validate() -> dict[str, float]:
+        found = validation_losses()
+        if after_epoch is not None:
+            after_epoch(next(epoch_numbers), found['validation'])
         return found
 
-    epochs, best_epoch = improve(Course(
+    epochs, best_epoch = run_epochs(Run(
         name='window', title='epoch', module=model, weights=_rated(model, options),
-        draw=shuffled(data.inputs, train_rows, epoch_rows, options.batch_rows), loss=loss, judge=judged,
-        passes=options.epochs, steps=options.epochs * math.ceil(epoch_rows / options.batch_rows),
+        batches=shuffled(data.inputs, train_rows, epoch_rows, options.batch_rows), loss=loss, validate=validate,
+        epochs=options.epochs, steps=options.epochs * math.ceil(epoch_rows / options.batch_rows),
         warmup_share=options.warmup_share, clip_norm=options.clip_norm, patience=options.patience, seed=options.seed,
-    ), journal, console)
+    ), log, console)
 
     # 5 heads
 
@@ -287,7 +286,7 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
             _total(losses(_window_logits(model, data, rows), *(label[rows].to(where) for label in labels)), options)
             for rows in draw(np.random.default_rng(options.seed)))), options.heads_kept)
         cut(model.backbone, kept)
-        console.print(f'  heads of each layer that stay: {kept}; validation {validated()["validation"]:.4f}')
+        console.print(f'  heads of each layer that stay: {kept}; validation {validation_losses()["validation"]:.4f}')
 
     # 6 calibration
 
@@ -371,7 +370,8 @@ def _rated(model: ShopperModel, options: FitOptions) -> list[Rated]:
     """What the window's branch trains, and how fast: pretrained weights have a rate of their own."""
     tuned = set(pretrained(model.backbone))
     moving = [weight for weight in (*model.backbone.parameters(), *model.head.parameters()) if weight.requires_grad]
-    rated: list[Rated] = [(options.learning_rate, options.weight_decay, [weight for weight in moving if weight not in tuned])]
+    rated: list[Rated] = [
+        (options.learning_rate, options.weight_decay, [weight for weight in moving if weight not in tuned])]
     if theirs := [weight for weight in moving if weight in tuned]:
         tuning = options.backbone.tuning
         rated.append((options.backbone.learning_rate or learning_rate(tuning),

@@ -30,9 +30,9 @@ from stream.errors import ModelError, UsageError
 from stream.learn.backbones import EventsBackbone
 from stream.learn.checkpoint import load
 from stream.learn.dataset import Examples
-from stream.learn.epochs import Course, chunks, improve, mixed_precision, shuffled
+from stream.learn.epochs import Run, chunks, mixed_precision, run_epochs, shuffled
 from stream.learn.options import Count, NotNegative, Part, PartOrAll, Positive, Share
-from stream.learn.training_log import Journal
+from stream.learn.training_log import TrainingLog
 
 OBJECTIVES = ('masked', 'next', 'contrastive')
 AMOUNT_STEP, AMOUNT_BUCKETS = 0.5, 25       # of log(1 + amount): each 1.6 times the one before, up to 160,000
@@ -82,7 +82,7 @@ class PretrainOptions:
 
 
 def pretrain(backbone: nn.Module, data: Examples, held_out: np.ndarray, options: PretrainOptions, seed: int,
-             journal: Journal, console: Console) -> list[dict[str, float]]:
+             log: TrainingLog, console: Console) -> list[dict[str, float]]:
     """Teach the backbone on the windows of `data`, whose labels are not looked at. Returns the losses of each pass.
 
     held_out  bool [n]: moments that only judge
@@ -97,7 +97,7 @@ def pretrain(backbone: nn.Module, data: Examples, held_out: np.ndarray, options:
     def total(parts: dict[str, Tensor]) -> Tensor:
         return torch.stack([options.objectives[name] * part for name, part in parts.items()]).sum()
 
-    def judged() -> dict[str, float]:
+    def validated() -> dict[str, float]:
         sums = dict.fromkeys(('validation', *options.objectives), 0.0)
         with torch.no_grad(), torch.random.fork_rng():      # the same masks and crops after each pass
             torch.manual_seed(seed)
@@ -107,14 +107,14 @@ def pretrain(backbone: nn.Module, data: Examples, held_out: np.ndarray, options:
                     sums[name] += float(part) * len(rows) / len(judging_rows)
         return sums
 
-    epochs, _ = improve(Course(
+    epochs, _ = run_epochs(Run(
         name='pretraining', title='pretraining', module=lesson,
         weights=[(options.learning_rate, options.weight_decay, list(lesson.parameters()))],
-        draw=shuffled(data.inputs, train_rows, epoch_rows, options.batch_rows),
-        loss=lambda rows: total(lesson.losses(data, rows)), judge=judged,
-        passes=options.epochs, steps=options.epochs * math.ceil(epoch_rows / options.batch_rows),
+        batches=shuffled(data.inputs, train_rows, epoch_rows, options.batch_rows),
+        loss=lambda rows: total(lesson.losses(data, rows)), validate=validated,
+        epochs=options.epochs, steps=options.epochs * math.ceil(epoch_rows / options.batch_rows),
         warmup_share=options.warmup_share, clip_norm=options.clip_norm, patience=options.patience, seed=seed,
-    ), journal, console)
+    ), log, console)
     return epochs
 
 

@@ -25,7 +25,7 @@ from stream.core.layout import WindowLimits
 from stream.errors import INSTALL_TRAINING, UsageError
 from stream.learn.dataset import History
 from stream.learn.fit import FitOptions, Fitted, fit
-from stream.learn.training_log import NO_JOURNAL, Journal
+from stream.learn.training_log import NO_LOG, TrainingLog
 
 _FULL_TRIALS = 3        # before one is given up
 _FULL_PASSES = 2        # of each: fewer rows a pass begin more slowly
@@ -45,10 +45,10 @@ class Searched:
 
 
 def search(history: History, users: Sequence[int], known_until_ms: int, options: FitOptions, limits: WindowLimits,
-           trials: int, console: Console, journal: Journal = NO_JOURNAL) -> Searched:
+           trials: int, console: Console, log: TrainingLog = NO_LOG) -> Searched:
     """Try so many trainings, the first one as `options` say.
 
-    journal  where curves are kept, of each trial in a folder of its own; of states there are none
+    log  where curves are kept, of each trial in a folder of its own; of states there are none
     Errors   UsageError where Optuna is not installed, or the events hold nothing to learn from.
     Promise  on one machine the same options give the same trials and the same weights.
     """
@@ -59,18 +59,18 @@ def search(history: History, users: Sequence[int], known_until_ms: int, options:
         pruner=optuna.pruners.MedianPruner(n_startup_trials=_FULL_TRIALS, n_warmup_steps=_FULL_PASSES + 1))
     study.enqueue_trial(_settings(options))
     best: Searched | None = None
-    log: list[dict[str, Any]] = []
+    tried: list[dict[str, Any]] = []
     for number in range(trials):
         trial = study.ask()
         given = _suggested(trial, options)
         settings = ', '.join(f'{name} {value:.3g}' for name, value in trial.params.items())
         console.print(f'Trial {number + 1} of {trials}: {settings}')
         entry = {'settings': trial.params, 'validation': None, 'passes': 0, 'kept': False}
-        log.append(entry)
+        tried.append(entry)
         try:
             fitted = fit(history, users, known_until_ms, given, limits, console,
-                         replace(journal.part(f'trial_{number + 1}'), state=None),
-                         after_pass=_report_to(trial, entry, optuna.TrialPruned))
+                         replace(log.part(f'trial_{number + 1}'), state=None),
+                         after_epoch=_report_to(trial, entry, optuna.TrialPruned))
         except optuna.TrialPruned:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             console.print(f'  given up after pass {entry["passes"]}')
@@ -78,21 +78,21 @@ def search(history: History, users: Sequence[int], known_until_ms: int, options:
         study.tell(trial, fitted.validation)
         entry['validation'] = fitted.validation
         if best is None or fitted.validation < best.fitted.validation:
-            best = Searched(fitted, given, log)
+            best = Searched(fitted, given, tried)
         console.print(f'  validation {fitted.validation:.4f}, best so far {best.fitted.validation:.4f}')
     assert best is not None         # the first is never given up
-    log[[entry['validation'] for entry in log].index(best.fitted.validation)]['kept'] = True
+    tried[[entry['validation'] for entry in tried].index(best.fitted.validation)]['kept'] = True
     return best
 
 
 def _report_to(trial: Any, entry: dict[str, Any], given_up: type[Exception]) -> Callable[[int, float], None]:
-    def after_pass(number: int, validation: float) -> None:
+    def after_epoch(number: int, validation: float) -> None:
         entry['passes'] = number
         trial.report(validation, number)
         if trial.should_prune():
             raise given_up
 
-    return after_pass
+    return after_epoch
 
 
 def _settings(options: FitOptions) -> dict[str, Any]:

@@ -27,13 +27,13 @@ from stream.learn import dataset
 from stream.learn.checkpoint import Checkpoint, save, some_training_windows, some_windows
 from stream.learn.dataset import HORIZON_DAYS, ExampleOptions, Examples, History
 from stream.learn.epochs import device_name
-from stream.learn.fit import FitOptions, Fitted, check, fit, rows_max
+from stream.learn.fit import FitOptions, Fitted, check_fit, fit, rows_max
 from stream.learn.graph import write_graph
 from stream.learn.inference import score
-from stream.learn.judging import quality as metrics
 from stream.learn.judging.evaluate import evaluate, evaluate_ranking
+from stream.learn.judging.quality import auc, ece
 from stream.learn.search import search
-from stream.learn.training_log import Journal
+from stream.learn.training_log import TrainingLog
 from stream.scoring.artefact import LAYOUT
 from stream.simulator.posterior import posteriors
 from stream.simulator.shop import SimulatorOptions, simulate
@@ -104,8 +104,8 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
 
     fitting = replace(options.fit, seed=options.seed)
     names = tier_names(fitting.tiers)
-    check(fitting)      # before a recording is read for minutes
-    journal = Journal(out / UNFINISHED, options.resume, options.curves)
+    check_fit(fitting)      # before a recording is read for minutes
+    log = TrainingLog(out / UNFINISHED, options.resume, options.curves)
     if not options.resume:
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
 
@@ -126,10 +126,10 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
     trials: list[dict] = []
     if options.trials:
         found_best = search(seen, learners, cut_ms, fitting, options.limits, options.trials, console,
-                            journal.part('test'))
+                            log.part('test'))
         fitted, fitting, trials = found_best.fitted, found_best.options, found_best.trials
     else:
-        fitted = fit(seen, learners, cut_ms, fitting, options.limits, console, journal.part('test'))
+        fitted = fit(seen, learners, cut_ms, fitting, options.limits, console, log.part('test'))
     test = dataset.sample(history, test_users, cut_ms, known_until_ms, _TEST_MOMENTS, options.limits, options.seed)
     with tempfile.TemporaryDirectory() as scratch:
         graph = Path(scratch) / 'model.onnx'
@@ -159,7 +159,7 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
     if options.refit:
         console.print('With all users and days')
         fitted = fit(history, range(len(history.user_ids)), known_until_ms, fitting, options.limits, console,
-                     journal.part('refit'))
+                     log.part('refit'))
 
     # 5 checkpoint
 
@@ -206,11 +206,11 @@ def _ceiling(simulator: SimulatorOptions, history: History, test: Examples, purc
         known = ~np.isnan(truth)
         if not known.any():
             continue
-        rule, model, top = (metrics.auc(scores[known], truth[known])
+        rule, model, top = (auc(scores[known], truth[known])
                             for scores in (recency, purchase[chosen, horizon], best[:, horizon]))
         found[f'purchase within {days} d'] = {
             'moments': int(known.sum()), 'recency rule': rule, 'model': model, 'posterior': top,
-            'posterior_ece': metrics.ece(best[known, horizon], truth[known]), 'share': (model - rule) / (top - rule)}
+            'posterior_ece': ece(best[known, horizon], truth[known]), 'share': (model - rule) / (top - rule)}
     return found
 
 

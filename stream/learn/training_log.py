@@ -1,10 +1,10 @@
 """What a training leaves behind while it runs: a state to go on from, and curves to look at.
 
-    <state>/<course>.pt   all that the next pass depends on; of the newest pass, and whole
-    <curves>/<course>/    the losses of each pass, for TensorBoard
+    <state>/<run>.pt   all that the next pass depends on; of the newest pass, and whole
+    <curves>/<run>/    the losses of each pass, for TensorBoard
 
-A course is one run of passes (stream.learn.epochs), such as the pretraining, or the window's branch. A state belongs to
-one course alone: it says from which weights, data and options it came, and nothing else goes on from it.
+A run is one run of passes (stream.learn.epochs), such as the pretraining, or the window's branch. A state belongs to
+one run alone: it says from which weights, data and options it came, and nothing else goes on from it.
 """
 import hashlib
 import os
@@ -21,13 +21,13 @@ from stream.errors import StateError, UsageError
 
 
 @dataclass(frozen=True)
-class Journal:
+class TrainingLog:
     """Where it is kept.
 
     state    folder of the states; None: none is kept
     resume   whether to go on from those that are there
     curves   folder of the curves; None: none are written
-    belongs  what the states depend on beside a course's weights: data, options
+    belongs  what the states depend on beside a run's weights: data, options
     """
 
     state: Path | None = None
@@ -35,39 +35,39 @@ class Journal:
     curves: Path | None = None
     belongs: bytes = b''
 
-    def part(self, name: str) -> 'Journal':
+    def part(self, name: str) -> 'TrainingLog':
         """That of a part of the training: folders of its own in these."""
         return replace(self, state=self.state and self.state / name, curves=self.curves and self.curves / name)
 
-    def of(self, *belongs: Any) -> 'Journal':
+    def of(self, *belongs: Any) -> 'TrainingLog':
         """That of a training on these arrays, with these options."""
         digest = hashlib.sha256()
         for thing in belongs:
             digest.update(thing.tobytes() if hasattr(thing, 'tobytes') else repr(thing).encode())
         return replace(self, belongs=digest.digest())
 
-    def key(self, course: str, weights: Mapping[str, torch.Tensor]) -> str:
-        """What a state of the course must have come from: its weights at the start, and what `of` was given."""
-        digest = hashlib.sha256(self.belongs + course.encode())
+    def key(self, run: str, weights: Mapping[str, torch.Tensor]) -> str:
+        """What a state of the run must have come from: its weights at the start, and what `of` was given."""
+        digest = hashlib.sha256(self.belongs + run.encode())
         for name, tensor in weights.items():
             digest.update(name.encode() + tensor.cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def save(self, course: str, state: dict[str, Any]) -> None:
-        """Put the course's newest state in the place of the one before."""
+    def save(self, run: str, state: dict[str, Any]) -> None:
+        """Put the run's newest state in the place of the one before."""
         if self.state is None:
             return
         self.state.mkdir(parents=True, exist_ok=True)
-        scratch = self.state / f'{course}.writing'
+        scratch = self.state / f'{run}.writing'
         torch.save(state, scratch)
-        os.replace(scratch, self.state / f'{course}.pt')
+        os.replace(scratch, self.state / f'{run}.pt')
 
-    def saved(self, course: str, key: str) -> dict[str, Any] | None:
+    def saved(self, run: str, key: str) -> dict[str, Any] | None:
         """The state to go on from; None where there is none, or where the training is to begin anew.
 
         Errors   UsageError where it is of another training, StateError where it cannot be read.
         """
-        if self.state is None or not self.resume or not (path := self.state / f'{course}.pt').is_file():
+        if self.state is None or not self.resume or not (path := self.state / f'{run}.pt').is_file():
             return None
         try:
             state = torch.load(path, map_location='cpu', weights_only=True)
@@ -79,7 +79,7 @@ class Journal:
         return state
 
     @contextmanager
-    def plotter(self, course: str) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+    def plotter(self, run: str) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
         """What is given the figures of each pass, by name."""
         if self.curves is None:
             yield lambda number, figures: None
@@ -90,7 +90,7 @@ class Journal:
         except ImportError as error:
             raise UsageError('Curves need TensorBoard, which is not installed.',
                              do='install it (pip install tensorboard), or leave --tensorboard out.') from error
-        with SummaryWriter(self.curves / course) as writer:
+        with SummaryWriter(self.curves / run) as writer:
             def plot(number: int, figures: Mapping[str, float]) -> None:
                 for name, value in figures.items():
                     writer.add_scalar(name, value, number)
@@ -99,4 +99,4 @@ class Journal:
             yield plot
 
 
-NO_JOURNAL = Journal()     # of whoever keeps nothing
+NO_LOG = TrainingLog()     # of whoever keeps nothing

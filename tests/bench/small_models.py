@@ -44,11 +44,11 @@ from stream.learn import dataset
 from stream.learn.backbones import EncoderOptions
 from stream.learn.checkpoint import some_training_windows, some_windows
 from stream.learn.compress import DistilOptions
-from stream.learn.dataset import INTENT, ExampleOptions, Examples, Kind
+from stream.learn.dataset import INTENT, ExampleOptions, Examples, SnapshotKind
 from stream.learn.fit import FitOptions, fit
 from stream.learn.graph import quantize, write_graph
 from stream.learn.inference import score
-from stream.learn.judging import quality as metrics
+from stream.learn.judging import quality
 from stream.learn.train import split
 from stream.scoring.artefact import MANIFEST, ROWS_MAX, WEIGHTS, sha256
 from stream.simulator.shop import SimulatorOptions, simulate
@@ -97,7 +97,7 @@ def judged(graph: Path, like: Path, test: Examples) -> tuple[float, float, float
     mine, theirs = score(graph, test.inputs), score(like, test.inputs)
     truth, chance = test.labels.bought[:, INTENT], mine['purchase'][:, INTENT].astype(float)
     known = ~np.isnan(truth)
-    return (metrics.auc(chance[known], truth[known]), metrics.ece(chance[known], truth[known]),
+    return (quality.auc(chance[known], truth[known]), quality.ece(chance[known], truth[known]),
             max(float(np.abs(mine[name] - theirs[name]).max()) for name in CHANCES))
 
 
@@ -108,7 +108,7 @@ def worker_moments(days: int, seed: int) -> tuple[Features, np.ndarray]:
     history = dataset.read(simulate(SimulatorOptions(shoppers=500, days=days, seed=seed)).lines(), EventRules())
     moments = dataset.sample(history, range(len(history.user_ids)), history.start_ms, history.end_ms + 1,
                              ExampleOptions(1, 10.0), WindowLimits(), seed)
-    own = np.flatnonzero(moments.kind != Kind.CUTOFF)
+    own = np.flatnonzero(moments.kind != SnapshotKind.CUTOFF)
     return moments.inputs, np.random.default_rng(seed).permutation(own)[:TIMED_WINDOWS]
 
 

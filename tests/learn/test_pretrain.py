@@ -19,7 +19,7 @@ from stream.learn.checkpoint import load, save
 from stream.learn.compress import attentions, cut
 from stream.learn.fit import fit
 from stream.learn.pretrain import Lesson, PretrainOptions, cropped, pretrain, start_from, told_of
-from stream.learn.training_log import Journal
+from stream.learn.training_log import TrainingLog
 from tests.learn.pretrained import save_tiny
 
 ENCODER = EncoderOptions(hidden=16, layers=1, heads=2, intermediate=32)
@@ -45,7 +45,7 @@ def examples(history):
 def learned(examples, options: PretrainOptions) -> tuple[EventsBackbone, list[dict[str, float]]]:
     torch.manual_seed(0)
     backbone = EventsBackbone(ENCODER)
-    return backbone, pretrain(backbone, examples, examples.user % 5 == 0, options, 3, Journal(), quiet())
+    return backbone, pretrain(backbone, examples, examples.user % 5 == 0, options, 3, TrainingLog(), quiet())
 
 
 def windows(filled: list[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:

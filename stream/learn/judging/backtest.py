@@ -22,7 +22,7 @@ from stream.learn.judging.judge import (
     MODEL,
     PAST_TIER,
     RULES,
-    Scored,
+    Predictions,
     judge_chances,
     judge_spend,
     judge_tiers,
@@ -95,13 +95,13 @@ def _judged(cutoff: Cutoff, artefact: Artefact, priced: bool, options: BacktestO
     def answered(task: Task) -> dict:
         truth = truth_of(asked, task)
         rows = ~np.isnan(truth)
-        by_name = {MODEL: Scored(served['purchase'][:, place[HORIZON_DAYS[task.horizon]]].astype(float), True)}
+        by_name = {MODEL: Predictions(served['purchase'][:, place[HORIZON_DAYS[task.horizon]]].astype(float), True)}
         for name, rule in purchase_rules().items():
             if priced or name not in spend_rules():
-                by_name[name] = Scored(rule.fit(table, task.horizon).predict(table), False)
-        by_name = {name: Scored(scored.scores[rows], scored.is_chance) for name, scored in by_name.items()}
+                by_name[name] = Predictions(rule.fit(table, task.horizon).predict(table), False)
+        by_name = {name: Predictions(scored.scores[rows], scored.is_chance) for name, scored in by_name.items()}
         if task.churn:
-            by_name = {name: scored.turned_round() for name, scored in by_name.items()}
+            by_name = {name: scored.complement() for name, scored in by_name.items()}
         return judge_chances(by_name, truth[rows], {words: chosen[rows] for words, chosen in kinds.items()
                                                     if chosen[rows].any()}, *drawn, RULES, options.threshold)
 
@@ -122,9 +122,9 @@ def _judged(cutoff: Cutoff, artefact: Artefact, priced: bool, options: BacktestO
         'learned': learned(manifest, cutoff.at_ms),
         'tasks': [task.words() | answered(task) for task in told],
         'spend': [spent(horizon) for horizon in horizons],
-        'tier': judge_tiers({MODEL: Scored(served['tier_probabilities'].astype(float), True),
-                             PAST_TIER: Scored(past_tier(table, edges), False)}, tier_of(asked.labels.spend, edges),
-                            *drawn) if money and not np.isnan(asked.labels.spend).any() else None,
+        'tier': judge_tiers({MODEL: Predictions(served['tier_probabilities'].astype(float), True),
+                             PAST_TIER: Predictions(past_tier(table, edges), False)},
+                            tier_of(asked.labels.spend, edges), *drawn) if money and not np.isnan(asked.labels.spend).any() else None,
         'skipped': [task.words() | {'reason': reason} for task, reason in skipped], 'left_out': [], 'ranking': [],
         'training': [],
     }

@@ -38,7 +38,7 @@ from stream.learn.dataset import (
     SPEND,
     Examples,
     History,
-    Kind,
+    SnapshotKind,
     at_time,
     part_of,
     tier_of,
@@ -61,7 +61,7 @@ from stream.learn.judging.judge import (
     MODEL,
     PAST_TIER,
     WINDOW,
-    Scored,
+    Predictions,
     judge_chances,
     judge_spend,
     judge_tiers,
@@ -114,9 +114,9 @@ class FoldScores:
     """
 
     user: np.ndarray
-    chances: dict[str, dict[str, Scored]]
+    chances: dict[str, dict[str, Predictions]]
     spend: dict[int, dict[str, np.ndarray]]
-    tiers: dict[str, Scored]
+    tiers: dict[str, Predictions]
     tier: np.ndarray
     ranked: dict[str, RankedFold]
     left_out: list[tuple[str, str, str]]
@@ -202,14 +202,15 @@ def score_fold(history: History, at_ms: int, part: int, tasks: list[Task], optio
         own = _model_chances(fitted, served['purchase'].astype(float), test, tasks)
         chances = {task.name: own[task.name] | contenders.chances(task) for task in tasks}
         spend, tiers = {}, {}
-        before = tier_of(fitted.data.labels.spend[fitted.data.kind == Kind.CUTOFF], fitted.tier_edges)
+        before = tier_of(fitted.data.labels.spend[fitted.data.kind == SnapshotKind.CUTOFF], fitted.tier_edges)
         settled = before >= 0
         if known.priced and settled.sum() >= SETTLED_ROWS_MIN:
             spend = {horizon: spend_forecasts(served, HORIZON_DAYS[horizon], HORIZON_DAYS) | contenders.spend(horizon)
                      for horizon in spend_horizons(test)}
             shares = np.bincount(before[settled], minlength=fitted.model.tiers) / settled.sum()
-            tiers = {MODEL: Scored(served['tier_probabilities'].astype(float), True),
-                     COMMONEST: Scored(np.tile(shares, (len(test), 1)), True)} | contenders.tiers(fitted.tier_edges)
+            tiers = {MODEL: Predictions(served['tier_probabilities'].astype(float), True),
+                     COMMONEST: Predictions(np.tile(shares, (len(test), 1)), True),
+                     **contenders.tiers(fitted.tier_edges)}
     return FoldScores(
         test.user, chances, spend, tiers, tier_of(test.labels.spend, fitted.tier_edges), ranked,
         contenders.left_out,
@@ -240,7 +241,7 @@ def runner(processes: int) -> Iterator[Callable[[Callable, list[tuple]], Iterato
 def _contender_table(data: Examples, as_of: Examples, options: CompareOptions) -> Table:
     """What contenders learn from: the cut-offs that the model learns from, and the training users as of T. Nobody knows
     the labels of these, but to BG/NBD a user's orders so far are all there is."""
-    rows = np.flatnonzero(data.kind == Kind.CUTOFF)
+    rows = np.flatnonzero(data.kind == SnapshotKind.CUTOFF)
     if len(rows) > options.contender_rows_max:
         rows = np.sort(np.random.default_rng(options.seed).choice(rows, options.contender_rows_max, replace=False))
     parts = Table.of_examples(data).take(rows), Table.of_examples(as_of)
@@ -264,7 +265,7 @@ class _Contenders:
         self.left_out: list[tuple[str, str, str]] = []
         self.network_curves: dict[str, dict[str, list[float]]] = {}
 
-    def chances(self, task: Task) -> dict[str, Scored]:
+    def chances(self, task: Task) -> dict[str, Predictions]:
         """By name, as they answer the task.
 
         Of a horizon that too few labels settle the regressions, trees and networks learn the longest one that is
@@ -288,8 +289,8 @@ class _Contenders:
             except UsageError as error:
                 self.left_out.append((task.name, name, error.problem))
                 continue
-            scored = Scored(self._scores[key], contender.is_chance and taught == task.horizon)
-            answers[name] = scored.turned_round() if task.churn else scored
+            scored = Predictions(self._scores[key], contender.is_chance and taught == task.horizon)
+            answers[name] = scored.complement() if task.churn else scored
         return answers
 
     def spend(self, horizon: int) -> dict[str, np.ndarray]:
@@ -306,12 +307,12 @@ class _Contenders:
                 self.left_out.append((f'spend_{HORIZON_DAYS[horizon]}d', name, error.problem))
         return answers
 
-    def tiers(self, edges: np.ndarray) -> dict[str, Scored]:
+    def tiers(self, edges: np.ndarray) -> dict[str, Predictions]:
         """By name, of the tier of the next 90 days' spend."""
-        answers = {PAST_TIER: Scored(past_tier(self._test, edges), False)}
+        answers = {PAST_TIER: Predictions(past_tier(self._test, edges), False)}
         try:
             contender = TierRegression(self._seed, edges).fit(self._train, SPEND)
-            answers['logistic regression'] = Scored(contender.predict(self._test), True)
+            answers['logistic regression'] = Predictions(contender.predict(self._test), True)
         except UsageError as error:
             self.left_out.append(('tier', 'logistic regression', error.problem))
         return answers
@@ -324,7 +325,7 @@ class _Contenders:
 # ---- 4 scoring ------------------------------------------------------------------------------------------------------
 
 def _model_chances(fitted: Fitted, purchase: np.ndarray, test: Examples, tasks: list[Task],
-                   ) -> dict[str, dict[str, Scored]]:
+                   ) -> dict[str, dict[str, Predictions]]:
     """By task: the model's chances as they are served, `purchase` [n, horizons], and how each branch alone ranks."""
     window = window_logits(fitted.model, test, np.arange(len(test))).numpy()
     with torch.no_grad():
@@ -332,10 +333,10 @@ def _model_chances(fitted: Fitted, purchase: np.ndarray, test: Examples, tasks: 
     answers = {}
     for task in tasks:
         source = int(fitted.model.told_from[task.horizon])
-        by_name = {MODEL: Scored(purchase[:, task.horizon], True),
-                   WINDOW: Scored(window[:, source].astype(float), False),
-                   COUNTERS: Scored(counters[:, source].astype(float), False)}
-        answers[task.name] = {name: scored.turned_round() if task.churn else scored
+        by_name = {MODEL: Predictions(purchase[:, task.horizon], True),
+                   WINDOW: Predictions(window[:, source].astype(float), False),
+                   COUNTERS: Predictions(counters[:, source].astype(float), False)}
+        answers[task.name] = {name: scored.complement() if task.churn else scored
                               for name, scored in by_name.items()}
     return answers
 
@@ -372,9 +373,9 @@ def _questions(cutoff: Cutoff, found: list[FoldScores], options: CompareOptions)
         yield 'tier', judge_tiers, (tiers, np.concatenate([scores.tier for scores in found])[order], *drawn)
 
 
-def _together(parts: list[dict[str, Scored]], rows: np.ndarray) -> dict[str, Scored]:
+def _together(parts: list[dict[str, Predictions]], rows: np.ndarray) -> dict[str, Predictions]:
     """Whoever answered in each part, by name; `rows` of all parts."""
-    return {name: Scored(np.concatenate([part[name].scores for part in parts])[rows],
+    return {name: Predictions(np.concatenate([part[name].scores for part in parts])[rows],
                          all(part[name].is_chance for part in parts)) for name in _in_all(parts)}
 
 

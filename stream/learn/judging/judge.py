@@ -46,19 +46,19 @@ Curve = tuple[list[float], list[float]]     # x, y
 
 
 @dataclass(frozen=True)
-class Scored:
+class Predictions:
     """A contender's scores of some rows, float64 [n] or of each class [n, classes]: more is likelier. `is_chance`: they
     are probabilities."""
 
     scores: np.ndarray
     is_chance: bool
 
-    def turned_round(self) -> 'Scored':
+    def complement(self) -> 'Predictions':
         """Of the opposite."""
-        return Scored(1 - self.scores if self.is_chance else -self.scores, self.is_chance)
+        return Predictions(1 - self.scores if self.is_chance else -self.scores, self.is_chance)
 
 
-def judge_chances(by_name: Mapping[str, Scored], truth: np.ndarray, segments: Mapping[str, np.ndarray], count: int,
+def judge_chances(by_name: Mapping[str, Predictions], truth: np.ndarray, segments: Mapping[str, np.ndarray], count: int,
                   seed: int, rivals: Sequence[str] = REFERENCES, threshold: float = 0.5) -> dict:
     """Figures of a question with yes or no.
 
@@ -138,7 +138,7 @@ def judge_spend(by_name: Mapping[str, np.ndarray], truth: np.ndarray, count: int
     }
 
 
-def judge_tiers(by_name: Mapping[str, Scored], truth: np.ndarray, count: int, seed: int) -> dict:
+def judge_tiers(by_name: Mapping[str, Predictions], truth: np.ndarray, count: int, seed: int) -> dict:
     """Figures of the tier: scores by name, float64 [n, tiers], MODEL among them, and the tier it was, int64 [n].
 
     `confusion[i][j]`: rows of tier i that the model held likeliest to be of tier j.

@@ -21,7 +21,7 @@ import numpy as np
 
 from stream.core.events import EventType
 from stream.core.layout import DAY_MS
-from stream.learn.dataset import NEXT_DAYS, Examples, History, Kind, bought_next
+from stream.learn.dataset import NEXT_DAYS, Examples, History, SnapshotKind, bought_next
 from stream.learn.judging.judge import BOUGHT, MODEL, OWN, POPULAR, RECENT, SASREC, TOP, intervals
 from stream.learn.judging.quality import resamples
 from stream.learn.judging.sasrec import SasRecOptions, fit_sasrec
@@ -78,8 +78,8 @@ def rank(known: History, learners: Sequence[int], history: History, test: Exampl
         if not by_row:
             continue
         rows, bought = np.array(list(by_row), np.int64), [hashes for hashes, _ in by_row.values()]
-        past = [Named.of(history, int(test.user[row]), column).until(int(test.as_of_ms[row]), Kind(test.kind[row]))
-                for row in rows]
+        past = [Named.of(history, int(test.user[row]), column).until(
+            int(test.as_of_ms[row]), SnapshotKind(test.kind[row])) for row in rows]
         ours = np.full((len(rows), TOP), -1, np.int64)
         for place, (_, best) in enumerate(by_row.values()):
             ours[place, :len(best)] = best

@@ -23,8 +23,7 @@ from threadpoolctl import threadpool_limits
 from stream.core.layout import DAY_MS
 from stream.errors import UsageError
 from stream.learn.dataset import Examples, History, at_time, part_of
-from stream.learn.fit import FitOptions, fit, window_logits
-from stream.learn.fit import check as check_fit
+from stream.learn.fit import FitOptions, check_fit, fit, window_logits
 from stream.learn.judging.compare import CompareOptions, fold_of, runner
 from stream.learn.judging.judge import COUNTERS, MODEL, SCRATCH, TRANSFERRED, WINDOW
 from stream.learn.judging.quality import auc, interval
@@ -81,7 +80,7 @@ def transfer(history: History, at_ms: int, source: Path, options: CompareOptions
     }
 
 
-def check(source: Path, options: CompareOptions) -> None:
+def check_source(source: Path, options: CompareOptions) -> None:
     """Whether the comparison's models can start from it. Errors: as of `transfer`."""
     check_fit(replace(options.fit, start_from=str(source)))
 

@@ -19,7 +19,7 @@ import numpy as np
 from stream.core.events import EventType
 from stream.core.features import CATEGORY_BUCKETS, buckets
 from stream.core.layout import DAY_MS, TYPES
-from stream.learn.dataset import Examples, History, Kind
+from stream.learn.dataset import Examples, History, SnapshotKind
 
 BUCKETS = {'item': 32_768, 'category': CATEGORY_BUCKETS}    # by the attribute of an event
 EVENTS_MAX = 2_000
@@ -51,9 +51,9 @@ class Named:
                         for event in history.events[user] if getattr(event, column)}.values())
         return Named(*np.array(found, np.int64).reshape(-1, 3).T)
 
-    def until(self, as_of_ms: int, kind: Kind) -> 'Named':
+    def until(self, as_of_ms: int, kind: SnapshotKind) -> 'Named':
         """What is known at a moment: what is at the very time of a cut-off is not."""
-        end = int(np.searchsorted(self.ts_ms, as_of_ms, side='left' if kind == Kind.CUTOFF else 'right'))
+        end = int(np.searchsorted(self.ts_ms, as_of_ms, side='left' if kind == SnapshotKind.CUTOFF else 'right'))
         known = slice(max(0, end - EVENTS_MAX), end)
         return Named(self.ts_ms[known], self.hashes[known], self.types[known])
 
@@ -80,7 +80,7 @@ class Past:
 def past(history: History, examples: Examples, rows: np.ndarray, column: str) -> Past:
     """Of some rows of the examples, in their order; `column` is 'item' or 'category'."""
     named = {user: Named.of(history, user, column) for user in np.unique(examples.user[rows]).tolist()}
-    parts = [named[int(examples.user[row])].until(int(examples.as_of_ms[row]), Kind(examples.kind[row]))
+    parts = [named[int(examples.user[row])].until(int(examples.as_of_ms[row]), SnapshotKind(examples.kind[row]))
              for row in rows]
     owner = np.repeat(np.arange(len(rows)), [len(part.ts_ms) for part in parts])
     empty = np.zeros(0, np.int64)

@@ -58,7 +58,7 @@ def cut_ms(history) -> int:
 
 @pytest.fixture(scope='module')
 def first_part(history, cut_ms) -> FoldScores:
-    """Scored in this process."""
+    """Predictions in this process."""
     return score_fold(history, cut_ms, 0, TASKS, OPTIONS)
 
 
@@ -322,7 +322,7 @@ def test_the_command_shows_what_another_shop_brings(run, tmp_path, monkeypatch, 
     monkeypatch.setattr('stream.learn.judging.transfer.transfer', curve)
     done, compared = run('--pretrained-on', str(checkpoint))
     assert isinstance(done.exception, ModelError) and not compared      # other sizes, seen before hours of work
-    monkeypatch.setattr('stream.learn.judging.transfer.check', lambda source, options: None)
+    monkeypatch.setattr('stream.learn.judging.transfer.check_source', lambda source, options: None)
     done, compared = run('--pretrained-on', str(checkpoint), '--out', 'there')
     assert done.exit_code == 0, done.output
     assert asked == [(compared[0][1][0], checkpoint, compared[0][2])]

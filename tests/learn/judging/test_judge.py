@@ -13,7 +13,7 @@ from stream.learn.judging.judge import (
     MODEL,
     POINTS,
     TYPICAL,
-    Scored,
+    Predictions,
     curves,
     judge_chances,
     judge_spend,
@@ -31,7 +31,7 @@ NOBODY: dict[str, np.ndarray] = {}
 
 
 def judged(model: np.ndarray, **others: np.ndarray) -> dict:
-    by_name = {MODEL: Scored(model, True)} | {name.replace('_', ' '): Scored(scores, False)
+    by_name = {MODEL: Predictions(model, True)} | {name.replace('_', ' '): Predictions(scores, False)
                                               for name, scores in others.items()}
     return judge_chances(by_name, TRUTH, NOBODY, 200, seed=3)
 
@@ -76,15 +76,15 @@ def test_only_chances_are_judged_as_chances():
 
 
 def test_turned_round_is_the_opposite():
-    scored = Scored(CHANCE, True).turned_round()
+    scored = Predictions(CHANCE, True).complement()
     assert scored.is_chance
     assert scored.scores == pytest.approx(1 - CHANCE)
-    assert Scored(CHANCE, False).turned_round().scores == pytest.approx(-CHANCE)
+    assert Predictions(CHANCE, False).complement().scores == pytest.approx(-CHANCE)
 
 
 def test_thresholds_and_segments_by_a_recount():
     half = np.arange(1500) < 750
-    figures = judge_chances({MODEL: Scored(CHANCE, True)}, TRUTH, {'the first half': half}, 20, seed=3)
+    figures = judge_chances({MODEL: Predictions(CHANCE, True)}, TRUTH, {'the first half': half}, 20, seed=3)
     assert (figures['rows'], figures['positives'], figures['base_rate']) == (1500, TRUTH.sum(), TRUTH.mean())
     at = figures['thresholds'][MODEL]['base rate']
     assert at['threshold'] == TRUTH.mean()
@@ -123,7 +123,7 @@ def test_spend_and_tiers_by_hand():
     assert [row['spent'] for row in spend['bins']] == spent.tolist()
 
     chances = np.array([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]])
-    tiers = judge_tiers({MODEL: Scored(chances, True), 'a choice': Scored(np.eye(3)[[0, 1, 1, 1]], False)},
+    tiers = judge_tiers({MODEL: Predictions(chances, True), 'a choice': Predictions(np.eye(3)[[0, 1, 1, 1]], False)},
                         np.array([0, 1, 2, 2]), 20, seed=3)
     assert tiers['confusion'] == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
     assert tiers['contenders'][MODEL]['metrics']['accuracy'][0] == 0.75

@@ -24,7 +24,7 @@ from stream.learn.judging.transfer import (
     SCRATCH,
     TRANSFERRED,
     ShareScores,
-    check,
+    check_source,
     drawn,
     draws_of,
     few_users,
@@ -107,9 +107,9 @@ def test_who_can_teach_nothing_is_left_out_with_the_reason(shop, checkpoint, mon
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_at_once(checkpoint):
-    check(checkpoint, OPTIONS)
+    check_source(checkpoint, OPTIONS)
     with pytest.raises(ModelError, match='other sizes'):
-        check(checkpoint, CompareOptions())
+        check_source(checkpoint, CompareOptions())
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------
