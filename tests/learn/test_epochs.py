@@ -41,18 +41,18 @@ def quiet() -> Console:
 
 
 def run(validations: list[float], **changes) -> tuple[torch.nn.Linear, Run]:
-    """One weight pulled towards 10, a step a pass, and a judge who says what is wanted."""
+    """One weight pulled towards 10, one step an epoch, and validation losses as given."""
     module = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(module.weight)
     told = iter(validations)
     return module, Run(**{
         'name': 'toy', 'title': 'pass', 'module': module, 'weights': [(0.5, 0.0, list(module.parameters()))],
-        'draw': lambda rng: [np.arange(2)], 'loss': lambda rows: (module.weight - 10).square().mean(),
-        'judge': lambda: {'validation': next(told), 'weight': module.weight.item()}, 'passes': 6, 'steps': 6,
+        'batches': lambda rng: [np.arange(2)], 'loss': lambda rows: (module.weight - 10).square().mean(),
+        'validate': lambda: {'validation': next(told), 'weight': module.weight.item()}, 'epochs': 6, 'steps': 6,
         'warmup_share': 0.0, 'clip_norm': 1.0, 'patience': 2, 'seed': 1} | changes)
 
 
-def test_the_best_pass_is_kept_and_the_third_worse_one_is_not_made():
+def test_the_best_epoch_is_kept_and_the_third_worse_one_is_not_run():
     module, toy = run([3.0, 2.0, 2.5, 2.6, 0.1])
     epochs, best_epoch = run_epochs(toy, TrainingLog(), quiet())
     assert (len(epochs), best_epoch) == (4, 2)

@@ -116,15 +116,20 @@ def _judged(cutoff: Cutoff, artefact: Artefact, priced: bool, options: BacktestO
             name: rule.fit(table, horizon).predict(table) for name, rule in spend_rules().items()},
             asked.labels.spent[:, horizon].astype(float), *drawn)
 
-    edges = np.array(manifest.tier_edges[1:])
+    def tier() -> dict | None:
+        if not money or np.isnan(asked.labels.spend).any():
+            return None
+        edges = np.array(manifest.tier_edges[1:])
+        return judge_tiers({MODEL: Predictions(served['tier_probabilities'].astype(float), True),
+                            PAST_TIER: Predictions(past_tier(table, edges), False)},
+                           tier_of(asked.labels.spend, edges), *drawn)
+
     return {
         'at_ms': cutoff.at_ms, 'users': len(asked), 'active': int(asked.active.sum()),
         'learned': learned(manifest, cutoff.at_ms),
         'tasks': [task.words() | answered(task) for task in told],
         'spend': [spent(horizon) for horizon in horizons],
-        'tier': judge_tiers({MODEL: Predictions(served['tier_probabilities'].astype(float), True),
-                             PAST_TIER: Predictions(past_tier(table, edges), False)},
-                            tier_of(asked.labels.spend, edges), *drawn) if money and not np.isnan(asked.labels.spend).any() else None,
+        'tier': tier(),
         'skipped': [task.words() | {'reason': reason} for task, reason in skipped], 'left_out': [], 'ranking': [],
         'training': [],
     }
