@@ -1,4 +1,4 @@
-"""The model card: what a checkpoint's own numbers say, in words and tables. Nothing in it is typed by hand."""
+"""The model card: a checkpoint's numbers in words and tables. Nothing in it is typed by hand."""
 import hashlib
 from datetime import UTC, datetime
 

@@ -1,21 +1,20 @@
-"""A checkpoint becomes a folder of the model repository that Triton and the embedded scorer serve.
+"""Export a checkpoint into the model repository that Triton and the embedded scorer serve.
 
     <repository>/<name>/config.pbtxt            Triton's configuration, ONNX Runtime backend
-    <repository>/<name>/tiers.txt               labels of tier_probabilities, one a line
-    <repository>/<name>/warmup/<length>.<input> a real window of each length, which Triton runs before it says ready
+    <repository>/<name>/tiers.txt               labels of tier_probabilities, one per line
+    <repository>/<name>/warmup/<length>.<input> a real window of each length, which Triton runs before it reports ready
     <repository>/<name>/README.md               the model card, from the checkpoint's numbers
     <repository>/<name>/<version>/model.onnx    one graph, weights inside
     <repository>/<name>/<version>/manifest.json what `stream.scoring.artefact` verifies, and the graph's signature
 
-Beside it, in <name>_next, lies the ranking of what is bought next (stream.learn.ranking.export).
+The ranking of what is bought next is beside it, in <name>_next (stream.learn.ranking.export).
 
-The exported graph is run on the checkpoint's real windows and compared with torch before anything is written. An int8
-graph (stream.learn.graph) may differ by more. Of both, a row's scores must not depend on the rows beside it. The
-worker asks for the first five outputs; `purchase` (a purchase within each of the manifest's `horizon_days`),
-`typical_spend` and `refund`, where it has that head, are for `stream predict` and for whoever else asks Triton.
+Before anything is written, the graph is compared with torch on the checkpoint's real windows (stream.learn.graph). The
+worker asks for the first five outputs. `purchase` (within each of the manifest's `horizon_days`), `typical_spend` and
+`refund`, if the model has that head, are for `stream predict` and other clients of Triton.
 
-A name holds one version: its configuration, which says the SHA-256 of the graph that clients may trust, its labels,
-warm-up and card could be those of one alone. Another version goes to another name, or takes its place.
+A name holds one version, because its configuration (with the SHA-256 that clients may trust), labels, warm-up and card
+belong to one graph. Another version needs another name, or replaces the first.
 """
 import json
 import shutil
@@ -100,8 +99,7 @@ def export(checkpoint: Path, repository: Path, name: str = NAME, version: int = 
 
 
 def _refuse_another(model_dir: Path, version: int, precision: Precision) -> None:
-    """Errors: UsageError where what is there already would lose its configuration and card, or would be another model
-    under the same version."""
+    """Errors: UsageError where the export would overwrite the configuration and card of another model or version."""
     version_dir = model_dir / str(version)
     if (version_dir / RANKING_MANIFEST).is_file():
         raise UsageError(f'{version_dir} is the ranking of another model.',
@@ -121,7 +119,7 @@ def _refuse_another(model_dir: Path, version: int, precision: Precision) -> None
 
 
 def _write_warmup(windows: dict[int, dict[str, torch.Tensor]], folder: Path) -> None:
-    """One real window of each length; where there was none as long, a shorter one padded, or a longer one cut."""
+    """Write one real window of each length: a shorter one padded, or a longer one cut, where none has that length."""
     folder.mkdir(exist_ok=True)
     for length in LENGTHS:
         own = max((some for some in windows if some <= length), default=min(windows))

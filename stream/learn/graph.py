@@ -55,14 +55,14 @@ def outputs(model: ShopperModel) -> dict[str, Tensor]:
 
 
 def write_graph(model: ShopperModel, windows: dict[int, dict[str, torch.Tensor]], path: Path) -> None:
-    """Write the model as ONNX, for any number of rows and slots. `windows`: some real ones, to trace it with."""
+    """Write the model as ONNX, for any number of rows and slots. `windows`: real windows to trace it with."""
     model, example = merged(model), windows[max(windows)]
     with warnings.catch_warnings():
-        # Torch deprecates this exporter, and parts that it uses itself; the one that replaces it needs a package more.
+        # Torch deprecates this exporter; its successor needs one more package.
         warnings.filterwarnings('ignore', category=DeprecationWarning)
-        # Of the places by which masks and tables are looked up none is negative.
+        # The indices of masks and tables are never negative.
         warnings.filterwarnings('ignore', 'Exporting aten::index operator of advanced indexing', UserWarning)
-        # Shapes read as Python numbers become constants; parity at every length shows that none of them matters.
+        # Shapes read as Python numbers become constants; `parity` at every length shows that this is harmless.
         warnings.filterwarnings('ignore', category=torch.jit.TracerWarning)    # pyright: ignore[reportPrivateImportUsage]
         torch.onnx.export(
             model, tuple(example[name] for name in INPUT_NAMES), path, dynamo=False, opset_version=OPSET,
@@ -83,8 +83,8 @@ def parity(kept: Checkpoint, graph: Path, precision: Precision = 'fp32') -> floa
         for batch in (*fitting, *({name: part[:1] for name, part in batch.items()} for batch in fitting)):
             got = run(session, names, {name: part.numpy() for name, part in batch.items()})
             with torch.no_grad():
-                wanted = kept.model(*(batch[name] for name in INPUT_NAMES))
-            for output, (mine, theirs) in zip(names, zip(got, wanted, strict=True), strict=True):
+                expected = kept.model(*(batch[name] for name in INPUT_NAMES))
+            for output, (mine, theirs) in zip(names, zip(got, expected, strict=True), strict=True):
                 difference = _difference(output, mine, theirs.numpy())
                 allowed = TOLERANCES[precision]['spend' in output]
                 if not difference <= allowed:
@@ -92,7 +92,7 @@ def parity(kept: Checkpoint, graph: Path, precision: Precision = 'fp32') -> floa
                         f'The exported graph and torch differ by {difference:.1e} in {output} at length {length}, '
                         f'at most {allowed:.0e} is allowed.',
                         do='use the releases that pyproject.toml names.' if precision == 'fp32' else
-                        'export it in fp32: this model does not bear 8 bits.')
+                        'export it in fp32: this model loses too much in 8 bits.')
                 worst = max(worst, difference)
     return worst
 
@@ -117,8 +117,8 @@ def check_neighbours(kept: Checkpoint, graph: Path) -> None:
 
 
 def _difference(output: str, mine: np.ndarray, theirs: np.ndarray) -> float:
-    """The largest one, relative for numbers above 1. Typical spend is compared where both tell one: at a chance of one
-    half the last digit decides whether they do."""
+    """The largest difference, relative for numbers above 1. Typical spend is compared where both are above 0: at a
+    probability of one half, rounding decides whether it is."""
     apart = np.abs(mine - theirs) / np.maximum(1.0, np.abs(theirs))
     return float((apart if output != 'typical_spend' else np.where((mine > 0) == (theirs > 0), apart, 0.0)).max())
 
@@ -154,12 +154,12 @@ def quantize(graph: Path, windows: Mapping[int, Mapping[str, np.ndarray]], out: 
             prepared, out, _Windows(windows, rows_max), quant_format=QuantFormat.QDQ, nodes_to_quantize=nodes,
             op_types_to_quantize=[*_MULTIPLIED, 'Gather'], per_channel=True, reduce_range=True,
             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-            # What is multiplied comes out in float: the next step, adding a bias, is done in float anyway.
+            # Products come out in float: the bias is added in float anyway.
             extra_options={'OpTypesToExcludeOutputQuantization': list(_MULTIPLIED)})
 
 
 class _Windows(CalibrationDataReader):
-    """The batches one after another, shortest first, of at most so many rows."""
+    """The batches one after another, shortest first, of at most `rows_max` rows."""
 
     def __init__(self, windows: Mapping[int, Mapping[str, np.ndarray]], rows_max: int) -> None:
         self._batches = ({name: part[at:at + rows_max] for name, part in windows[length].items()}

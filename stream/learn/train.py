@@ -1,13 +1,13 @@
-"""A recording in, a checkpoint out: read from top to bottom.
+"""A recording in, a checkpoint out. Read from top to bottom.
 
-    1 history      the recording, up to a time; nothing later is looked at
-    2 test         fit without the test's users and days, after a search for sizes and rates where one is asked for
-                   (stream.learn.search), export, and judge the graph (stream.learn.judging.evaluate)
-    3 ceiling      of a simulated shop: what could at best be known (stream.simulator.posterior)
-    4 refit        fit again with all users and days, for the model that is kept
-    5 checkpoint   weights, options, figures (stream.learn.checkpoint)
+    1 history      the recording, up to a time; later events do not count
+    2 test         fit without the test's users and days, after a search if one is asked for (stream.learn.search);
+                   export the graph and judge it (stream.learn.judging.evaluate)
+    3 ceiling      for a simulated shop: the best possible scores (stream.simulator.posterior)
+    4 refit        fit again on all users and days: the model that is kept
+    5 checkpoint   weights, options and figures (stream.learn.checkpoint)
 
-Splits are disjoint in users and in time: no label of training reaches into the days of the test.
+The splits share neither users nor time: no training label reaches into the days of the test.
 """
 import shutil
 import tempfile
@@ -38,7 +38,7 @@ from stream.scoring.artefact import LAYOUT
 from stream.simulator.posterior import posteriors
 from stream.simulator.shop import SimulatorOptions, simulate
 
-UNFINISHED = 'unfinished'     # folder of a training's states until it is done
+UNFINISHED = 'unfinished'     # folder of a training's states while it runs
 _CEILING_MOMENTS = 1_500    # their posterior takes a minute
 _TEST_MOMENTS = ExampleOptions(cutoffs_per_user=6, moments_per_user=4.0)
 TIERS_MAX = 20
@@ -52,17 +52,17 @@ class TrainOptions:
 
     events       event JSON in the order in which the worker would read it; read once
     source       the data in words, for the model card
-    command      what reproduces this training, for the model card
+    command      the command that reproduces this training, for the model card
     limits       bounds of the window; serve with the same ones
-    fit          how; its seed is this one's
-    until_ms     nothing at or after it is used; None: the whole recording
-    test_users   share of the users, and
-    test_time    of the time, from its end, that only the test uses
-    trials       of a search for sizes and rates before (stream.learn.search); 0: they are those of `fit`
-    resume       whether to go on from where this training was cut off before
-    curves       folder for TensorBoard's curves; None: none
-    refit        whether the kept model learns from the test's users and days too, after they have judged its like
-    simulator    of a simulated shop, for the ceiling
+    fit          options of the fit; its seed is replaced by `seed`
+    until_ms     events at or after this time do not count; None: the whole recording
+    test_users   share of the users that only the test uses
+    test_time    share of the time, at its end, that only the test uses
+    trials       trials of a search (stream.learn.search); 0: no search
+    resume       whether to resume an interrupted training
+    curves       folder for TensorBoard's curves; None: write none
+    refit        whether the kept model is trained again on all users and days, after the test
+    simulator    options of the simulated shop, for the ceiling
     """
 
     events: Iterable[bytes]
@@ -83,8 +83,8 @@ class TrainOptions:
 
 
 def simulated(shoppers: int, days: int, seed: int) -> TrainOptions:
-    """Options for learning from a simulated shop, as the shipped model did; `stream train --simulate` is this. There is
-    data enough, for more rows a pass than elsewhere too: the model that was judged is the one that is kept."""
+    """Options for training on a simulated shop, as for the shipped model (`stream train --simulate`). There is enough
+    data for larger epochs, and for keeping the model that was judged."""
     shop = SimulatorOptions(shoppers=shoppers, days=days, seed=seed)
     return TrainOptions(
         simulate(shop).lines(), source=f'{shoppers:,} simulated shoppers over {days} days (seed {seed})',
@@ -96,15 +96,15 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
     """Train a model, write its checkpoint into the directory `out`, and return its figures.
 
     Errors   UsageError where the events hold nothing to learn from.
-    Promise  on one machine the same options give the same bytes, except for the seconds in metrics.json, cut off and
-             gone on or not. Until it is done, `out` holds in UNFINISHED what it goes on from.
+    Promise  on one machine the same options give the same bytes, except for the seconds in metrics.json, interrupted
+             and resumed or not. While it runs, `out`/UNFINISHED holds the state to resume from.
     """
     console = console or Console(stderr=True, soft_wrap=True)
     began = time.monotonic()
 
     fitting = replace(options.fit, seed=options.seed)
     names = tier_names(fitting.tiers)
-    check_fit(fitting)      # before a recording is read for minutes
+    check_fit(fitting)      # before minutes of reading
     log = TrainingLog(out / UNFINISHED, options.resume, options.curves)
     if not options.resume:
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
@@ -176,8 +176,8 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
 
 
 def split(history: History, cut_ms: int, test_share: float, seed: int) -> tuple[History, list[int], list[int]]:
-    """What was known before the test's days, who learns from it (places in that), and a share of the users, whom only
-    the test uses (places in `history`)."""
+    """The history before the test's days, the training users (indices into that), and the test's users (indices into
+    `history`)."""
     seen = history.before(cut_ms)
 
     def tests(user_id: str) -> bool:
@@ -188,8 +188,8 @@ def split(history: History, cut_ms: int, test_share: float, seed: int) -> tuple[
 
 
 def _ceiling(simulator: SimulatorOptions, history: History, test: Examples, purchase: np.ndarray, seed: int) -> dict:
-    """For each horizon of the posterior the AUC of the recency rule, the model and the posterior, on the same moments;
-    `share` is how far the model has come from the rule to the posterior."""
+    """AUC of the recency rule, the model and the posterior for each horizon of the posterior, on the same snapshots.
+    `share`: how far the model gets from the rule to the posterior."""
     rng = np.random.default_rng(seed)
     users = rng.permutation(np.unique(test.user))
     counts = np.cumsum(np.bincount(test.user)[users])
@@ -234,12 +234,12 @@ def _config(options: TrainOptions, history: History, fitted: Fitted, names: list
 
 
 def tier_names(tiers: int) -> list[str]:
-    """What the tiers of spend are called, the lowest first. Errors: UsageError where there are too few or too many."""
+    """Names of the spend tiers, the lowest first. Errors: UsageError where there are too few or too many."""
     if not 2 <= tiers <= TIERS_MAX:
         raise UsageError(f'There cannot be {tiers} tiers of spend.', do=f'choose 2 to {TIERS_MAX}.')
     return list(_TIER_NAMES.get(tiers) or ('nothing', *(f'tier {tier}' for tier in range(1, tiers))))
 
 
 def _called(source: str | None) -> str | None:
-    """A file or folder by its name alone: where it was is nobody's business. An id of the hub as it is."""
+    """A file or folder by its name without its path; a Hugging Face id as it is."""
     return Path(source).name if source and Path(source).exists() else source

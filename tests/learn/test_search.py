@@ -110,7 +110,7 @@ def test_a_bad_trial_is_given_up(history, given, monkeypatch):
     longer = replace(given, epochs=3, patience=3)
     found = search(history, range(len(history.user_ids)), history.end_ms, longer, LIMITS, 4, Console(quiet=True))
     assert [trial['passes'] for trial in found.trials[:3]] == [3, 3, 3]
-    assert found.trials[3]['validation'] is None and found.trials[3]['passes'] == searching._FULL_PASSES + 1
+    assert found.trials[3]['validation'] is None and found.trials[3]['passes'] == searching._FULL_EPOCHS + 1
     assert not found.trials[3]['kept']
 
 
