@@ -121,8 +121,8 @@ def importance(model: nn.Module, losses: Iterable[Tensor]) -> list[Tensor]:
     try:
         total = [torch.zeros_like(gate) for gate in gates]
         for loss in losses:
-            for sum_, gradient in zip(total, torch.autograd.grad(loss, gates), strict=True):
-                sum_ += gradient.abs()
+            for summed, gradient in zip(total, torch.autograd.grad(loss, gates), strict=True):
+                summed += gradient.abs()
         return total
     finally:
         for hook in hooks:
@@ -131,12 +131,12 @@ def importance(model: nn.Module, losses: Iterable[Tensor]) -> list[Tensor]:
 
 def kept_heads(scores: list[Tensor], share: float) -> list[list[int]]:
     """Which heads stay, of each layer."""
-    wanted = max(len(scores), round(share * sum(map(len, scores))))
+    most = max(len(scores), round(share * sum(map(len, scores))))
     best = {(layer, int(heads.argmax())) for layer, heads in enumerate(scores)}
     ranked = sorted(((float(score), layer, head) for layer, heads in enumerate(scores)
                      for head, score in enumerate(heads)), reverse=True)
     for _, layer, head in ranked:
-        if len(best) < wanted:
+        if len(best) < most:
             best.add((layer, head))
     return [sorted(head for at, head in best if at == layer) for layer in range(len(scores))]
 

@@ -160,8 +160,8 @@ class ShopperModel(nn.Module):
         return torch.stack([*bought, calibrated[:, HORIZONS].sigmoid()], 1)
 
     def spend(self, out: Logits) -> Tensor:
-        """Expected spend, [b], in the configured currency: the probability of any spend times the log-normal's mean, which
-        is calibrated and capped at the largest spend of the training rows."""
+        """Expected spend, [b], in the configured currency: the probability of any spend times the mean of the
+        log-normal, which is calibrated and capped at the largest spend of the training rows."""
         log_mean = torch.minimum(out.mu + out.sigma**2 / 2 + self.log_spend_scale, self.log_spend_max)
         return out.bought.sigmoid() * log_mean.exp()
 

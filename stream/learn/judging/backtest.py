@@ -1,12 +1,12 @@
-"""A served model on a recording, as of cut-offs: its exported graph beside rules that need no training.
+"""Judge an exported model on a recording, as of cut-offs, beside rules that need no training.
 
-    1 cut-offs   times T of the recording: what was before T is known, what came after it is to be foretold
-    2 scoring    everybody who was seen before T; the model through its exported graph, as it is served
+    1 cut-offs   times of the recording: events before a cut-off are known, later ones are to be predicted
+    2 scoring    all users seen before the cut-off, through the exported graph, as it is served
     3 figures    stream.learn.judging.judge
 
-Nothing is trained here and torch is not needed. The model must not have learned from what it is asked about: where its
-manifest says up to when it has learned, a cut-off before that time is marked. `stream compare` trains a model for each
-cut-off instead, on other users.
+Nothing is trained and torch is not needed. The model must not have been trained on what it is asked about: a cut-off
+that is earlier than the manifest's training time is marked. `stream compare` trains a model per cut-off instead, on
+other users.
 """
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -39,8 +39,8 @@ SEEN, UNSEEN, UNKNOWN = 'learned from later days', 'learned from earlier days', 
 class BacktestOptions:
     """How to judge.
 
-    threshold  of calling somebody
-    resamples  of the bootstrap
+    threshold  probability that counts as positive
+    resamples  bootstrap resamples
     """
 
     seed: int = 7
@@ -53,9 +53,9 @@ def backtest(history: History, cutoffs_ms: Sequence[int], version_dir: Path, opt
              say: Callable[[str], None]) -> dict:
     """All figures, ready for JSON.
 
-    say      is given a line about each cut-off when it is done
-    Errors   UsageError where a cut-off leaves nothing to know or to foretell; ModelError where the model is not what
-             its manifest says, or foretells none of the horizons.
+    say      prints a line when a cut-off is done
+    Errors   UsageError where a cut-off leaves no events before or after it; ModelError where the model does not match
+             its manifest, or predicts none of the horizons.
     """
     artefact = load_artefact(version_dir)
     manifest = artefact.manifest
@@ -78,7 +78,7 @@ def backtest(history: History, cutoffs_ms: Sequence[int], version_dir: Path, opt
 
 
 def learned(manifest: Manifest, at_ms: int) -> str:
-    """Whether the model has learned from days that it is asked about: SEEN, UNSEEN or UNKNOWN."""
+    """Whether the model was trained on days after the cut-off: SEEN, UNSEEN or UNKNOWN."""
     if not manifest.known_until_ms:
         return UNKNOWN
     return SEEN if manifest.known_until_ms > at_ms else UNSEEN

@@ -1,4 +1,4 @@
-"""The figures of a comparison as one HTML page; nothing is computed here but places on paper."""
+"""The figures of `stream compare` and `stream evaluate` as one HTML page."""
 import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -98,7 +98,7 @@ def evaluation_page(figures: Mapping[str, Any]) -> str:
 
 
 def doubts(figures: Mapping[str, Any]) -> list[str]:
-    """Why figures may be too good, a sentence each."""
+    """Reasons why the figures may be too good, one sentence each."""
     model, found = figures['model'], []
     if seen := _days(figures['cutoffs'], SEEN):
         found.append(f'The model has learned from days up to {day(model["known_until_ms"])}, after {seen}: if they '
@@ -114,7 +114,7 @@ def _days(cutoffs: Sequence[Mapping[str, Any]], learned: str) -> str:
 
 
 def _rendered(template: str, figures: Mapping[str, Any], rivals: Sequence[str], rival_title: str, **more: Any) -> str:
-    """A page of judged cut-offs. `rivals`: of whom the best is set beside the model; `more`: what a template wants."""
+    """A page of judged cut-offs. `rivals`: the best of them is shown beside the model; `more`: for the template."""
     return render('stream.learn.judging', template, {
         'number': lambda value: f'{value:,}', 'day': day, 'share': partial(_plain, '{:.1%}'),
         'figure': partial(_plain, '{:,.3f}'), 'amount': partial(_plain, '{:,.2f}'),

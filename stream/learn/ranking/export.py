@@ -97,8 +97,8 @@ def write_ranking(recommender: Recommender, path: Path) -> None:
         feed = _some(recommender, rows, length)
         got = run(session, None, {name: part.numpy() for name, part in feed.items()})
         with torch.no_grad():
-            wanted = recommender(*feed.values())
-        worst = max(float(np.abs(mine - theirs.numpy()).max()) for mine, theirs in zip(got, wanted, strict=True))
+            expected = recommender(*feed.values())
+        worst = max(float(np.abs(mine - theirs.numpy()).max()) for mine, theirs in zip(got, expected, strict=True))
         if not worst <= TOLERANCE:
             raise ModelError(f'The exported ranking and torch differ by {worst:.1e}, at most {TOLERANCE:.0e} is '
                              'allowed.', do='use the releases that pyproject.toml names.')
