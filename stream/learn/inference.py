@@ -1,4 +1,4 @@
-"""An exported graph, asked for all of its outputs: what evaluation and `stream predict` score with. Needs no torch."""
+"""Run an exported graph for all its outputs: for evaluation and `stream predict`. Needs no torch."""
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast

@@ -1,16 +1,16 @@
-"""How good a model is on users and days that its training has not seen, beside rules that anyone could run.
+"""The figures of the model card: a model on users and days that it has not seen, beside rules that anyone could run.
 
-Every number is a list [value, low, high], see `stream.learn.judging.quality`. `model_less` is the model's number less
-the baseline's over the same resamples.
+Every figure is a list [value, low, high], see `stream.learn.judging.quality`. `model_less` is the model's figure less
+the baseline's, over the same resamples.
 
-    recency rule         minus the days since the last order; whoever never ordered comes last
+    recency rule         minus the days since the last order; users without an order come last
     logistic regression  on the normalised counters, trained on the same examples
-    spend of 90 days     the spend of the 90 days before the moment, for spend
-    median of training   of its spend, the same for everybody: what a small mean error is worth
-    nothing              that nobody spends anything
+    spend of 90 days     the spend of the 90 days before, for spend
+    median of training   the median spend of training, the same for everybody: a baseline of the mean error
+    nothing              no spend for everybody
     most common tier     of the training rows
 
-Churn is asked of active users: those who bought within the 90 days before. `stream compare` asks more contenders.
+Churn is judged for active users: those who bought within the 90 days before. `stream compare` has more contenders.
 """
 import tempfile
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The ranking of what is bought next, as a graph of its own beside the scores'.
+"""Export the ranking of what is bought next, as a graph of its own beside the scores'.
 
     <repository>/<name>_next/config.pbtxt             Triton's configuration, ONNX Runtime backend
     <repository>/<name>_next/<version>/model.onnx
@@ -8,11 +8,11 @@ Of each column that it ranks ('item', 'category'):
 
     own_item, item_numbers    in: see stream.learn.ranking.past_items
     candidates                in: int32 [rows, c], buckets of the first column, 0 for none
-    item_scores               out: the chance that a purchase of the next days is of a bucket, [rows, buckets]
-    own_item_scores           out: that it is of each of the user's own, which is in its bucket's too, [rows, m]
-    candidate_scores          out: those of the candidates, [rows, c]
+    item_scores               out: probability that a purchase of the next days is of a bucket, [rows, buckets]
+    own_item_scores           out: probability of each of the user's own items, part of its bucket's, [rows, m]
+    candidate_scores          out: probabilities of the candidates, [rows, c]
 
-Not in the scores' graph: it needs more than a window's slots, and onnxruntime computes every output, asked for or not.
+Why a graph of its own: see stream.learn.ranking.ranker.
 """
 import json
 import tempfile

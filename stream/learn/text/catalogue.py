@@ -1,16 +1,16 @@
-"""What is known of the items beside the events: their texts, or vectors made elsewhere.
+"""An item catalogue: texts and vectors of the items, beside the events.
 
 A catalogue is a file of JSON lines, or a Parquet file (.parquet), with the columns
 
     item_id     as in the events
-    text        optional: what the item is, in words
-    embedding   optional: a vector of numbers, as long for every item that has one
-    category    optional: as in the events; text backbones then call the category by its name
+    text        optional: a description of the item
+    embedding   optional: a vector, of the same length for every item that has one
+    category    optional: as in the events; text backbones then write the category's name
 
-Each item becomes a vector: its embedding and its text's, side by side. A text is embedded by the text backbone where
-there is one, else as a hashed bag of words. Events carry an item's bucket, so that the items of a bucket share the
-mean of their vectors. Beside a backbone (`WithItems`), the mean over the window's slots goes through a linear layer and
-is added to the state: late, so that no backbone has to know of it.
+An item's vector is its embedding and the vector of its text, side by side. The text backbone embeds the text if there
+is one, else the text becomes a hashed bag of words. Events carry an item's bucket, so the items of a bucket share the
+mean of their vectors. `WithItems` adds the mean over the window's slots, through a linear layer, to a backbone's
+state. It is added late, so that no backbone has to know of it.
 
 Source: Weinberger et al. (2009), "Feature Hashing for Large Scale Multitask Learning", arXiv 0902.2206, for signed
 hashing.

@@ -1,23 +1,23 @@
-"""Pretrained readers of text on windows written as text: BERT, DistilBERT, the encoder of T5, GPT-2.
+"""Pretrained text models on windows written as text: BERT, DistilBERT, the encoder of T5, GPT-2.
 
     categories, numbers -> which words each slot has -> their token ids, packed -> the pretrained model -> one state
 
-Serving sends the same tensors as to any other backbone, so the writing happens inside the graph: every word that a slot
-can have is tokenised once, when the pretrained model is loaded, into tables that the graph looks up. They are buffers:
-a checkpoint holds them, and needs no tokenizer. What is written, oldest slot first, is
+Serving sends the same tensors as to any other backbone, so the graph itself writes the text. Every word that a slot can
+have is tokenised once, when the pretrained model is loaded, into tables that the graph looks up. The tables are
+buffers: a checkpoint holds them, and needs no tokenizer. The text, oldest slot first, is
 
     history: {slot} {slot} .. {slot} {now}
 
     slot    {after 3 days} {add to cart} {category 17} {price 20} {3 lines} {rated 4}
             the time since the slot before, the type, the category, the amount in the configured currency, the lines of
             its basket, the rating: each only where there is any
-    now     {now}, or {then 5 days silence}: the time from the newest slot until the moment of the question
+    now     {now}, or {then 5 days silence}: the time from the newest slot to the time of the snapshot
 
 with the tokenizer's special tokens around it. Numbers are rounded to the marks below. A category is called by its
-bucket, or by its name where a catalogue gives one (catalogue.py). The oldest slots are left out where the
-whole would be longer than the model's input.
+bucket, or by its name where a catalogue gives one (catalogue.py). If the text is
+longer than the model's input, the oldest slots are left out.
 
-The state is the mean over all tokens that are no padding, and of GPT-2, which reads from left to right, the last one.
+The state is the mean over all tokens without padding; for GPT-2, which reads from left to right, the last token's.
 
 Sources: Devlin et al. (2018), arXiv 1810.04805; Sanh et al. (2019), arXiv 1910.01108; Raffel et al. (2019), arXiv
 1910.10683; Radford et al. (2019), GPT-2; all from Hugging Face `transformers`.

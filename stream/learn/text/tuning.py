@@ -1,14 +1,14 @@
-"""Which weights of a pretrained text backbone move while the heads are trained.
+"""Which weights of a pretrained text backbone are trained beside the heads.
 
     full                        all of them
-    frozen                      none: only what is ours learns
+    frozen                      none: only the heads learn
     freeze:embeddings,layers=N  all but those of the named parts: the embeddings, the first N layers; either or both
     lora                        low-rank additions to the attention's projections
     ia3                         factors of keys, values and the feed-forward's units
     prefix                      keys and values that come before the text in every layer
 
-The last three are those of Hugging Face `peft`. LoRA and IA3 are multiplied into the weights before the model is
-exported (`merged`), so that serving pays nothing for them; a prefix stays what it is.
+The last three are those of Hugging Face `peft`. LoRA and IA3 are merged into the weights before the model is
+exported (`merged`), so they cost nothing in serving. A prefix stays as it is.
 
 Sources: Hu et al. (2021), LoRA, arXiv 2106.09685. Liu et al. (2022), IA3, arXiv 2205.05638. Li, Liang (2021), prefix
 tuning, arXiv 2101.00190.
@@ -52,7 +52,7 @@ _PARTS = {
 
 
 def learning_rate(tuning: str) -> float:
-    """The peak rate that suits the pretrained weights that move."""
+    """The default peak learning rate of the pretrained weights."""
     return _LEARNING_RATES[tuning.partition(':')[0]]
 
 
@@ -64,7 +64,7 @@ def pretrained(backbone: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def tune(backbone: TextBackbone, tuning: str) -> None:
-    """Let move what `tuning` says, and nothing else of the pretrained model.
+    """Make the weights of `tuning` trainable, and freeze the rest of the pretrained model.
 
     Errors   UsageError where there is no such tuning, or not for this backbone.
     """
@@ -104,7 +104,7 @@ def prefix_tokens(backbone: TextBackbone) -> int:
 
 
 def merged(model: Model) -> Model:
-    """A copy in which LoRA and IA3 have become part of the weights that they change; a model without them as it is."""
+    """A copy with LoRA and IA3 merged into the weights; the model itself if it has neither."""
     if not _mergeable(model):
         return model
     model = deepcopy(model)
