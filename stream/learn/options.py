@@ -65,5 +65,5 @@ def changed(options: Options, values: Mapping[str, Any], names: Mapping[str, Pla
         return msgspec.convert(fields, type(options))
     except msgspec.ValidationError as error:
         problem, _, place = str(error).partition(' - at `$.')
-        raise UsageError(f'The training option {place.rstrip("`")} is wrong: {problem}.',
+        raise UsageError(f'The option {place.rstrip("`")} of training is wrong: {problem}.',
                          do='give it another value.') from error
