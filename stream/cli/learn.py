@@ -1,4 +1,4 @@
-"""Commands of the model: learn from recorded events, export, score everybody as of a time."""
+"""Commands of the model: train, export, compare, evaluate, predict."""
 import os
 import re
 import sys
@@ -33,33 +33,33 @@ from stream.scoring.artefact import MANIFEST, load_artefact
 app = typer.Typer()
 
 Clean = Annotated[str, typer.Option(
-    '--clean', metavar='STEPS', help='Steps of cleaning with commas between them, of duplicates, cancellations, '
-                                     'outliers, wholesalers: they change what is learned, not by what it is judged.')]
+    '--clean', metavar='STEPS', help='Cleaning steps, separated by commas: duplicates, cancellations, outliers, '
+                                     'wholesalers. They change what the model learns from, not what it is judged by.')]
 Backbone = Annotated[str, typer.Option(
-    '--backbone', metavar='NAME', help='What reads the window: [bold]events[/bold], a small encoder of our own, or as '
-                                       'text a pretrained [bold]bert[/bold], [bold]distilbert[/bold], [bold]t5[/bold] '
-                                       '(its encoder) or [bold]gpt2[/bold].')]
+    '--backbone', metavar='NAME', help='The network that reads the window: [bold]events[/bold], a small encoder; or a '
+                                       'pretrained text model: [bold]bert[/bold], [bold]distilbert[/bold], '
+                                       '[bold]t5[/bold] (its encoder) or [bold]gpt2[/bold].')]
 Pretrained = Annotated[str, typer.Option(
-    '--pretrained', metavar='FOLDER|ID', help='Where it is: a folder, or an id of the Hugging Face hub.')]
+    '--pretrained', metavar='FOLDER|ID', help='The pretrained model: a folder, or a Hugging Face id.')]
 Tuning = Annotated[str, typer.Option(
-    '--tuning', metavar='HOW', help='Which pretrained weights move: full, frozen, freeze:embeddings,layers=N, lora, '
-                                    'ia3, prefix.')]
+    '--tuning', metavar='HOW', help='Which pretrained weights to train: full, frozen, '
+                                    'freeze:embeddings,layers=N, lora, ia3, prefix.')]
 CatalogueFile = Annotated[Path | None, typer.Option(
-    '--catalogue', metavar='FILE', help='What is known of the items: JSON lines or Parquet with item_id, text, '
+    '--catalogue', metavar='FILE', help='An item catalogue: JSON lines or Parquet with item_id, text, '
                                         'embedding, category.')]
 Pretrain = Annotated[str | None, typer.Option(
-    '--pretrain', metavar='NAMES', help='First learn from windows without labels: some of masked, next, contrastive.')]
+    '--pretrain', metavar='NAMES', help='First pretrain on windows without labels: any of masked, next, contrastive.')]
 Fit = Annotated[list[str] | None, typer.Option(
-    '--fit', metavar='NAME=VALUE', help='Sizes and the course of training, e.g. --fit hidden=96 --fit layers=3 --fit '
-                                        'epochs=20 --fit backbone.learning_rate=1e-4 --fit pretrain.epochs=5; '
-                                        'repeatable; a wrong name lists them all.')]
+    '--fit', metavar='NAME=VALUE', help='Set a training option, e.g. --fit hidden=96 --fit layers=3 --fit '
+                                        'epochs=20 --fit backbone.learning_rate=1e-4 --fit pretrain.epochs=5. '
+                                        'Repeatable. A wrong name lists them all.')]
 ReportFolder = Annotated[Path, typer.Option(
     '--out', metavar='DIR', help='Folder for index.html and figures.json.')]
 ModelFolder = Annotated[Path | None, typer.Option(
-    '--model', metavar='DIR', help='What `stream train` wrote, or a model that `stream export` wrote; default: setting '
+    '--model', metavar='DIR', help='The folder that `stream train` or `stream export` wrote. Default: the setting '
                                     '`model`.')]
 Seed = Annotated[int, typer.Option(help='The same seed gives the same bytes.')]
-TIME = 'a day, its beginning in UTC, as 2014-07-16, or a time as 2014-07-16T12:00:00Z'
+TIME = 'a day (from 00:00 UTC) such as 2014-07-16, or a time such as 2014-07-16T12:00:00Z'
 MODEL_REPOSITORY = 'triton_models'      # inside the folder that `stream train` writes
 
 
@@ -69,33 +69,33 @@ def train(
         metavar='[FILE]...', help='Recorded files to learn from.')] = None,
     format_name: FormatName = 'events',
     simulated: Annotated[int | None, typer.Option(
-        '--simulate', min=10, metavar='SHOPPERS', help='Learn from so many simulated shoppers instead.')] = None,
-    days: Annotated[int, typer.Option(min=120, help='Days that are simulated.')] = 730,
+        '--simulate', min=10, metavar='SHOPPERS', help='Train on simulated shoppers instead of files.')] = None,
+    days: Annotated[int, typer.Option(min=120, help='Days to simulate.')] = 730,
     until: Annotated[str | None, typer.Option(
-        metavar='TIME', help=f'Use nothing at or after this time: {TIME}.')] = None,
+        metavar='TIME', help=f'Ignore everything at or after this time: {TIME}.')] = None,
     backbone: Backbone = 'events',
     pretrained: Pretrained = '',
     tuning: Tuning = 'full',
     catalogue: CatalogueFile = None,
-    tiers: Annotated[int, typer.Option(help='Tiers of spend, the lowest is nothing.')] = 5,
+    tiers: Annotated[int, typer.Option(help='Number of spend tiers; the lowest is no spend.')] = 5,
     refund_head: Annotated[bool, typer.Option(
-        help='Whether it also tells the risk of refunds and cancelled orders: a hint for service, never for a credit '
+        help='Also predict refunds and cancelled orders: a hint for customer service, never for a credit '
              'decision.')] = True,
     how: Fit = None,
     pretrain: Pretrain = None,
     start_from: Annotated[Path | None, typer.Option(
-        '--from', metavar='CHECKPOINT', help="Start from another shop's model: a folder that `stream train` wrote.")]
+        '--from', metavar='CHECKPOINT', help="Start from another shop's model: a folder written by `stream train`.")]
     = None,
     resume: Annotated[bool, typer.Option(
-        '--resume', help='Go on with the same command where it was cut off; the result is the same.')] = False,
+        '--resume', help='Continue an interrupted training. Give the same command; the result is the same.')] = False,
     tensorboard: Annotated[Path | None, typer.Option(
-        metavar='DIR', help='Write the losses of each pass there, for `tensorboard --logdir DIR`.')] = None,
+        metavar='DIR', help='Write the losses of each epoch there, for `tensorboard --logdir DIR`.')] = None,
     clean: Clean = '',
     trials: Annotated[int, typer.Option(
-        '--search', min=0, metavar='TRIALS', help='Look for better sizes and rates first: so many trainings, judged by '
-                                                  'users who are held out of them. 0: take those that are set.')] = 0,
+        '--search', min=0, metavar='TRIALS', help='Search hyper-parameters first with this many trainings, judged on '
+                                                  'held-out users. 0: no search.')] = 0,
     seed: Seed = 7,
-    out: Annotated[Path, typer.Option(metavar='DIR', help='Folder for the checkpoint and the served model.')]
+    out: Annotated[Path, typer.Option(metavar='DIR', help='Folder for the checkpoint and the exported model.')]
     = Path('build/shopper'),
     config: ConfigFile = None,
     overrides: Overrides = None,
@@ -133,12 +133,12 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(metavar='CHECKPOINT', help='Folder that `stream train` wrote.')],
     into: Annotated[Path, typer.Option(metavar='DIR', help='Model repository.')] = Path('triton_models'),
     name: Annotated[str, typer.Option(help="The model's name in the repository.")] = 'shopper',
-    version: Annotated[int, typer.Option(min=1, help='Number of the version; a name holds one.')] = 1,
+    version: Annotated[int, typer.Option(min=1, help='Version number; a name holds one version.')] = 1,
     int8: Annotated[bool, typer.Option(
-        '--int8', help='Large weights and what is multiplied with them in 8 bits: smaller, for CPUs. Give it a '
-                       '--name of its own.')] = False,
+        '--int8', help='Quantize large weights and their inputs to 8 bits: a smaller file, for CPUs. Use a '
+                       'different --name.')] = False,
 ) -> None:
-    """Write a checkpoint as ONNX with Triton's configuration, checked against torch, into a model repository."""
+    """Export a checkpoint into a model repository: an ONNX graph, checked against torch, and Triton's configuration."""
     precision = 'int8' if int8 else 'fp32'
     say(f'model: {_learning("stream.learn.export").export(checkpoint, into, name, version, precision)}')
 
@@ -148,14 +148,14 @@ def compare(
     files: Annotated[list[Path], typer.Argument(metavar='FILE...', help='Recorded files.')],
     format_name: FormatName = 'events',
     at: Annotated[list[str] | None, typer.Option(
-        metavar='DAY', help='As of when, repeatable: what was before is learnt from, what came after is to be '
-                            'foretold. Default: 273, 90 or 30 days before the last day, the two longest that leave '
-                            f'enough before them. {TIME[0].upper()}{TIME[1:]}.')] = None,
+        metavar='DAY', help='Cut-off, repeatable: models learn from the events before it and predict what '
+                            'comes after. Default: of 273, 90 and 30 days before the last day, the two longest that '
+                            f'leave enough events before. {TIME[0].upper()}{TIME[1:]}.')] = None,
     folds: Annotated[int, typer.Option(
-        min=2, help='Parts of the users; each is scored by what was trained on the others.')] = 3,
+        min=2, help='Folds of the users; each is scored by models trained on the others.')] = 3,
     pretrained_on: Annotated[Path | None, typer.Option(
-        metavar='CHECKPOINT', help="Show as well what starting from another shop's model brings, on 1, 5, 10 and "
-                                   '100 % of the users: a folder that `stream train` wrote.')] = None,
+        metavar='CHECKPOINT', help="Also measure the gain from starting with another shop's model, on 1, 5, 10 and "
+                                   '100 % of the users: a folder written by `stream train`.')] = None,
     backbone: Backbone = 'events',
     pretrained: Pretrained = '',
     tuning: Tuning = 'full',
@@ -168,28 +168,28 @@ def compare(
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Compare the model with simpler ones on a recording: trained alike, judged on users and days they never saw."""
+    """Compare the model with simpler ones: trained on the same events, judged on users and days none has seen."""
     settings = effective_settings(config, **parsed(overrides))
-    comparing, reporting = _learning('stream.learn.judging.compare'), _learning('stream.learn.judging.compare_report')
+    comparing, reporting = _learning('stream.learn.judging.compare'), _learning('stream.learn.judging.report')
     _refuse_a_file(out)
     times_ms = _times_ms(at)
     from stream.learn import dataset
-    from stream.learn.judging.questions import default_cutoffs
+    from stream.learn.judging.tasks import default_cutoffs
     fitting = _changed(_fitting(comparing.FitOptions(), backbone, pretrained, tuning, catalogue, pretrain, clean), how)
-    _learning('stream.learn.fit').check(fitting)
+    _learning('stream.learn.fit').check_fit(fitting)
     history = dataset.read(recorded(files, format_name, settings), settings.event_rules())
     options = comparing.CompareOptions(seed=seed, folds=folds, processes=os.cpu_count() or 1,
                                        limits=settings.window_limits(), fit=fitting)
     transferring = _learning('stream.learn.judging.transfer')
     if pretrained_on:
-        transferring.check(pretrained_on, options)
+        transferring.check_source(pretrained_on, options)
     cutoffs_ms = times_ms or default_cutoffs(history)
     figures = {'about': {'sources': [file.name for file in files], 'format': format_name,
                          'currency': amounts_in(format_name, settings)}}
     figures |= comparing.compare(history, cutoffs_ms, options, say)
     if pretrained_on:
         figures['transfer'] = transferring.transfer(history, cutoffs_ms[0], pretrained_on, options, say)
-    _report(out, figures, reporting)
+    _report(out, figures, reporting.comparison_page(figures))
 
 
 @app.command()
@@ -197,64 +197,64 @@ def evaluate(
     files: Annotated[list[Path], typer.Argument(metavar='FILE...', help='Recorded files.')],
     format_name: FormatName = 'events',
     at: Annotated[list[str] | None, typer.Option(
-        metavar='DAY', help='As of when, repeatable: what was before is known, what came after is to be foretold. '
-                            f'Default: as `stream compare`. {TIME[0].upper()}{TIME[1:]}.')] = None,
+        metavar='DAY', help='Cut-off, repeatable: the model knows the events before it and predicts what comes '
+                            f'after. Default: as for `stream compare`. {TIME[0].upper()}{TIME[1:]}.')] = None,
     model: ModelFolder = None,
     threshold: Annotated[float, typer.Option(
-        min=0, max=1, help='Whoever has such a chance is called: for accuracy, precision, recall, F1.')] = 0.5,
+        min=0, max=1, help='Probability that counts as positive, for accuracy, precision, recall and F1.')] = 0.5,
     seed: Seed = 7,
     out: ReportFolder = Path('report'),
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Judge a served model on a recording, beside rules that need no training: nothing is trained."""
+    """Judge an exported model on a recording, beside rules that need no training. Nothing is trained."""
     settings = effective_settings(config, **parsed(overrides))
     _refuse_a_file(out)
     times_ms = _times_ms(at)
-    backtest_report = extra_module('stream.learn.judging.backtest_report', 'The report', INSTALL_REPORT)
+    report = extra_module('stream.learn.judging.report', 'The report', INSTALL_REPORT)
     from stream.learn import dataset
     from stream.learn.judging import backtest
-    from stream.learn.judging.questions import default_cutoffs
+    from stream.learn.judging.tasks import default_cutoffs
     from stream.scoring.make import shipped
     version_dir = version_of(model) if model else shipped(settings.model)
     currency = amounts_in(format_name, settings)
-    warnings = _mistrust(version_dir, settings, currency)
+    warnings = _warnings(version_dir, settings, currency)
     history = dataset.read(recorded(files, format_name, settings), settings.event_rules())
     options = backtest.BacktestOptions(seed=seed, threshold=threshold, limits=settings.window_limits())
     figures = {'about': {'sources': [file.name for file in files], 'format': format_name, 'currency': currency,
                          'warnings': warnings}}
     figures |= backtest.backtest(history, times_ms or default_cutoffs(history), version_dir, options, say)
-    _report(out, figures, backtest_report)
-    for line in (*warnings, *backtest_report.doubts(figures)):
+    _report(out, figures, report.evaluation_page(figures))
+    for line in (*warnings, *report.doubts(figures)):
         say(f'warning: {line}')
 
 
 @app.command()
 def predict(
     files: Annotated[list[Path], typer.Argument(metavar='FILE...', help='Recorded files.')],
-    at: Annotated[str, typer.Option(metavar='TIME', help=f'As of when; nothing at or after it is looked at: {TIME}.')],
-    out: Annotated[Path, typer.Option(metavar='FILE', help='Where the lines go.')] = Path('predictions.jsonl'),
+    at: Annotated[str, typer.Option(metavar='TIME', help=f'Score as of this time, on earlier events: {TIME}.')],
+    out: Annotated[Path, typer.Option(metavar='FILE', help='File for the predictions.')] = Path('predictions.jsonl'),
     format_name: FormatName = 'events',
     model: ModelFolder = None,
     items: Annotated[int, typer.Option(
-        min=0, metavar='K', help='Also name the K items and categories that are likeliest to be bought next, from '
-                                 'those that the files name; the model must rank them.')] = 0,
+        min=0, metavar='K', help='Also list the K items and categories most likely to be bought next, of those in the '
+                                 'files. The model must rank them.')] = 0,
     candidates: Annotated[Path | None, typer.Option(
-        metavar='FILE', help='Of the items rank these alone: one item id a line. Needs --items.')] = None,
+        metavar='FILE', help='Rank only these items: one item id per line. Needs --items.')] = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Score every user seen before a time: one JSON line each, with purchase and churn within days, tier, spend."""
+    """Score every user seen before a time: one JSON line each, with purchase, churn, tier and spend."""
     from stream.learn import dataset
     from stream.learn.predict import predict as predicted
-    from stream.learn.ranking.item_names import Texts, read_candidates
+    from stream.learn.ranking.next_items import Texts, read_candidates
     from stream.scoring.make import shipped
     settings = effective_settings(config, **parsed(overrides))
     version_dir = version_of(model) if model else shipped(settings.model)
     if out.is_dir() or out.resolve() in {file.resolve() for file in (*files, candidates) if file}:
         raise UsageError(f'{out} is a folder, or one of the files.', 'name another file with --out.')
     if candidates and not items:
-        raise UsageError('Candidates were given, but not how many to name.', 'add --items K.')
+        raise UsageError('Candidates were given, but not how many to list.', 'add --items K.')
     ranked = read_candidates(candidates) if candidates else None
     at_ms = time_ms(at)
     texts, values = Texts(), recorded(files, format_name, settings)
@@ -265,12 +265,12 @@ def predict(
             file.write(line + b'\n')
             lines += 1
     say(f'{lines:,} users as of {datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d %H:%M} UTC: {out}')
-    for line in _mistrust(version_dir, settings, amounts_in(format_name, settings)):
+    for line in _warnings(version_dir, settings, amounts_in(format_name, settings)):
         say(f'warning: {line}')
 
 
-def _mistrust(version_dir: Path, settings: Settings, currency: str) -> list[str]:
-    """Where these events are not of the kind that the model has learned from."""
+def _warnings(version_dir: Path, settings: Settings, currency: str) -> list[str]:
+    """Warnings where these events differ in kind from those that the model was trained on."""
     from stream.scoring.make import mismatches
     return [f'{line[0].upper()}{line[1:]}: do not trust its scores.' for line in mismatches(
         load_artefact(version_dir).manifest, settings.model_copy(update={'currency': currency}))]
@@ -281,7 +281,7 @@ def _with_range(value: str = '', bounds: str = '') -> str:
 
 
 def time_ms(text: str) -> int:
-    """Unix ms of a day's beginning, or of a time with a zone. Errors: UsageError where it is neither."""
+    """Unix ms of the start of a day, or of a time with a zone. Errors: UsageError where the text is neither."""
     found = parse_rfc3339_ms(f'{text}T00:00:00Z' if re.fullmatch(r'\d{4}-\d{2}-\d{2}', text) else text)
     if found is None:
         raise UsageError(f'{text} is no time.', f'give {TIME}.')
@@ -289,12 +289,12 @@ def time_ms(text: str) -> int:
 
 
 def _times_ms(days: list[str] | None) -> list[int]:
-    """Those of `--at`, each once, in their order."""
+    """The times of `--at`, sorted, without repeats."""
     return sorted({time_ms(text) for text in days or ()})
 
 
 def version_of(folder: Path) -> Path:
-    """The model version that a folder is, or holds. Errors: UsageError where it holds none."""
+    """The model version that a folder is or holds. Errors: UsageError where it does not hold exactly one."""
     if (folder / MANIFEST).is_file():
         return folder
     found = [*folder.glob(f'*/{MANIFEST}'), *folder.glob(f'{MODEL_REPOSITORY}/*/*/{MANIFEST}')]
@@ -318,7 +318,7 @@ def recorded(files: list[Path], format_name: str, settings: Settings) -> Iterato
 
 def _fitting(fitting: Any, backbone: str, pretrained: str, tuning: str, catalogue: Path | None, pretrain: str | None,
              clean: str) -> Any:
-    """The options of a fit with what these flags say."""
+    """The fit options, changed by these flags."""
     from stream.learn.clean import steps_of
     return replace(
         fitting, clean=steps_of(clean),
@@ -328,11 +328,12 @@ def _fitting(fitting: Any, backbone: str, pretrained: str, tuning: str, catalogu
 
 
 def _changed(fitting: Any, how: list[str] | None) -> Any:
-    return _learning('stream.learn.options').changed(fitting, parsed(how, '--fit', 'give e.g. --fit epochs=20.'))
+    return _learning('stream.learn.options').changed(
+        fitting, parsed(how, '--fit', 'give e.g. --fit epochs=20.'), _learning('stream.learn.fit').option_names())
 
 
 def _given(fitting: Any) -> str:
-    """The flags of a training where they are not the default, for whoever repeats it: of files the names alone."""
+    """The flags that are not at their default, to repeat a training. Files appear by name only."""
     backbone = fitting.backbone
     source = Path(backbone.source).name if Path(backbone.source).is_dir() else backbone.source
     flags = [f' --{name} {value}' for name, value, default in (
@@ -352,11 +353,11 @@ def _refuse_a_file(out: Path) -> None:
         raise UsageError(f'{out} is a file.', 'name a folder with --out.')
 
 
-def _report(out: Path, figures: dict[str, Any], reporting: Any) -> None:
-    """The figures as a file, a page, and a table for a person."""
+def _report(out: Path, figures: dict[str, Any], page: str) -> None:
+    """Write the figures as JSON and as a page, and print a table."""
     out.mkdir(parents=True, exist_ok=True)
     for name, content in (('figures.json', orjson.dumps(figures, option=orjson.OPT_INDENT_2) + b'\n'),
-                          ('index.html', reporting.render_report(figures).encode())):
+                          ('index.html', page.encode())):
         with written(out / name) as file:
             file.write(content)
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
@@ -367,8 +368,8 @@ def _report(out: Path, figures: dict[str, Any], reporting: Any) -> None:
 
 
 def _standing(figures: dict[str, Any]) -> Table:
-    """Who ranks how well, question by question: AUROC with its interval."""
-    from stream.learn.judging import compare_report as reporting
+    """AUROC of each contender with its interval, question by question."""
+    from stream.learn.judging import report as reporting
     table = Table(title='AUROC [95 % over users]: 0.5 is guessing, 1 is perfect', title_justify='left')
     for column in ('as of', 'a user…', 'who', 'AUROC', 'our model less it', 'our model is'):
         figure = column in ('AUROC', 'our model less it')
@@ -388,8 +389,8 @@ def _standing(figures: dict[str, Any]) -> Table:
 
 
 def _spending(figures: dict[str, Any]) -> Table:
-    """Who foretells spend how well."""
-    from stream.learn.judging import compare_report as reporting
+    """Rank correlation and mean error of each spend forecast."""
+    from stream.learn.judging import report as reporting
     table = Table(title='Spend [95 % over users]: rank correlation, and mean error', title_justify='left')
     compared = any(spend['error_ratio'] for cutoff in figures['cutoffs'] for spend in cutoff['spend'])
     over = [f'over that of {reporting.LEAST_ERROR}'] if compared else []

@@ -1,9 +1,9 @@
 """What reads a window: slots in, one state per row out. A model (stream.learn.model) puts its heads on it.
 
-`events`, the default, is a small encoder of our own on event tokens: what a slot is, is the sum of embeddings of its
-type, item and category and of its numbers. A query comes last and looks back over all slots; slots see only what came
-before them, so that the state after each slot can foretell the next one (stream.learn.pretrain). b rows, l slots,
-h units. The others read the window as text (stream.learn.text.readers).
+`events`, the default, is a small encoder on event tokens. A slot is the sum of the embeddings of its type, item and
+category, and of its numbers. A query comes last and attends to all slots. Slots see only earlier ones, so the state
+after each slot can predict the next (stream.learn.pretrain). b rows, l slots, h units. The other backbones read the
+window as text (stream.learn.text.readers).
 
 Sources: Devlin et al. (2018), BERT, arXiv 1810.04805, from Hugging Face `transformers`, here with causal attention, as
 in Radford et al. (2018). Kang, McAuley (2018), SASRec, arXiv 1808.09781, for causal attention over a shopper's events.
@@ -11,7 +11,7 @@ in Radford et al. (2018). Kang, McAuley (2018), SASRec, arXiv 1808.09781, for ca
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,8 @@ from stream.core.features import (
     TYPE_VOCABULARY,
 )
 from stream.errors import UsageError
-from stream.learn.bounds import Count, NotNegative, Share
+from stream.learn.model import Backbone
+from stream.learn.options import Count, NotNegative, Share
 from stream.learn.text.catalogue import WithItems, bag_of_words, item_table, read_catalogue
 from stream.learn.text.readers import (
     TEXT_BACKBONES,
@@ -50,28 +51,15 @@ _AGES = 3                                   # of the newest slot, of the oldest 
 _HIDE = -60.0
 
 
-class Backbone(Protocol):
-    """`width`: units of the state that it gives for a window."""
-
-    width: int
-
-    def __call__(self, categories: Tensor, numbers: Tensor) -> Tensor:
-        """[b, width] from int [b, l, 3] and float [b, l, SLOT_NUMBERS] as in `stream.core.features.Batch`.
-
-        Promise  a row's state depends neither on its padding nor on its neighbours.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class BackboneOptions:
-    """What reads the window.
+    """The choice of a backbone.
 
     name           'events', or one of TEXT_BACKBONES, which are pretrained
-    source         the folder of a pretrained one, or its id on the hub
-    tuning         which of the pretrained weights move: see stream.learn.text.tuning
-    learning_rate  of those that move, at its peak; None: what suits the tuning
-    catalogue      a file of what is known of the items (stream.learn.text.catalogue)
+    source         a pretrained model: its folder, or its Hugging Face id
+    tuning         which of the pretrained weights to train: see stream.learn.text.tuning
+    learning_rate  peak rate of those weights; None: the default of the tuning
+    catalogue      an item catalogue's file (stream.learn.text.catalogue)
     """
 
     name: str = 'events'
@@ -85,8 +73,7 @@ class BackboneOptions:
 class EncoderOptions:
     """Sizes: hidden units, encoder layers, attention heads, feed-forward units; dropout share.
 
-    items   whether the slot's item has an embedding of its own: 260,000 weights, which a small recording learns by
-            heart
+    items   whether items have embeddings: 260,000 weights, which overfit a small recording
     """
 
     hidden: Count = 64
@@ -98,37 +85,37 @@ class EncoderOptions:
 
     @property
     def sizes(self) -> dict[str, int | bool]:
-        """What weights must share to fit."""
+        """The options on which the weights' shapes depend."""
         return {name: value for name, value in asdict(self).items() if name != 'dropout'}
 
 
-def check(options: BackboneOptions, encoder: EncoderOptions) -> None:
-    """Errors: UsageError where the options do not suit one another, whatever the source holds; quick."""
+def check_backbone(options: BackboneOptions, encoder: EncoderOptions) -> None:
+    """Check the options without loading anything. Errors: UsageError where they contradict one another."""
     if options.name != 'events' and options.name not in TEXT_BACKBONES:
         raise UsageError(f'There is no backbone {options.name!r}.', do=f'use events, {", ".join(TEXT_BACKBONES)}.')
     if options.name != 'events' and not options.source:
         raise UsageError(f'The backbone {options.name} is pretrained.',
-                         do='name its folder, or its id on the hub, with --pretrained.')
+                         do='name its folder, or its Hugging Face id, with --pretrained.')
     if options.name == 'events' and (options.source or options.tuning != 'full'):
-        raise UsageError('The backbone of events is not pretrained: there is nothing to load or to keep.',
+        raise UsageError('The backbone events is not pretrained: there is nothing to load or to keep.',
                          do='leave --pretrained and --tuning out, or use a --backbone that reads text.')
     if options.name == 'events' and encoder.hidden % encoder.heads:
         raise UsageError(f'{encoder.heads} attention heads cannot share {encoder.hidden} hidden units evenly.',
                          do=f'choose a multiple of {encoder.heads}.')
 
 
-def make_backbone(options: BackboneOptions, encoder: EncoderOptions) -> nn.Module:
-    """The backbone that the options name, ready to be trained; `encoder` is for that of events.
+def make_backbone(options: BackboneOptions, encoder: EncoderOptions) -> Backbone:
+    """A backbone ready for training. `encoder` applies to `events`.
 
-    Errors   UsageError where an option does not suit the others, or there is no such model; InputError where the
+    Errors   UsageError where options contradict one another, or there is no such model; InputError where the
              catalogue cannot be read.
     """
-    check(options, encoder)
+    check_backbone(options, encoder)
     catalogue = read_catalogue(Path(options.catalogue)) if options.catalogue else None
     if options.name in TEXT_BACKBONES:
         backbone, tokenizer = load_text_backbone(options.name, options.source,
                                                  catalogue.category_names() if catalogue else {})
-        # Before it is tuned: what an item's text says is what pretraining knows of it.
+        # Before tuning: the items' vectors come from the pretrained weights.
         table = item_table(catalogue, partial(backbone.embed, tokenizer)) if catalogue else None
         tune(backbone, options.tuning)
     else:
@@ -139,7 +126,7 @@ def make_backbone(options: BackboneOptions, encoder: EncoderOptions) -> nn.Modul
 
 @dataclass(frozen=True)
 class Description:
-    """A backbone but for its weights: what it takes to make it again where neither its source nor the catalogue is.
+    """A backbone without its weights: enough to build it again without its source and catalogue.
 
     encoder             sizes of that of events
     reader              configuration of a pretrained one, as `transformers` writes it
@@ -160,8 +147,8 @@ class Description:
     catalogue_columns: int = 0
 
 
-def describe(backbone: nn.Module) -> Description:
-    """The description of a backbone; LoRA and IA3 are to be merged before."""
+def describe(backbone: Backbone) -> Description:
+    """The description of a backbone. LoRA and IA3 must be merged first."""
     if isinstance(backbone, WithItems):
         return replace(describe(backbone.backbone), catalogue_columns=backbone.table.shape[1])
     if isinstance(backbone, TextBackbone):
@@ -170,15 +157,18 @@ def describe(backbone: nn.Module) -> Description:
             tables={name: tuple(table.shape) for name, table in backbone.named_buffers(recurse=False)},
             category_names=backbone.category_names, tokens_max=backbone.tokens_max,
             prefix_tokens=prefix_tokens(backbone))
+    assert isinstance(backbone, EventsBackbone)
     return Description('events', encoder=backbone.options)
 
 
-def remake(description: Description) -> nn.Module:
-    """The backbone of a description, its weights and tables still to be loaded.
+def remake(description: Description) -> Backbone:
+    """The backbone of a description, before its weights and tables are loaded.
 
-    Errors   whatever `transformers` raises where the description is none of its.
+    Errors   ValueError, or whatever `transformers` raises, where the description is wrong.
     """
-    if description.encoder is not None:
+    if description.name == 'events':
+        if description.encoder is None:
+            raise ValueError('the sizes of the encoder are missing')
         backbone = EventsBackbone(description.encoder)
     else:
         reader = untrained_reader(description.name, description.reader)
@@ -191,7 +181,7 @@ def remake(description: Description) -> nn.Module:
     return WithItems(backbone, torch.zeros(ITEM_BUCKETS, columns)) if columns else backbone
 
 
-class EventsBackbone(nn.Module):
+class EventsBackbone(Backbone):
     """The encoder on event tokens."""
 
     def __init__(self, options: EncoderOptions) -> None:
@@ -212,27 +202,28 @@ class EventsBackbone(nn.Module):
             vocab_size=1, hidden_size=h, num_hidden_layers=options.layers, num_attention_heads=options.heads,
             intermediate_size=options.intermediate, max_position_embeddings=1 + SLOTS_MAX, type_vocab_size=1,
             hidden_dropout_prob=options.dropout, attention_probs_dropout_prob=options.dropout,
-            attn_implementation='eager'), add_pooling_layer=False)
-        self.encoder.set_input_embeddings(None)             # its words are not used: slots come embedded
+            attn_implementation='eager',        # pyright: ignore[reportCallIssue]  # among the **kwargs of the base class
+        ), add_pooling_layer=False)
+        # Its words are not used: slots come embedded.
+        self.encoder.set_input_embeddings(None)     # pyright: ignore[reportArgumentType]
 
     def forward(self, categories: Tensor, numbers: Tensor) -> Tensor:
-        """The query's state, [b, h]. In the last layer it alone asks: of the slots nobody needs what that would say."""
+        """The query's state, [b, h]. The last layer computes the query alone: nothing reads its states of the slots."""
         states, hide = self._embedded(categories, numbers)
         *layers, last = self.encoder.encoder.layer
         for layer in layers:
             states = layer(states, hide)
-        return _of_last_token(last, states, hide)
+        return _of_last_token(cast(BertLayer, last), states, hide)
 
     def states(self, categories: Tensor, numbers: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """States [b, l + 1, h], the query's last. `hidden` [b, l]: slots whose content the encoder must not see."""
+        """States [b, l + 1, h], the query's last. `hidden` [b, l]: slots whose content is masked."""
         states, hide = self._embedded(categories, numbers, hidden)
         for layer in self.encoder.encoder.layer:
             states = layer(states, hide)
         return states
 
     def _embedded(self, categories: Tensor, numbers: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What the first layer reads, [b, l + 1, h], and what hides from each token what it must not see, [b, 1, l + 1,
-        l + 1]."""
+        """The first layer's input, [b, l + 1, h], and the attention mask to add to the logits, [b, 1, l + 1, l + 1]."""
         length = categories.shape[1]
         kind, item, category = categories.unbind(-1)                                # [b, l] each
         filled = kind > 0                                                           # [b, l]
@@ -264,8 +255,7 @@ class EventsBackbone(nn.Module):
 
 
 def _totals(kind: Tensor, numbers: Tensor, age_days: Tensor) -> Tensor:
-    """What attention, which averages, cannot count: of each type the slots and their money, each slot with its weight
-    of that age, [b, _TOTALS]."""
+    """Counts that attention, an average, cannot give: slots and money of each type, weighted by age, [b, _TOTALS]."""
     of_type = one_hot(kind.long(), TYPE_VOCABULARY)[:, :, 1:].float().transpose(1, 2)           # [b, types, l]
     amount = (numbers[:, :, _AMOUNT].exp() - 1)[:, None]                            # [b, 1, l]
     weights = torch.stack([torch.exp(-age_days / days) for days in _TOTAL_DAYS], -1)            # [b, l, decays]
@@ -274,7 +264,7 @@ def _totals(kind: Tensor, numbers: Tensor, age_days: Tensor) -> Tensor:
 
 
 def _of_last_token(layer: BertLayer, states: Tensor, hide: Tensor) -> Tensor:
-    """What the layer makes of the last token alone, [b, h]: the last row of `layer(states, hide)`."""
+    """The layer's output for the last token alone, [b, h]: the last row of `layer(states, hide)`."""
     attention = layer.attention.self
 
     def heads(projected: Tensor) -> Tensor:

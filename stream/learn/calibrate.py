@@ -1,12 +1,12 @@
-"""What a trained model says becomes what can be expected: how much of each branch, how steep, from which base rate.
+"""Calibrate the model's raw outputs into probabilities.
 
-    mix        of each task the share of the window's branch that suits users whom training has not seen
-    scale      Platt's: an overconfident logit is made flatter, on the same users
-    shift      so that the mean of the newest settled labels comes out: base rates drift, and theirs is the nearest
-    told       a horizon that nobody's labels settle is told from the longest one that is settled
-    spend      the mean of a log-normal is all tail: scaled to what was spent, on the newest settled labels too
+    mix        per task, the share of the window branch: the one that fits held-out users best
+    scale      Platt's slope, on the same users: it flattens overconfident logits
+    shift      fits the mean of the newest settled labels, since base rates drift
+    horizons   a horizon that no label settles is derived from the longest settled one
+    spend      scaled to the total of the newest settled labels: the mean of a log-normal depends on its tail alone
 
-Everything is a buffer of the model and part of its exported graph.
+All of these are buffers of the model and part of its exported graph.
 
 Source: Platt (1999), "Probabilistic outputs for support vector machines".
 """
@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from stream.learn.dataset import HORIZON_DAYS, Examples, Kind
+from stream.learn.dataset import HORIZON_DAYS, Examples, SnapshotKind
 from stream.learn.model import BINARY, HORIZONS, Logits, ShopperModel
 
-SETTLED_ROWS_MIN = 500      # fewer labels than that teach a horizon nothing
+SETTLED_ROWS_MIN = 500      # a horizon with fewer labels counts as not settled
 _SHIFT_MAX = 20.0
 NEWEST_SHARE = 0.25         # of the settled rows, from which the base rate is taken
 _SHARES = np.linspace(0, 1, 11)
-_EXPECTED_WEIGHT = 20.0     # so many users' worth of evidence stands for the share that is expected, which is half,
-_HALF_ANSWERS = 1_000       # but less where training has few answers of one kind: the linear branch needs fewer
-_SCALE_WEIGHT = 300.0       # and for a scale of 1
+_EXPECTED_WEIGHT = 20.0     # the prior of the share, in users: it is half,
+_HALF_ANSWERS = 1_000       # or less if a class has few labels, since the linear branch needs fewer
+_SCALE_WEIGHT = 300.0       # the prior of a scale of 1, in users
 
 
 def calibrate(model: ShopperModel, window: Tensor, counters: Tensor, examples: Examples,
@@ -35,7 +35,7 @@ def calibrate(model: ShopperModel, window: Tensor, counters: Tensor, examples: E
 
     window, counters  logits of the two branches, float [n, k], of the rows of `examples`
     labels            binary, tier, spend, as in `stream.learn.model.losses`
-    held_out          bool [n]: users whom the window's branch was not trained on
+    held_out          bool [n]: users that the window branch was not trained on
     """
     binary, tier, spend = labels
     users = len(np.unique(examples.user[held_out]))
@@ -68,13 +68,14 @@ def calibrate(model: ShopperModel, window: Tensor, counters: Tensor, examples: E
         newest = _newest(examples, known)
         model.calibration_scale[task] = scale
         model.calibration_shift[task] = _shift_to(newest, task, logits, binary, scale)
-    _tell(model, settled, binary)
+    _derive_horizons(model, settled, binary)
     _fit_spend(model, logits, examples, spend.numpy())
 
 
 def _newest(examples: Examples, known: np.ndarray) -> np.ndarray:
-    """Which of the known rows are the newest ones, bool [n]: at cut-offs, where everybody is asked."""
-    asked = known & (examples.kind == Kind.CUTOFF) if (examples.kind[known] == Kind.CUTOFF).any() else known
+    """Which of the known rows are the newest, bool [n]. Only cut-offs, which every user has, if there are any."""
+    at_cutoff = examples.kind == SnapshotKind.CUTOFF
+    asked = known & at_cutoff if at_cutoff[known].any() else known
     return asked & (examples.as_of_ms >= np.quantile(examples.as_of_ms[asked], 1 - NEWEST_SHARE))
 
 
@@ -101,7 +102,7 @@ def _scale(logits: Tensor, truth: Tensor, users: int) -> float:
 
 
 def _shift_to(rows: np.ndarray, task: int, logits: Tensor, binary: Tensor, scale: float) -> float:
-    """What must be added for the mean probability of these rows to be the share of positives, by bisection."""
+    """The shift at which the mean probability of these rows equals the share of positives, by bisection."""
     scaled = scale * logits[rows, task].double().numpy()
     rate = float(binary[rows, task].mean())
     low, high = -_SHIFT_MAX, _SHIFT_MAX
@@ -115,14 +116,15 @@ def _shift_to(rows: np.ndarray, task: int, logits: Tensor, binary: Tensor, scale
 
 
 def _settled(binary: Tensor) -> list[int]:
-    """The horizons that enough rows settle; the shortest always."""
+    """The horizons that enough rows settle. The shortest one always counts."""
     counts = (~binary[:, :HORIZONS].isnan()).sum(0).tolist()
     return [horizon for horizon, count in enumerate(counts) if horizon == 0 or count >= SETTLED_ROWS_MIN]
 
 
-def _tell(model: ShopperModel, settled: list[int], binary: Tensor) -> None:
-    """Whoever buys at a steady rate does so within d days with 1 - (1 - p) ** (d / days of p). Shoppers tire: between
-    the two longest settled horizons the power is smaller than the ratio of days, and the same is taken for the rest."""
+def _derive_horizons(model: ShopperModel, settled: list[int], binary: Tensor) -> None:
+    """At a steady rate, the probability of a purchase within d days is 1 - (1 - p) ** (d / days of p). Real shoppers
+    slow down: between the two longest settled horizons the power is below the ratio of days. The same damping is used
+    for the horizons that are not settled."""
     longest = settled[-1]
     damping = 1.0
     if len(settled) > 1:
@@ -146,7 +148,7 @@ def _fit_spend(model: ShopperModel, logits: Tensor, examples: Examples, spend: n
         return
     model.log_spend_max.fill_(math.log(spend[known].max()))
     newest = _newest(examples, known)
-    for _ in range(3):      # the bound of a single spend makes it a little more than one division
+    for _ in range(3):      # the bound of a single spend needs a few rounds
         predicted = float(model.spend(Logits.of(logits[newest])).sum())
         spent = float(spend[newest].sum())
         if spent > 0:

@@ -1,4 +1,4 @@
-"""The model card: what a checkpoint's own numbers say, in words and tables. Nothing in it is typed by hand."""
+"""The model card: a checkpoint's numbers in words and tables. Nothing in it is typed by hand."""
 import hashlib
 from datetime import UTC, datetime
 
@@ -7,10 +7,10 @@ from stream.core.layout import DAY_MS
 from stream.learn.backbones import describe
 from stream.learn.checkpoint import Checkpoint
 from stream.learn.clean import in_words
+from stream.learn.compress import attentions
 from stream.learn.dataset import CHURN, HORIZON_DAYS, INTENT, NEXT_DAYS, REFUND_DAYS, SPEND_DAYS
 from stream.learn.judging.judge import MODEL, TOP
 from stream.learn.model import ShopperModel
-from stream.learn.prune import attentions
 from stream.scoring.artefact import Precision
 
 NAME = 'shopper'        # of a model that is given none
@@ -268,10 +268,11 @@ def _comparison(test: dict) -> str:
 
 
 def _number(interval: list[float | None] | None) -> str:
-    if interval is None or None in interval:        # not a number of this contender, or too few rows to compute it
+    numbers = [number for number in interval or () if number is not None]
+    if len(numbers) < 3:        # not a number of this contender, or too few rows to compute it
         return ''
-    digits = 0 if abs(interval[0]) >= 100 else 3
-    value, low, high = (f'{number:.{digits}f}' for number in interval)
+    digits = 0 if abs(numbers[0]) >= 100 else 3
+    value, low, high = (f'{number:.{digits}f}' for number in numbers)
     return f'{value} ({low} .. {high})'
 
 

@@ -1,15 +1,14 @@
 """A trained model in a folder: weights and windows as safetensors, options and figures as JSON.
 
-    model.safetensors     weights and buffers: token tables and the table of items too, so that neither the pretrained
-                          model's folder nor the catalogue is needed any more
-    windows.safetensors   a few real windows of each length, as '<length>.<input name>': what the exported graph is
-                          checked on
-    training_windows.safetensors   some of those it learned from, likewise: what int8 finds its ranges on
-    config.json           options, data, tier edges, feature layout; what model the weights belong to
-    metrics.json          what the test said (stream.learn.judging.evaluate)
-    ranking.safetensors   the ranking of what is bought next, where there is one
+    model.safetensors     weights and buffers, with token tables and the table of items: neither the pretrained model's
+                          folder nor the catalogue is needed any more
+    windows.safetensors   a few real windows of each length, as '<length>.<input name>', to check the exported graph
+    training_windows.safetensors   the same for training windows, to find the ranges for int8
+    config.json           options, data, tier edges, feature layout, and a description of the backbone
+    metrics.json          figures of the test (stream.learn.judging.evaluate)
+    ranking.safetensors   the ranking of what is bought next, if there is one
 
-LoRA and IA3 become part of the weights that they change; a prefix stays what it is.
+LoRA and IA3 are merged into the weights that they change. A prefix is stored as it is.
 """
 import json
 from collections.abc import Iterable
@@ -25,9 +24,9 @@ from torch import Tensor
 from stream.core.features import COUNTERS, LENGTHS, SLOT_NUMBERS, Batch, batches, padded
 from stream.errors import ModelError
 from stream.learn.backbones import Description, describe, remake
+from stream.learn.compress import cut_as
 from stream.learn.dataset import Examples
 from stream.learn.model import INPUT_NAMES, ShopperModel
-from stream.learn.prune import cut_as
 from stream.learn.ranking.ranker import Recommender
 from stream.learn.text.tuning import merged
 from stream.scoring.artefact import LAYOUT, FeatureLayout
@@ -41,7 +40,7 @@ _KEPT_TRAINING_WINDOWS = 128
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a folder holds. `windows`, `training_windows`: for each length a batch of real windows, by input name."""
+    """The content of a folder. `windows`, `training_windows`: a batch of real windows of each length, by input name."""
 
     model: ShopperModel
     config: dict
@@ -70,7 +69,7 @@ def save(kept: Checkpoint, out: Path) -> None:
 def load(checkpoint: Path) -> Checkpoint:
     """Read a checkpoint directory.
 
-    Errors   ModelError where it is not one, or it is damaged, or it was trained on another feature layout.
+    Errors   ModelError where it is not one, is damaged, or was trained on another feature layout.
     """
     for name in (CONFIG_FILE, METRICS_FILE, WEIGHTS_FILE, WINDOWS_FILE, TRAINING_WINDOWS_FILE):
         if not (checkpoint / name).is_file():
@@ -96,7 +95,7 @@ def load(checkpoint: Path) -> Checkpoint:
                          do='train again with this version.')
     try:
         model = ShopperModel(remake(description), tiers, refund)
-    except Exception as error:      # what transformers says of a configuration that is none has no common base
+    except Exception as error:      # transformers' errors about a wrong configuration have no common base
         raise _damaged(checkpoint, error) from error
     if odd := weights.keys() ^ _weights(model).keys():
         raise _damaged(checkpoint, f'weights that are missing or belong to nothing: {", ".join(sorted(odd)[:3])}')
@@ -114,7 +113,7 @@ def some_windows(examples: Examples) -> dict[int, dict[str, Tensor]]:
 
 
 def some_training_windows(examples: Examples, seed: int) -> dict[int, dict[str, Tensor]]:
-    """Windows drawn from all users' moments, some of each length that occurs: they should be like the rest."""
+    """Training windows of each length that occurs, drawn from the snapshots of all users."""
     drawn = np.random.default_rng(seed).permutation(len(examples))
     length = np.asarray(LENGTHS)[np.searchsorted(LENGTHS, np.diff(examples.inputs.starts)[drawn])]
     rows = [(int(bucket), drawn[length == bucket][:_KEPT_TRAINING_WINDOWS]) for bucket in LENGTHS]
@@ -130,7 +129,7 @@ def _first_of_each_length(found: Iterable[Batch]) -> dict[int, dict[str, Tensor]
 
 
 def _weights(model: ShopperModel) -> dict[str, Tensor]:
-    """Weights and buffers by name, each once: some pretrained models have two names for their embeddings."""
+    """Weights and buffers by name, each once: some pretrained models name their embeddings twice."""
     found: dict[str, Tensor] = {}
     places = set()
     for name, tensor in model.state_dict().items():
@@ -141,7 +140,7 @@ def _weights(model: ShopperModel) -> dict[str, Tensor]:
 
 
 def _windows(flat: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-    """Batches by length. Errors: ValueError where they are none."""
+    """Batches by length. Errors: ValueError where the shapes are wrong."""
     windows: dict[int, dict[str, Tensor]] = {}
     for key, tensor in flat.items():
         length, name = key.split('.')

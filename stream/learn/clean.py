@@ -1,25 +1,23 @@
-"""What a model learns from, cleaned: steps that are switched on by name, in this order.
+"""Cleaning of what a model learns from. Each step is switched on by name; they run in this order.
 
-    duplicates     of a user's purchases and refunds that say the same of one time the first counts (that the same event
-                   is read twice is no matter: its key tells)
-    cancellations  a refund, and the newest purchase before it of the same item and amount that no other refund took
-                   back: neither of them happened. A refund without its purchase stays, and so do returns of a part
-    outliers       an amount far beyond those of the training users' purchases counts as much as the bound
-    wholesalers    training users far beyond the others in what they spend or in how many lines they buy: nobody learns
-                   from them
+    duplicates     of identical purchases or refunds of a user at one time, only the first counts (an event that is read
+                   twice counts once in any case, by its key)
+    cancellations  a refund and the newest earlier purchase of the same item and amount that no other refund has taken:
+                   both are removed. Refunds without a purchase stay, and so do partial ones
+    outliers       an amount far above those of the training users' purchases is cut to the bound
+    wholesalers    training users who spend far more, or buy far more lines, than the others are not learned from
 
-Only labels, and who is learned from, are cleaned. The worker scores everybody from all that was recorded: it cannot
-know that an order will be taken back, and must not forget a user. So windows and counters stay as they were recorded,
-in training as in serving, and so do the answers by which a model is judged, in the test of `stream train` as in
-`stream compare`: a cleaned model is measured by what really happened. After `cancellations` it foretells purchases that
-last, and gives too small a chance to purchases of any kind.
+Only the labels and the choice of training users are cleaned. Windows and counters stay as recorded, in training as in
+serving: the worker cannot know that an order will be cancelled, and must not forget a user. The labels that judge a
+model stay as recorded too, in `stream train` and in `stream compare`. After `cancellations` a model predicts purchases
+that last, so its probabilities of any purchase are too low.
 
-Bounds are fitted on the training users, by what was known. A purchase of the last days may yet be taken back: nobody
-knows. Who is a wholesaler is known at the end alone, so dropping them looks ahead: the moments before somebody became
-one are missed. That is why no step is on by default.
+Bounds are fitted on the training users and past events. Recent purchases may still be cancelled. Who is a wholesaler is
+known only at the end, so dropping them looks ahead: their earlier snapshots are missing. This is why every step is off
+by default.
 
-Far beyond: a modified z-score of the logarithm above 3.5. Source: Iglewicz, Hoaglin (1993), "How to Detect and Handle
-Outliers".
+"Far above" is a modified z-score of the logarithm above 3.5. Source: Iglewicz, Hoaglin (1993), "How to Detect and
+Handle Outliers".
 """
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -32,19 +30,19 @@ from stream.errors import UsageError
 from stream.learn.dataset import History
 
 Z_MAX = 3.5
-_NORMAL_MAD = 0.6745        # of a normal distribution the median distance to the median is so many deviations
+_NORMAL_MAD = 0.6745        # median absolute deviation of a normal distribution, in standard deviations
 _MONEY = (EventType.PURCHASE, EventType.REFUND)
 
 
 @dataclass(frozen=True)
 class Removed:
-    """What a step took away.
+    """What a step removed.
 
-    lines          purchases and refunds that are gone, or whose amount was cut
-    users          whose they were
-    money          that is gone, purchases and refunds alike, in the currency of the events
-    money_share    of all money of the training users before the step
-    bound          in words, where there is one
+    lines          purchases and refunds that were removed, or whose amount was cut
+    users          users with such lines
+    money          the amount removed, purchases and refunds alike, in the currency of the events
+    money_share    its share of all money of the training users before the step
+    bound          in words, if there is one
     """
 
     step: str
@@ -57,11 +55,11 @@ class Removed:
 
 @dataclass(frozen=True)
 class Cleaned:
-    """What to learn from.
+    """Cleaned training data.
 
-    history  for labels only: the same users, fewer or smaller purchases and refunds
-    users    to learn from
-    removed  by each step, ready for JSON
+    history  for labels only: the same users, with fewer or smaller purchases and refunds
+    users    the users to learn from
+    removed  what each step removed, ready for JSON
     """
 
     history: History
@@ -70,18 +68,18 @@ class Cleaned:
 
 
 def steps_of(names: str) -> tuple[str, ...]:
-    """Names with commas between them, as steps in their order. Errors: UsageError where one is no step."""
+    """Cleaning steps from a comma-separated list, in their order. Errors: UsageError where a name is no step."""
     asked = {name.strip() for name in names.split(',') if name.strip()}
     if unknown := asked - STEPS.keys():
-        raise UsageError(f'{", ".join(sorted(unknown))} is no step of cleaning.', do=f'choose of {", ".join(STEPS)}.')
+        raise UsageError(f'{", ".join(sorted(unknown))} is no step of cleaning.', do=f'choose from {", ".join(STEPS)}.')
     return tuple(step for step in STEPS if step in asked)
 
 
 def clean(history: History, users: Iterable[int], steps: Sequence[str], known_until_ms: int) -> Cleaned:
-    """Take these steps, one after the other.
+    """Run these steps, one after the other.
 
-    users    the training users, places in the history; what others did is not looked at
-    Promise  nothing at or after `known_until_ms` is looked at, and the history given is as it was.
+    users    the training users, as indices into the history; the other users do not matter
+    Promise  events at or after `known_until_ms` do not matter, and `history` is not changed.
     """
     kept, removed = list(users), []
     if not steps:
@@ -98,17 +96,17 @@ def clean(history: History, users: Iterable[int], steps: Sequence[str], known_un
 
 
 def in_words(removed: dict) -> str:
-    """What a step took away, of `Cleaned.removed`, as a sentence without a stop."""
+    """An entry of `Cleaned.removed` as a sentence without a full stop."""
     lines = f'{removed["lines"]:,} {"line" if removed["lines"] == 1 else "lines"}'
     return (f'{removed["step"]}: {lines} of {removed["users"]:,} training users, {removed["money_share"]:.1%} of their '
             'money' + (f' (beyond {removed["bound"]})' if removed['bound'] else ''))
 
 
 def duplicates(history: History, users: list[int]) -> tuple[History, list[int], Removed]:
-    """Of purchases and refunds that say the same, the first one."""
+    """Keep the first of identical purchases and refunds."""
     def kept(events: list[Event]) -> list[Event]:
         said: dict[tuple, int] = {}
-        # What says the same under the same key is the same event, and counts once in any case.
+        # Identical lines with the same key are one event, which counts once in any case.
         return [event for event in events if event.type not in _MONEY or said.setdefault(
             (event.ts_ms, event.type, event.item, event.category, event.basket, event.amount, event.rating),
             event.key) == event.key]
@@ -117,7 +115,7 @@ def duplicates(history: History, users: list[int]) -> tuple[History, list[int], 
 
 
 def cancellations(history: History, users: list[int]) -> tuple[History, list[int], Removed]:
-    """Pairs of a refund and its purchase gone."""
+    """Remove pairs of a refund and its purchase."""
     def kept(events: list[Event]) -> list[Event]:
         open_places: dict[tuple, list[int]] = defaultdict(list)
         gone, keys = set(), set()
@@ -131,14 +129,14 @@ def cancellations(history: History, users: list[int]) -> tuple[History, list[int
                 same.append(place)
             elif same:
                 gone |= {place, same.pop()}
-        taken = {events[place].key for place in gone}       # a repeat of what is gone would count instead
+        taken = {events[place].key for place in gone}       # a repeat of a removed event would count instead
         return [event for event in events if event.key not in taken]
 
     return _without_lines('cancellations', history, users, kept)
 
 
 def outliers(history: History, users: list[int]) -> tuple[History, list[int], Removed]:
-    """Amounts beyond the bound cut to it."""
+    """Cut amounts above the bound to it."""
     amounts = np.array([event.amount for user in users for event in history.events[user]
                         if event.type == EventType.PURCHASE and event.amount > 0])
     bound = _bound(amounts)
@@ -156,7 +154,7 @@ def outliers(history: History, users: list[int]) -> tuple[History, list[int], Re
 
 
 def wholesalers(history: History, users: list[int]) -> tuple[History, list[int], Removed]:
-    """Nobody learns from users beyond the bounds."""
+    """Drop training users above the bounds."""
     bought = {user: [event.amount for event in history.events[user] if event.type == EventType.PURCHASE]
               for user in users}
     spend, lines = (np.array([measure(amounts) for amounts in bought.values()], float) for measure in (sum, len))
@@ -187,7 +185,7 @@ def _without_lines(step: str, history: History, users: list[int], kept: Callable
 
 
 def _bound(amounts: np.ndarray) -> float:
-    """Whatever is above it is far beyond the others; infinite where half of them are equal, or there is none."""
+    """The bound above which an amount is an outlier; infinite if half of the amounts are equal, or there is none."""
     if not len(amounts):
         return float('inf')
     logs = np.log(amounts)

@@ -1,21 +1,18 @@
-"""Recorded events become examples: what the worker would have known at a moment, and what came after it.
+"""Recorded events to training examples: what the worker would have known at a time, and what happened after it.
 
-    events -> History, user by user -> folded as the worker folds, packed at moments -> snapshots and labels
+    events -> History, user by user -> folded as the worker folds, packed as of a time -> snapshots and labels
 
-A moment is a cut-off (a time that is the same for everybody: what was known just before it), or a time at which the
-worker scores a user: right after one of the user's events, or when a silence timer is due. The snapshot is packed while
-the events are folded, so nothing later than the moment can be in it; the labels look only at what is not earlier than a
-cut-off, or later than another moment.
+A snapshot is taken at a cut-off (a time that is the same for all users; only earlier events are known), or at a time at
+which the worker scores a user: right after an event, or when a silence timer is due. Snapshots are packed while the
+events are folded, so they hold nothing later. Labels count events from a cut-off on, or after any other time.
 
-    bought    float32 [N, len(HORIZON_DAYS)]  1: a purchase within so many days after the moment
+    bought    float32 [N, len(HORIZON_DAYS)]  1: a purchase within so many days
     refunded  float32 [N]                     1: a refund within REFUND_DAYS
-    spent     float32 [N, len(HORIZON_DAYS)]  purchases less refunds within so many days after it, never below 0; where
-                                              the recording has no prices, the number of purchases
+    spent     float32 [N, len(HORIZON_DAYS)]  purchases less refunds within so many days, never below 0; the number of
+                                              purchases if the recording has no prices
 
-What is bought next (`bought_next`) is asked for apart, by whoever ranks items and categories.
-
-A label is NaN where its days reach beyond what is known (`known_until_ms`): a horizon that is not settled teaches
-nothing, not even the purchases that were seen already.
+A label is NaN while its days are not over (`known_until_ms`). Such a horizon is not settled and teaches nothing, not
+even the purchases seen so far. `bought_next` gives the labels of the ranking: what is bought next.
 """
 import enum
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,11 +23,11 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from stream.core.events import Decoder, Event, EventRules, EventType, Refusal
-from stream.core.features import COUNTER_NAMES, Features, Snapshots, features
+from stream.core.features import Features, Snapshots, features
 from stream.core.layout import DAY_MS, Fold, WindowLimits
 from stream.core.user import User, clock_ms, fire_timer, fold, pack_header
 from stream.errors import UsageError
-from stream.learn.bounds import Count, NotNegative
+from stream.learn.options import Count, NotNegative
 
 HORIZON_DAYS = (1, 7, 30, 90, 273)
 INTENT, CHURN = HORIZON_DAYS.index(7), HORIZON_DAYS.index(30)     # the horizons that the worker publishes
@@ -44,12 +41,12 @@ SESSION_GAP_MS = 30 * 60_000        # a longer pause ends a session
 Parts = tuple[bytes, bytes, bytes]      # header, days, rows: what `Snapshots.join` joins
 
 
-class Kind(enum.IntEnum):
-    """Where in a user's life a moment lies."""
+class SnapshotKind(enum.IntEnum):
+    """Why a snapshot was taken at its time."""
 
-    CUTOFF = 0          # at a time that is not the user's
-    EVENT = 1           # after an event, with the session going on
-    SESSION_END = 2     # after the last event of a session
+    CUTOFF = 0          # a time that is the same for all users
+    EVENT = 1           # an event, and the session goes on
+    SESSION_END = 2     # the last event of a session
     TIMER = 3           # a silence timer is due
 
 
@@ -58,9 +55,9 @@ class History:
     """All events of a recording.
 
     user_ids   of U users
-    events     of each of them, in the order in which the worker would read them
-    refused    records that were no events
-    priced     whether any purchase has an amount: without, there is no money to foretell
+    events     of each user, in the order in which the worker would read them
+    refused    records that are no valid events
+    priced     whether any purchase has an amount; without, spend cannot be predicted
     """
 
     user_ids: list[str]
@@ -74,19 +71,18 @@ class History:
         return sum(map(len, self.events))
 
     def before(self, ts_ms: int) -> 'History':
-        """What was known just before a time. Errors: UsageError if that is nothing."""
+        """The events before a time. Errors: UsageError if there are none."""
         return history_of({user_id: kept for user_id, events in zip(self.user_ids, self.events, strict=True)
                            if (kept := [event for event in events if event.ts_ms < ts_ms])}, self.refused)
 
 
 @dataclass(frozen=True)
 class ExampleOptions:
-    """Which moments are taken.
+    """Which snapshots to take.
 
-    cutoffs_per_user  at most so many of the daily cut-offs since a user's first event, drawn for each user
-    moments_per_user  so many of the users' own moments, on average over users: each is kept with the same chance. A
-                      fixed number of each user's would let the choice look ahead: of a short life it would keep a
-                      larger share, so that being asked would tell the label
+    cutoffs_per_user  at most so many daily cut-offs per user, drawn from those after the user's first event
+    moments_per_user  mean number of scoring times per user. Each is kept with the same probability. A fixed number
+                      per user would look ahead: it would keep a larger share of a short life, and so leak the label
     """
 
     cutoffs_per_user: Count = 100
@@ -95,7 +91,7 @@ class ExampleOptions:
 
 @dataclass(frozen=True)
 class Labels:
-    """What came after each of N moments; see the module's docstring."""
+    """The labels of N snapshots; see the module's docstring."""
 
     bought: np.ndarray
     refunded: np.ndarray
@@ -109,11 +105,11 @@ class Labels:
 
 @dataclass(frozen=True)
 class Examples:
-    """N moments.
+    """N snapshots with features and labels.
 
-    snapshots  what was known; `inputs` are its features
-    kind       int8 [N], see Kind
-    user       int64 [N], places in the history's `user_ids`
+    snapshots  what was known; `inputs` are their features
+    kind       int8 [N], see SnapshotKind
+    user       int64 [N], indices into the history's `user_ids`
     """
 
     snapshots: Snapshots
@@ -132,13 +128,9 @@ class Examples:
 
     @property
     def active(self) -> np.ndarray:
-        """bool [N]: bought within the ACTIVE_DAYS before the moment."""
+        """bool [N]: bought within the ACTIVE_DAYS before the snapshot."""
         header = self.snapshots.headers
         return (header['orders'] > 0) & (self.as_of_ms - header['last_order_ms'] <= ACTIVE_DAYS * DAY_MS)
-
-    def counter(self, name: str) -> np.ndarray:
-        """One named counter column, float32 [N], as the model sees it."""
-        return self.inputs.counters[:, COUNTER_NAMES.index(name)]
 
 
 def read(values: Iterable[bytes], rules: EventRules) -> History:
@@ -174,31 +166,31 @@ def history_of(by_user: dict[str, list[Event]], refused: int = 0) -> History:
 
 
 def tier_of(spend: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Tier of each spend, int64: 0 for nothing, else 1 + the number of edges at or below it; -1 where it is NaN."""
+    """Tier of each spend, int64: 0 for no spend, else 1 + the number of edges at or below it; -1 for NaN."""
     tiers = np.where(spend > 0, 1 + np.searchsorted(edges, spend, side='right'), 0)
     return np.where(np.isnan(spend), -1, tiers).astype(np.int64)
 
 
 def part_of(user_id: str, shares: Sequence[float], seed: int) -> int:
-    """Which part of all users, cut by `shares` (the last part is the rest), a user is in: by a hash of the id, so that
-    it does not depend on who else is there."""
+    """The part of the users that a user belongs to. `shares` are the parts' sizes; the last part is the rest. A hash of
+    the id decides, so it does not depend on the other users."""
     place = xxh3_64_intdigest(user_id.encode(), seed=seed) / 2**64
     return int(np.searchsorted(np.cumsum(shares), place, side='right'))
 
 
 def at_time(history: History, users: Iterable[int], at_ms: int, limits: WindowLimits, known_until_ms: int) -> Examples:
-    """Every one of `users` who was seen before a time, as of it."""
-    return _examples(history, [(user, Kind.CUTOFF, at_ms, parts) for user in users
+    """A snapshot as of a time of each of `users` who was seen before it."""
+    return _examples(history, [(user, SnapshotKind.CUTOFF, at_ms, parts) for user in users
                                for _, parts in at_cutoffs(history.events[user], [at_ms], limits)], known_until_ms)
 
 
 def sample(history: History, users: Iterable[int], first_ms: int, known_until_ms: int, options: ExampleOptions,
            limits: WindowLimits, seed: int, told: History | None = None) -> Examples:
-    """A seeded sample of moments, user by user, from `first_ms` to the last one that settles the shortest horizon.
+    """A seeded sample of snapshots, user by user, from `first_ms` to the last time that settles the shortest horizon.
 
-    told     the same users with the events that labels are made of; None: the history itself
-    Promise  whether a moment is taken does not depend on anything later than it.
-    Errors   UsageError if nobody has a moment.
+    told     the same users with the events that make the labels; None: `history` itself
+    Promise  whether a snapshot is taken does not depend on anything later.
+    Errors   UsageError if there is no snapshot.
     """
     chosen = list(users)
     last_ms = known_until_ms - HORIZON_DAYS[0] * DAY_MS
@@ -212,24 +204,26 @@ def sample(history: History, users: Iterable[int], first_ms: int, known_until_ms
         later = grid[grid > events[0].ts_ms]
         drawn = later if len(later) <= options.cutoffs_per_user else np.sort(
             rng.choice(later, options.cutoffs_per_user, replace=False))
-        found += [(user, Kind.CUTOFF, at_ms, parts) for at_ms, parts in at_cutoffs(events, drawn.tolist(), limits)]
+        found += [(user, SnapshotKind.CUTOFF, at_ms, parts)
+                  for at_ms, parts in at_cutoffs(events, drawn.tolist(), limits)]
         if chance > 0:
-            own += [(user, kind, as_of_ms, _packed(state)) for kind, as_of_ms, state
-                    in moments(events, limits, last_ms) if first_ms <= as_of_ms <= last_ms and rng.random() < chance]
-    wanted = round(options.moments_per_user * len(chosen))
-    if len(own) > wanted:       # where users have few events, there are more timers than events
-        kept = np.random.default_rng(seed).choice(len(own), wanted, replace=False)
+            own += [(user, kind, as_of_ms, _packed(state))
+                    for kind, as_of_ms, state in scoring_times(events, limits, last_ms)
+                    if first_ms <= as_of_ms <= last_ms and rng.random() < chance]
+    most = round(options.moments_per_user * len(chosen))
+    if len(own) > most:       # where users have few events, there are more timers than events
+        kept = np.random.default_rng(seed).choice(len(own), most, replace=False)
         own = [own[place] for place in np.sort(kept)]
     found = sorted(found + own, key=lambda moment: moment[0])       # user by user
     if not found:
-        raise UsageError('Nobody has a past and a settled day after it.', do='use a longer recording, or more users.')
+        raise UsageError('No user has events followed by a settled day.', do='use a longer recording, or more users.')
     return _examples(told or history, found, known_until_ms)
 
 
 def at_cutoffs(events: list[Event], cutoffs_ms: list[int], limits: WindowLimits) -> Iterator[tuple[int, Parts]]:
-    """The user as of each cut-off (ascending) that comes after the first event: folded from the events before it.
+    """The user as of each cut-off (ascending) after the first event: the events before it, folded.
 
-    Timers, which tell nothing to the model, do not fire here: a run of events is folded at once.
+    Timers do not fire here: the model does not see them, and events can be folded in runs.
     """
     timeless = WindowLimits(limits.events_max, limits.span_ms, ())
     user, place = User(events[0].user_id), 0
@@ -243,32 +237,32 @@ def at_cutoffs(events: list[Event], cutoffs_ms: list[int], limits: WindowLimits)
             yield cutoff_ms, _packed(user)
 
 
-def moments(events: list[Event], limits: WindowLimits, until_ms: int) -> Iterator[tuple[Kind, int, User]]:
-    """Every moment at which the worker could score this user: its kind, its as-of time in ms, and the user as of then.
+def scoring_times(events: list[Event], limits: WindowLimits, until_ms: int) -> Iterator[tuple[SnapshotKind, int, User]]:
+    """Every time at which the worker could score this user: the kind, the time in ms, and the user as of then.
 
-    The user goes on changing: whoever wants to keep it packs it before asking for the next moment.
+    The same user object changes from one time to the next: pack it before asking for the next one.
     """
     user = User(events[0].user_id)
     for place, event in enumerate(events):
         while user.due_ms and user.due_ms <= event.ts_ms:
-            yield Kind.TIMER, fire_timer(user, limits), user
+            yield SnapshotKind.TIMER, fire_timer(user, limits), user
         event.offset = place
         if fold(user, [event], limits) == [Fold.APPLIED]:
             last = place + 1 == len(events) or events[place + 1].ts_ms - event.ts_ms > SESSION_GAP_MS
-            yield Kind.SESSION_END if last else Kind.EVENT, clock_ms(user, limits), user
+            yield SnapshotKind.SESSION_END if last else SnapshotKind.EVENT, clock_ms(user, limits), user
     while user.due_ms and user.due_ms <= until_ms:
-        yield Kind.TIMER, fire_timer(user, limits), user
+        yield SnapshotKind.TIMER, fire_timer(user, limits), user
 
 
 def _packed(user: User) -> Parts:
     return pack_header(user), bytes(user.days), bytes(user.rows)
 
 
-def outcomes(events: list[Event], asked: Sequence[tuple[Kind, int]], known_until_ms: int,
+def outcomes(events: list[Event], asked: Sequence[tuple[SnapshotKind, int]], known_until_ms: int,
              priced: bool = True) -> np.ndarray:
-    """float64 [moments, 2 * horizons + 1]: bought within each horizon, refunded, spent within each; NaN: not settled.
+    """float64 [snapshots, 2 * horizons + 1]: bought within each horizon, refunded, spent within each; NaN: not settled.
 
-    asked   kind and time in ms of each moment; an event at the very time of a cut-off comes after it
+    asked   kind and time in ms of each snapshot; an event at the time of a cut-off comes after it
     """
     money = list({event.key: event for event in reversed(events)      # reversed: of a repeat the first one counts
                   if event.type in (EventType.PURCHASE, EventType.REFUND)}.values())
@@ -279,8 +273,8 @@ def outcomes(events: list[Event], asked: Sequence[tuple[Kind, int]], known_until
     refund = len(HORIZON_DAYS)          # its column
     rows = np.empty((len(asked), len(days)))
     for row, (kind, as_of_ms) in zip(rows, asked, strict=True):
-        # What is at the time of a cut-off is not before it: as if the moment were 1 ms earlier.
-        ahead_ms = ts_ms - (as_of_ms - 1 if kind == Kind.CUTOFF else as_of_ms)
+        # An event at the time of a cut-off comes after it, as if the cut-off were 1 ms earlier.
+        ahead_ms = ts_ms - (as_of_ms - 1 if kind == SnapshotKind.CUTOFF else as_of_ms)
         after = ahead_ms > 0
         next_ms = np.min(ahead_ms[after & bought], initial=np.iinfo(np.int64).max)
         refund_ms = np.min(ahead_ms[after & ~bought], initial=np.iinfo(np.int64).max)
@@ -292,9 +286,9 @@ def outcomes(events: list[Event], asked: Sequence[tuple[Kind, int]], known_until
 
 
 def bought_next(history: History, examples: Examples, column: str, known_until_ms: int) -> list[np.ndarray | None]:
-    """For each moment the hashes of what is bought within NEXT_DAYS after it, ascending, each once; None: not settled.
+    """For each snapshot the hashes of what is bought within NEXT_DAYS, ascending, each once; None: not settled.
 
-    column   'item' or 'category', as events call their hashes; an event without one says nothing
+    column   'item' or 'category': the attribute of events that holds the hash
     """
     bought: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for user in np.unique(examples.user).tolist():
@@ -310,14 +304,14 @@ def bought_next(history: History, examples: Examples, column: str, known_until_m
             rows.append(None)
             continue
         ts_ms, hashes = bought[user]
-        # What is at the time of a cut-off comes after it; see `outcomes`.
-        first, last = np.searchsorted(ts_ms, [as_of_ms, until_ms] if kind == Kind.CUTOFF
+        # An event at the time of a cut-off comes after it; see `outcomes`.
+        first, last = np.searchsorted(ts_ms, [as_of_ms, until_ms] if kind == SnapshotKind.CUTOFF
                                       else [as_of_ms + 1, until_ms + 1])
         rows.append(np.unique(hashes[first:last]))
     return rows
 
 
-def _examples(told: History, found: list[tuple[int, Kind, int, Parts]], known_until_ms: int) -> Examples:
+def _examples(told: History, found: list[tuple[int, SnapshotKind, int, Parts]], known_until_ms: int) -> Examples:
     if not found:
         raise UsageError('No user was seen before that time.', do='name a later time.')
     users, kinds, as_of_ms, parts = zip(*found, strict=True)

@@ -1,13 +1,13 @@
-"""Events in, a calibrated model out: read from top to bottom.
+"""Events in, a calibrated model out. Read from top to bottom.
 
-    1 examples     what was known at a moment, and what came after (stream.learn.dataset)
+    1 examples     snapshots of what was known, and what came after (stream.learn.dataset)
     2 counters     the linear branch, to its optimum
-    3 start        the backbone from another checkpoint, or pretrained, where that is asked for (stream.learn.pretrain)
-    4 window       the backbone on all tasks, by itself or taught by larger ones (stream.learn.distil); the best epoch
-                   by validation loss is kept (stream.learn.passes)
-    5 heads        those that matter least are cut out, where that is asked for (stream.learn.prune)
-    6 calibration  the branches mixed, probabilities made honest (stream.learn.calibrate)
-    7 ranking      what is bought next (stream.learn.ranking.ranker); what is learnt above does not change
+    3 start        the backbone from another checkpoint, or pretrained, if asked for (stream.learn.pretrain)
+    4 window       the backbone on all tasks, alone or distilled from larger models (stream.learn.compress); the best
+                   epoch by validation loss is kept (stream.learn.epochs)
+    5 heads        the least important attention heads are removed, if asked for (stream.learn.compress)
+    6 calibration  the branches mixed, outputs calibrated into probabilities (stream.learn.calibrate)
+    7 ranking      what is bought next (stream.learn.ranking.ranker); it does not change the weights above
 
 One thread and deterministic kernels throughout: on one machine the same options give the same weights.
 """
@@ -25,12 +25,20 @@ from torch import Tensor
 from stream.core.features import padded
 from stream.core.layout import DAY_MS, WindowLimits
 from stream.errors import UsageError
-from stream.learn.backbones import BackboneOptions, EncoderOptions, EventsBackbone, make_backbone
-from stream.learn.backbones import check as check_backbone
-from stream.learn.bounds import Count, NotNegative, Part, PartOrAll, Positive, Share
+from stream.learn.backbones import BackboneOptions, EncoderOptions, EventsBackbone, check_backbone, make_backbone
 from stream.learn.calibrate import SETTLED_ROWS_MIN, calibrate
 from stream.learn.clean import clean
 from stream.learn.clean import in_words as cleaning_in_words
+from stream.learn.compress import (
+    DistilOptions,
+    attentions,
+    cut,
+    expected_losses,
+    importance,
+    kept_heads,
+    mean_logits,
+    teacher_options,
+)
 from stream.learn.dataset import (
     HORIZON_DAYS,
     SPEND_DAYS,
@@ -41,14 +49,13 @@ from stream.learn.dataset import (
     sample,
     tier_of,
 )
-from stream.learn.distil import DistilOptions, expected_losses, mean_logits, teacher_options
+from stream.learn.epochs import Rated, Run, device, mixed_precision, reproducible, run_epochs, shuffled
 from stream.learn.model import ShopperModel, losses, mu_and_sigma
-from stream.learn.passes import Course, Rated, device, improve, mixed_precision, reproducible, shuffled
+from stream.learn.options import Count, NotNegative, Part, PartOrAll, Place, Positive, Share, names_of
 from stream.learn.pretrain import PretrainOptions, pretrain, reads_text, start_from
-from stream.learn.prune import attentions, cut, importance, kept_heads
 from stream.learn.ranking.ranker import RankerOptions, Recommender, fit_recommender
 from stream.learn.text.tuning import learning_rate, pretrained
-from stream.learn.training_log import NO_JOURNAL, Journal
+from stream.learn.training_log import NO_LOG, TrainingLog
 from stream.scoring.artefact import ROWS_MAX
 
 TEXT_ROWS_MAX = 16      # a text has several times as many tokens as a window has slots, and its reader is large
@@ -59,25 +66,25 @@ _SOON = HORIZON_DAYS.index(30)
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How to learn.
+    """How to train.
 
     clean             steps of `stream.learn.clean`
-    examples_max      moments of training at most: fewer cut-offs are drawn of each user where there are many users
-    validation_share  of the users, for the best epoch and the mixing of the branches
-    tiers             tiers of spend: 0 is nothing, the others are equally many of those who spend
-    refund            whether it learns the risk head: a refund or a cancelled order, for service and never for credit
-    rows_per_epoch    moments drawn for each pass
-    learning_rate     at its peak, after the first `warmup_share` of all steps; a cosine to 0 follows; pretrained
-                      weights have one of their own
+    examples_max      most training snapshots: with many users, fewer cut-offs are drawn per user
+    validation_share  share of the users held out to choose the best epoch and the mix of the branches
+    tiers             tiers of spend: 0 is no spend, the others hold equally many of those who spend
+    refund            whether to train the refund head: refunds and cancelled orders, for service and never for credit
+    rows_per_epoch    snapshots drawn for each epoch
+    learning_rate     its peak, after the first `warmup_share` of all steps; a cosine to 0 follows. Pretrained weights
+                      have their own
     clip_norm         longest gradient
     patience          epochs without a better validation loss before training stops
-    counters_decay    the linear branch's ridge: so many rows' worth of evidence for a weight of 0
+    counters_decay    ridge of the linear branch, in rows of evidence for a weight of 0
     ranker            how to learn what is bought next
-    task_weights      factors of the losses
-    start_from        folder of a checkpoint whose backbone of events this one starts from
-    pretrain          what the backbone of events learns without labels before
-    distil            who teaches the window's branch
-    heads_kept        share of the attention heads that are not cut out
+    task_weights      weights of the tasks' losses
+    start_from        folder of a checkpoint whose `events` backbone is the start
+    pretrain          what the `events` backbone learns first, without labels
+    distil            the teachers of the window branch
+    heads_kept        share of the attention heads that are kept
     """
 
     seed: int = 7
@@ -107,18 +114,29 @@ class FitOptions:
     heads_kept: PartOrAll = 1.0
 
 
+# Flags of their own set these.
+_FLAGS = {('seed',), ('clean',), ('tiers',), ('refund',), ('start_from',), ('pretrain', 'objectives'),
+          ('backbone', 'name'), ('backbone', 'source'), ('backbone', 'tuning'), ('backbone', 'catalogue')}
+_QUALIFIED = ('task_weights', 'ranker', 'pretrain')     # their fields' names alone say too little
+
+
+def option_names() -> dict[str, Place]:
+    """The options that `--fit` can set: the place of each in FitOptions by its name."""
+    return names_of(FitOptions(pretrain=PretrainOptions({})), _FLAGS, _QUALIFIED)
+
+
 @dataclass(frozen=True)
 class Fitted:
     """A trained model.
 
     tier_edges   float64 [tiers - 2]: the lower bounds of tiers 2 and up, in spend of 90 days
-    epochs       of each pass the losses: train, validation, and validation of each task
-    data         the examples that it saw, those of the validation users included
-    pretraining  of each pass without labels the losses
-    users        whom it has learned from, places in the history
-    removed      by each step of cleaning, ready for JSON (stream.learn.clean)
-    validation   loss of the validation users, both branches together
-    recommender  None where the purchases name nothing, or it was not asked for
+    epochs       losses of each epoch: train, validation, and validation of each task
+    data         the examples, including those of the validation users
+    pretraining  losses of each epoch of pretraining
+    users        the users it was trained on, as indices into the history
+    removed      what each cleaning step removed, ready for JSON (stream.learn.clean)
+    validation   loss on the validation users, both branches together
+    recommender  None if the purchases name no items or categories, or it was not asked for
     """
 
     model: ShopperModel
@@ -134,22 +152,22 @@ class Fitted:
 
 
 def fit(history: History, users: Iterable[int], known_until_ms: int, options: FitOptions, limits: WindowLimits,
-        console: Console, journal: Journal = NO_JOURNAL,
-        after_pass: Callable[[int, float], None] | None = None, ranked: bool = True) -> Fitted:
+        console: Console, log: TrainingLog = NO_LOG,
+        after_epoch: Callable[[int, float], None] | None = None, ranked: bool = True) -> Fitted:
     """Train on these users with labels that are settled before `known_until_ms`.
 
-    journal     where states to go on from, and curves, are kept
-    after_pass  is told the number of each pass and its validation loss; what it raises ends the training
-    ranked      whether what is bought next is learnt too, which takes some seconds more
+    log          where to keep states and curves
+    after_epoch  gets the number of each epoch and its validation loss; what it raises ends the training
+    ranked       whether to train the ranking too, which takes some seconds more
     Errors   UsageError where the events hold nothing to learn from.
-    Promise  on one machine the same options give the same weights, cut off and gone on (journal) or not.
+    Promise  on one machine the same options give the same weights, interrupted and resumed (log) or not.
     """
     with reproducible(options.seed):
-        return _fit(history, list(users), known_until_ms, options, limits, console, journal, after_pass, ranked)
+        return _fit(history, list(users), known_until_ms, options, limits, console, log, after_epoch, ranked)
 
 
-def check(options: FitOptions) -> None:
-    """Errors: UsageError or ModelError where there is no such backbone, or it cannot start so; quick."""
+def check_fit(options: FitOptions) -> None:
+    """Check the options before data is read. Errors: UsageError or ModelError where they cannot work."""
     check_backbone(options.backbone, options.encoder)
     if options.start_from is None and options.pretrain is None:
         return
@@ -160,7 +178,7 @@ def check(options: FitOptions) -> None:
 
 
 def _fit(history: History, users: list[int], known_until_ms: int, options: FitOptions, limits: WindowLimits,
-         console: Console, journal: Journal, after_pass: Callable[[int, float], None] | None,
+         console: Console, log: TrainingLog, after_epoch: Callable[[int, float], None] | None,
          ranked: bool) -> Fitted:
     # 1 examples
 
@@ -190,44 +208,44 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
                         in zip(HORIZON_DAYS, (~np.isnan(bought)).mean(0), strict=True))
     console.print(f'  {len(data):,} moments of {len(np.unique(data.user)):,} users; settled: {settled}')
 
-    pupils, teachers = sorted(set(users) - set(held_users)), []
+    students, teachers = sorted(set(users) - set(held_users)), []
     for place in range(options.distil.teachers):
         console.print(f'  teacher {place + 1} of {options.distil.teachers}')
         larger = teacher_options(options, place)
-        teachers.append(fit(history, pupils, known_until_ms, larger, limits, console, ranked=False).model)
+        teachers.append(fit(history, students, known_until_ms, larger, limits, console, ranked=False).model)
 
     # 2 counters
 
     model = ShopperModel(make_backbone(options.backbone, options.encoder), options.tiers, options.refund)
     counters = torch.from_numpy(data.inputs.counters)
-    # Of one year, its phase is but another name of the time since the recording began.
+    # Within one year, the phase of the year only says how long ago the recording began.
     ignored = YEAR if known_until_ms - history.start_ms < YEARS_MIN * 365 * DAY_MS else ()
-    model.counters.fit_normal(counters[~held_out], ignored)
+    model.counters.fit_normal(counters[torch.from_numpy(~held_out)], ignored)
     _fit_counters(model, counters, labels, ~held_out, options)
     if options.heads_kept < 1:
-        attentions(model.backbone)      # an error now, not after the training
+        attentions(model.backbone)      # fail now, not after the training
         if options.backbone.tuning == 'prefix':
-            raise UsageError('The prefix has keys and values for each head: none can be cut out.',
-                             do='keep all heads, or tune the backbone in another way.')
+            raise UsageError('The prefix has keys and values for each head, so no head can be removed.',
+                             do='keep all heads, or choose another tuning.')
 
     # 3 start
 
     where = device()
     model.to(where)
-    journal = journal.of(options, data.inputs.categories, data.inputs.numbers, bought, spend, held_out)
+    log = log.of(options, data.inputs.categories, data.inputs.numbers, bought, spend, held_out)
     if options.start_from is not None:
         start_from(model.backbone, Path(options.start_from))
     pretraining = ([] if options.pretrain is None
-                   else pretrain(model.backbone, data, held_out, options.pretrain, options.seed, journal, console))
+                   else pretrain(model.backbone, data, held_out, options.pretrain, options.seed, log, console))
 
     # 4 window
 
     taught = mean_logits([window_logits(teacher.to(where), data, np.arange(len(data))) for teacher in teachers]
                          ) if teachers else None
-    teachers.clear()        # a GPU's memory is for the pupil
+    teachers.clear()        # frees a GPU's memory
 
     with torch.no_grad():
-        model.head.bias.copy_(model.counters.head.bias)     # the first step already tells the base rates
+        model.head.bias.copy_(model.counters.head.bias)     # so that training starts at the base rates
     train_rows, validation_rows = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     epoch_rows = min(options.rows_per_epoch, len(train_rows))
 
@@ -241,24 +259,24 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
         share = options.distil.weight
         return (1 - share) * own + share * _total(expected_losses(logits, taught[rows].to(where), *mine), options)
 
-    passes = count(1)
+    epoch_numbers = count(1)
 
-    def validated() -> dict[str, float]:
+    def validation_losses() -> dict[str, float]:
         parts = losses(window_logits(model, data, validation_rows), *(label[validation_rows] for label in labels))
         return {'validation': float(_total(parts, options)), **{task: float(part) for task, part in parts.items()}}
 
-    def judged() -> dict[str, float]:
-        found = validated()
-        if after_pass is not None:
-            after_pass(next(passes), found['validation'])
+    def validate() -> dict[str, float]:
+        found = validation_losses()
+        if after_epoch is not None:
+            after_epoch(next(epoch_numbers), found['validation'])
         return found
 
-    epochs, best_epoch = improve(Course(
+    epochs, best_epoch = run_epochs(Run(
         name='window', title='epoch', module=model, weights=_rated(model, options),
-        draw=shuffled(data.inputs, train_rows, epoch_rows, options.batch_rows), loss=loss, judge=judged,
-        passes=options.epochs, steps=options.epochs * math.ceil(epoch_rows / options.batch_rows),
+        batches=shuffled(data.inputs, train_rows, epoch_rows, options.batch_rows), loss=loss, validate=validate,
+        epochs=options.epochs, steps=options.epochs * math.ceil(epoch_rows / options.batch_rows),
         warmup_share=options.warmup_share, clip_norm=options.clip_norm, patience=options.patience, seed=options.seed,
-    ), journal, console)
+    ), log, console)
 
     # 5 heads
 
@@ -268,7 +286,7 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
             _total(losses(_window_logits(model, data, rows), *(label[rows].to(where) for label in labels)), options)
             for rows in draw(np.random.default_rng(options.seed)))), options.heads_kept)
         cut(model.backbone, kept)
-        console.print(f'  heads of each layer that stay: {kept}; validation {validated()["validation"]:.4f}')
+        console.print(f'  heads of each layer that stay: {kept}; validation {validation_losses()["validation"]:.4f}')
 
     # 6 calibration
 
@@ -288,8 +306,7 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
 
 
 def _spend(data: Examples) -> np.ndarray:
-    """The spend to learn from. Where a recording is too short to settle it, that of fewer days stands for it, as if it
-    went on like that."""
+    """The spend to learn from. If the recording is too short to settle it, the spend of fewer days, extrapolated."""
     spend = data.labels.spend
     if np.isfinite(spend).sum() >= SETTLED_ROWS_MIN:
         return spend
@@ -297,7 +314,7 @@ def _spend(data: Examples) -> np.ndarray:
 
 
 def window_logits(model: ShopperModel, data: Examples, rows: np.ndarray) -> Tensor:
-    """What the window's branch says of these rows of the examples, [rows, k], without gradients."""
+    """Logits of the window branch for these rows of the examples, [rows, k], without gradients."""
     order = np.argsort(np.diff(data.inputs.starts)[rows], kind='stable')
     size = rows_max(model) if model.mix.device.type == 'cpu' else ROWS_MAX
     with torch.no_grad():
@@ -306,12 +323,12 @@ def window_logits(model: ShopperModel, data: Examples, rows: np.ndarray) -> Tens
 
 
 def rows_max(model: ShopperModel) -> int:
-    """How many rows it scores at once."""
+    """Rows that the model scores at once."""
     return TEXT_ROWS_MAX if any(True for _ in pretrained(model.backbone)) else ROWS_MAX
 
 
 def _window_logits(model: ShopperModel, data: Examples, rows: np.ndarray) -> Tensor:
-    """Where the model is."""
+    """On the model's device, with gradients if they are enabled."""
     batch = padded(data.inputs, rows, max(1, int(np.diff(data.inputs.starts)[rows].max())))
     where = model.mix.device
     return model.window_logits(torch.from_numpy(batch.categories).to(where), torch.from_numpy(batch.numbers).to(where))
@@ -324,10 +341,10 @@ def _total(parts: dict[str, Tensor], options: FitOptions) -> Tensor:
 
 def _fit_counters(model: ShopperModel, counters: Tensor, labels: tuple[Tensor, Tensor, Tensor], chosen: np.ndarray,
                   options: FitOptions) -> None:
-    """To the optimum of all tasks at once: a linear branch has one.
+    """Fit the linear branch on all tasks at once, to its optimum.
 
-    It starts from the mean of log spend and its deviation: from far off the deviation would run into its bound, where
-    nothing moves it any more.
+    It starts from the mean and deviation of log spend: from far away the deviation would reach its bound, where its
+    gradient is 0.
     """
     rows = torch.from_numpy(chosen)
     branch = model.counters
@@ -349,10 +366,11 @@ def _fit_counters(model: ShopperModel, counters: Tensor, labels: tuple[Tensor, T
 
 
 def _rated(model: ShopperModel, options: FitOptions) -> list[Rated]:
-    """What the window's branch trains, and how fast: pretrained weights have a rate of their own."""
+    """The weights of the window branch to train. Pretrained weights have their own learning rate."""
     tuned = set(pretrained(model.backbone))
     moving = [weight for weight in (*model.backbone.parameters(), *model.head.parameters()) if weight.requires_grad]
-    rated = [(options.learning_rate, options.weight_decay, [weight for weight in moving if weight not in tuned])]
+    rated: list[Rated] = [
+        (options.learning_rate, options.weight_decay, [weight for weight in moving if weight not in tuned])]
     if theirs := [weight for weight in moving if weight in tuned]:
         tuning = options.backbone.tuning
         rated.append((options.backbone.learning_rate or learning_rate(tuning),

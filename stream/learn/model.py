@@ -1,19 +1,18 @@
-"""The model: a backbone that reads the window beside a branch that reads the counters, mixed at the logit.
+"""The model: a backbone that reads the window beside a linear branch that reads the counters, mixed at the logit.
 
     categories, numbers -> backbone -> linear ---+
                                                  +-> mixed -> calibrated -> scores
     counters -> normalise -> linear -------------+
 
-The inputs are `stream.core.features.Batch`; b rows, k logits. One exported graph holds all of it, with what calibration
-has found out.
+The inputs are `stream.core.features.Batch`; b rows, k logits. One exported graph holds all of it, calibration included.
 
     logits      k = horizons + 1 (refund) + tiers + 3 (any spend, and mean and deviation of its logarithm)
-    mix         of each logit, how much comes from the window; the rest comes from the counters
+    mix         of each logit, the share of the window branch; the rest is the counters branch
     calibrated  sigmoid(scale * logit + shift) for each horizon, and for refunds
 
-A horizon whose days the recording does not settle has learned nothing. It is told from the longest one that has, as if
-that one's chance came again: 1 - (1 - p) ** power (see stream.learn.calibrate). A longer horizon is never less likely
-than a shorter one. Churn is the complement of a purchase, so that the two cannot disagree.
+A horizon that the recording does not settle has not been learned. It is derived from the longest settled one, as
+1 - (1 - p) ** power (see stream.learn.calibrate). A longer horizon is never less likely than a shorter one. Churn is
+the complement of a purchase, so the two always agree.
 
 Sources: Wang, Liu, Miao (2019), "A Deep Probabilistic Model for Customer Lifetime Value Prediction", arXiv 1912.07753,
 for the zero-inflated log-normal spend. Platt (1999) for the calibration.
@@ -38,7 +37,7 @@ _SIGMA_RANGE = (0.05, 3.0)
 
 @dataclass(frozen=True)
 class Logits:
-    """What the scores are made of: binary [b, BINARY]; tier [b, tiers]; bought, mu, sigma [b]."""
+    """The logits by meaning: binary [b, BINARY]; tier [b, tiers]; bought, mu, sigma [b]."""
 
     binary: Tensor
     tier: Tensor
@@ -56,13 +55,32 @@ class Logits:
 
 
 def mu_and_sigma(log_spend: Tensor) -> Tensor:
-    """The last two logits, [2], that tell the mean and the deviation of these, [n], of whomever they are asked."""
+    """The last two logits, [2], that give every row the mean and deviation of these, [n]."""
     sigma = log_spend.std(unbiased=False).clamp(2 * _SIGMA_RANGE[0], _SIGMA_RANGE[1] / 2)
     return torch.stack([log_spend.mean(), sigma.expm1().log()])
 
 
+class Backbone(nn.Module):
+    """What reads a window: the base class of all backbones (stream.learn.backbones).
+
+    width   units of the state that `forward` returns
+    """
+
+    width: int
+
+    def forward(self, categories: Tensor, numbers: Tensor) -> Tensor:
+        """[b, width] from int [b, l, 3] and float [b, l, SLOT_NUMBERS] as in `stream.core.features.Batch`.
+
+        Promise  a row's state depends neither on its padding nor on its neighbours.
+        """
+        raise NotImplementedError
+
+
 class Counters(nn.Module):
-    """The branch of the counters: normalised, then linear."""
+    """The counters branch: normalised, then linear."""
+
+    mean: Tensor
+    scale: Tensor
 
     def __init__(self, logits: int) -> None:
         super().__init__()
@@ -73,8 +91,8 @@ class Counters(nn.Module):
         self.register_buffer('scale', torch.ones(COUNTERS))     # 1 / standard deviation
 
     def fit_normal(self, counters: Tensor, ignored: Iterable[str] = ()) -> None:
-        """Take means and deviations from the training rows, [n, COUNTERS]. A counter that never changes there is
-        switched off: its weights would learn nothing to rely on. So are those named in `ignored`."""
+        """Take means and deviations of the training rows, [n, COUNTERS]. Counters that are constant there are switched
+        off, since their weights would learn nothing reliable. So are those in `ignored`."""
         deviation = counters.std(0, unbiased=False)
         self.mean.copy_(counters.mean(0))
         self.scale.copy_(torch.where(deviation > 1e-6, 1 / deviation.clamp(min=1e-6), 0.0))
@@ -92,10 +110,18 @@ class Counters(nn.Module):
 class ShopperModel(nn.Module):
     """Batch in, scores out: see `forward`."""
 
-    def __init__(self, backbone: nn.Module, tiers: int, refund: bool = True) -> None:
+    mix: Tensor
+    calibration_scale: Tensor
+    calibration_shift: Tensor
+    told_from: Tensor
+    told_power: Tensor
+    log_spend_max: Tensor
+    log_spend_scale: Tensor
+
+    def __init__(self, backbone: Backbone, tiers: int, refund: bool = True) -> None:
         super().__init__()
         self.tiers = tiers
-        self.refund = refund        # whether it has the risk head; without, its logit stays untrained and unseen
+        self.refund = refund        # has the refund head; else its logit stays untrained and is no output
         k = BINARY + tiers + _SPEND
         self.backbone = backbone
         self.head = nn.Linear(backbone.width, k)
@@ -105,25 +131,25 @@ class ShopperModel(nn.Module):
         self.register_buffer('mix', torch.full((k,), 0.5))
         self.register_buffer('calibration_scale', torch.ones(BINARY))
         self.register_buffer('calibration_shift', torch.zeros(BINARY))
-        self.register_buffer('told_from', torch.arange(HORIZONS))       # itself, or the longest horizon that is settled
+        self.register_buffer('told_from', torch.arange(HORIZONS))       # itself, or the longest settled horizon
         self.register_buffer('told_power', torch.ones(HORIZONS))
         self.register_buffer('log_spend_max', torch.tensor(20.0))
         self.register_buffer('log_spend_scale', torch.tensor(0.0))
 
     def window_logits(self, categories: Tensor, numbers: Tensor) -> Tensor:
-        """What the window alone says, [b, k]."""
+        """Logits of the window branch, [b, k]."""
         return self.head(self.backbone(categories, numbers))
 
     def logits(self, categories: Tensor, numbers: Tensor, counters: Tensor) -> Tensor:
-        """Both branches, mixed, [b, k]."""
+        """Logits of both branches, mixed, [b, k]."""
         return self.mixed(self.window_logits(categories, numbers), self.counters(counters))
 
     def mixed(self, by_window: Tensor, by_counters: Tensor) -> Tensor:
-        """What the branches say, [b, k] each, in the shares of `mix`."""
+        """The logits of the branches, [b, k] each, mixed by `mix`."""
         return self.mix * by_window + (1 - self.mix) * by_counters
 
     def probabilities(self, binary: Tensor) -> Tensor:
-        """Calibrated: of a purchase within each horizon, and of a refund, [b, BINARY]."""
+        """Calibrated probabilities of a purchase within each horizon, and of a refund, [b, BINARY]."""
         calibrated = self.calibration_scale * binary + self.calibration_shift
         # 1 - (1 - p) ** power from the logit: from p, a power of some hundreds would make its last digit visible.
         told = 1 - torch.exp(-self.told_power * softplus(calibrated[:, :HORIZONS].index_select(1, self.told_from)))
@@ -134,19 +160,19 @@ class ShopperModel(nn.Module):
         return torch.stack([*bought, calibrated[:, HORIZONS].sigmoid()], 1)
 
     def spend(self, out: Logits) -> Tensor:
-        """Expected spend, [b], in the configured currency: the chance of any times the log-normal's mean, calibrated,
-        which is at most the largest spend of the training rows."""
+        """Expected spend, [b], in the configured currency: the probability of any spend times the mean of the
+        log-normal, which is calibrated and capped at the largest spend of the training rows."""
         log_mean = torch.minimum(out.mu + out.sigma**2 / 2 + self.log_spend_scale, self.log_spend_max)
         return out.bought.sigmoid() * log_mean.exp()
 
     def typical_spend(self, out: Logits, bought: Tensor) -> Tensor:
-        """Of such users who buy, half spend no more, [b]; 0 where a purchase is less likely than not. Off by less than
-        the mean, on average: a few large spenders move it little. `bought` [b]: the chance of a purchase within the
-        days that spend is of."""
+        """Median spend of such users who buy, [b]; 0 where a purchase is less likely than not. Its mean error is below
+        that of the expected spend, since a few large spenders move it little. `bought` [b]: the probability of a
+        purchase within the days of the spend."""
         return torch.where(bought > 0.5, torch.minimum(out.mu, self.log_spend_max).exp(), 0.0)
 
     def forward(self, categories: Tensor, numbers: Tensor, counters: Tensor, row_id: Tensor) -> tuple[Tensor, ...]:
-        """A batch's scores, in the order of `stream.learn.export.outputs`: intent [b, 1], tiers [b, tiers], spend
+        """A batch's scores, in the order of `stream.learn.graph.outputs`: intent [b, 1], tiers [b, tiers], spend
         [b, 1], churn [b, 1], row ids [b, 1], purchase within each horizon [b, HORIZONS], typical spend [b, 1], and
         refund [b, 1] where there is a risk head."""
         out = Logits.of(self.logits(categories, numbers, counters))

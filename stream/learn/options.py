@@ -1,58 +1,68 @@
-"""Options of a training by name, for whoever has only words: the command line.
+"""Options of a training: the values that they may have, and their names on the command line.
 
     epochs=3 hidden=32 backbone.learning_rate=1e-4 pretrain.epochs=5
 
-A name is that of a field of `FitOptions`, or of one of the groups in it, alone where no other field is called so.
-Pretraining is one of the groups where it is asked for.
+An option's name is that of its field. A field of a group (an options class inside another) is called `group.field`, or
+`field` alone where no other field has that name.
 """
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from difflib import get_close_matches
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from stream.errors import UsageError
-from stream.learn.fit import FitOptions
-from stream.learn.pretrain import PretrainOptions
 
-# They have flags of their own.
-_ELSEWHERE = {('seed',), ('clean',), ('tiers',), ('refund',), ('start_from',), ('pretrain', 'objectives'),
-              ('backbone', 'name'), ('backbone', 'source'), ('backbone', 'tuning'), ('backbone', 'catalogue')}
-_BY_GROUP = ('task_weights', 'ranker', 'pretrain')      # of these the name alone says too little
+Count = Annotated[int, Meta(ge=1)]
+CountOrNone = Annotated[int, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, lt=1)]
+Part = Annotated[float, Meta(gt=0, lt=1)]
+Positive = Annotated[float, Meta(gt=0)]
+NotNegative = Annotated[float, Meta(ge=0)]
+PartOrAll = Annotated[float, Meta(gt=0, le=1)]
 
-
-def option_names() -> dict[str, tuple[str, ...]]:
-    """Where each option is in `FitOptions`, by name."""
-    whole = asdict(FitOptions(pretrain=PretrainOptions({})))
-    places = [(name,) for name, value in whole.items() if not isinstance(value, dict)]
-    places += [(group, name) for group, values in whole.items() if isinstance(values, dict) for name in values]
-    often = Counter(place[-1] for place in places)
-    return {place[-1] if len(place) == 1 or (often[place[-1]] == 1 and place[0] not in _BY_GROUP) else '.'.join(place):
-            place for place in places if place not in _ELSEWHERE}
+Place = tuple[str, ...]         # (field,) or (group, field)
+Options = TypeVar('Options')
 
 
-def changed(options: FitOptions, values: Mapping[str, Any]) -> FitOptions:
-    """The options with some values by name.
+def names_of(complete: Any, hidden: Collection[Place], qualified: Collection[str]) -> dict[str, Place]:
+    """The place of each option by its name.
 
-    Errors   UsageError where there is no such option, or not without pretraining, or its value is of another kind or
-             out of range.
+    complete    a dataclass of options in which every group is present
+    hidden      places without a name here
+    qualified   groups whose fields always carry the group's name
     """
-    places = option_names()
-    whole = asdict(options)
+    values = asdict(complete)
+    places: list[Place] = [(name,) for name, value in values.items() if not isinstance(value, dict)]
+    places += [(group, name) for group, fields in values.items() if isinstance(fields, dict) for name in fields]
+    uses = Counter(place[-1] for place in places)
+    return {place[-1] if len(place) == 1 or (uses[place[-1]] == 1 and place[0] not in qualified) else '.'.join(place):
+            place for place in places if place not in hidden}
+
+
+def changed(options: Options, values: Mapping[str, Any], names: Mapping[str, Place]) -> Options:
+    """A copy of a dataclass of options with some values replaced, given by name.
+
+    names    from `names_of`
+    Errors   UsageError where there is no such option, its group is absent, or the value has the wrong type or is out of
+             range.
+    """
+    fields: dict[str, Any] = asdict(options)        # pyright: ignore[reportArgumentType]  # a dataclass, as said above
     for name, value in values.items():
-        if name not in places:
-            near = get_close_matches(name, places, 1)
+        if name not in names:
+            near = get_close_matches(name, names, 1)
             raise UsageError(f'Training has no option {name}' + (f', did you mean {near[0]}?' if near else '.'),
-                             do=f'use one of {", ".join(places)}.')
-        *group, last = places[name]
-        if group == ['pretrain'] and options.pretrain is None:
+                             do=f'use one of {", ".join(names)}.')
+        *group, field = names[name]
+        if group and fields[group[0]] is None:
             raise UsageError(f'{name} is an option of pretraining, which is not asked for.',
-                             do='name with --pretrain what is to be learned before.')
-        (whole[group[0]] if group else whole)[last] = value
+                             do='choose what to pretrain on with --pretrain.')
+        (fields[group[0]] if group else fields)[field] = value
     try:
-        return msgspec.convert(whole, FitOptions)
+        return msgspec.convert(fields, type(options))
     except msgspec.ValidationError as error:
         problem, _, place = str(error).partition(' - at `$.')
         raise UsageError(f'The option {place.rstrip("`")} of training is wrong: {problem}.',

@@ -1,7 +1,7 @@
-"""Scores of every user of a recording as of a time, from the served model: one JSON line a user.
+"""Score every user of a recording as of a time with an exported model: one JSON line per user.
 
-The same path as the worker's: events before the time are folded by the core, features made of the windows, the exported
-graph run. No torch, and nothing at or after the time is looked at.
+It is the worker's own path: the core folds the events before the time, features are made of the windows, and the
+exported graph runs. Needs no torch; events at or after the time do not count.
 """
 from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
@@ -12,21 +12,20 @@ import orjson
 from stream.core.layout import DAY_MS, WindowLimits
 from stream.errors import ModelError
 from stream.learn.dataset import Examples, History, at_time
-from stream.learn.ranking.item_names import Names, Texts
-from stream.learn.ranking.served import rankings, verified
-from stream.learn.served import score
+from stream.learn.inference import score
+from stream.learn.ranking.next_items import Names, Texts, rankings, verified
 from stream.scoring.artefact import load_artefact
 
 CHURN_DAYS = (30, 90)
 PURCHASE_DAYS = (1, 7, 30, 90)
-STALE_DAYS = 7  # as of a time so long after the newest event somebody has mistaken the time, or the file
+STALE_DAYS = 7  # a time so long after the newest event is probably a wrong time, or a wrong file
 _TOLD = 5       # unknown candidates by name
 
 
 def predict(history: History, at_ms: int, version_dir: Path, limits: WindowLimits, items: int = 0,
             texts: Texts | None = None, candidates: Sequence[str] | None = None,
             say: Callable[[str], None] = lambda words: None) -> Iterator[bytes]:
-    """JSON lines in the order of the user ids; what the model does not tell is null.
+    """JSON lines in the order of the user ids; what the model does not predict is null.
 
     items       so many of the items, and of the categories, that are bought next are named; `texts` knows their names
     candidates  ids of the items that are ranked; None: all that the recording names

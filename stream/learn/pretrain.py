@@ -1,14 +1,14 @@
-"""The backbone of events learns before it is asked anything: from windows without labels, or from another shop.
+"""Pretraining of the backbone `events`: on windows without labels, or from another shop's checkpoint.
 
-    masked       some slots are hidden: what they were is told from the slot's own state, which saw what came before,
-                 and the query's, which saw all the rest
-    next event   the state after a slot tells the next one, which it has not seen: attention is causal
-    contrastive  two crops of a window are to be more alike than those of two users
+    masked       some slots are masked. Their content is predicted from the slot's own state, which saw earlier slots,
+                 and from the query's state, which saw all others
+    next         the state after a slot predicts the next slot, which it has not seen: attention is causal
+    contrastive  two crops of a window should be more alike than crops of two users' windows
 
-A slot is told as its type, item, category, amount and gap; each counts by how much of a blind guess's loss it leaves.
-What tells it is thrown away afterwards; the backbone stays, and the fit (stream.learn.fit) starts from it.
+The prediction of a slot has five parts: type, item, category, amount and gap. Each part's loss is relative to a blind
+guess. The prediction heads are discarded afterwards; the fit (stream.learn.fit) starts from the backbone.
 
-`start_from` starts from a checkpoint's backbone instead, or before.
+`start_from` loads the backbone of another checkpoint instead, or before.
 
 Sources: Devlin et al. (2018), BERT, arXiv 1810.04805, for the masks. Kang, McAuley (2018), SASRec, arXiv 1808.09781,
 for the next event. Van den Oord et al. (2018), arXiv 1807.03748, for the contrast (InfoNCE); Xie et al. (2020),
@@ -28,11 +28,11 @@ from torch.nn.functional import cross_entropy, normalize
 from stream.core.features import CATEGORY_BUCKETS, ITEM_BUCKETS, SLOT_NUMBER_NAMES, TYPE_VOCABULARY, padded
 from stream.errors import ModelError, UsageError
 from stream.learn.backbones import EventsBackbone
-from stream.learn.bounds import Count, NotNegative, Part, PartOrAll, Positive, Share
 from stream.learn.checkpoint import load
 from stream.learn.dataset import Examples
-from stream.learn.passes import Course, chunks, improve, mixed_precision, shuffled
-from stream.learn.training_log import Journal
+from stream.learn.epochs import Run, chunks, mixed_precision, run_epochs, shuffled
+from stream.learn.options import Count, NotNegative, Part, PartOrAll, Positive, Share
+from stream.learn.training_log import TrainingLog
 
 OBJECTIVES = ('masked', 'next', 'contrastive')
 AMOUNT_STEP, AMOUNT_BUCKETS = 0.5, 25       # of log(1 + amount): each 1.6 times the one before, up to 160,000
@@ -45,15 +45,15 @@ _NEVER = -1e9
 
 @dataclass(frozen=True)
 class PretrainOptions:
-    """What is learned without labels, and how.
+    """How to pretrain.
 
-    objectives       weight of each; one that is not named is not learned
-    masked_share     of a window's slots that are hidden
-    crop_share_min   of a window's slots that a crop keeps at least
-    temperature      of the contrast: how much closer two crops of a window must be
-    slots_max        that are told of a batch for each objective: the items make it slow
-    validation_rows  moments of the users held out that judge a pass
-    others           as those of `stream.learn.fit.FitOptions`
+    objectives       weight of each objective; one without a weight is not used
+    masked_share     share of a window's slots that are masked
+    crop_share_min   least share of a window's slots in a crop
+    temperature      temperature of the contrastive loss
+    slots_max        most slots predicted per batch and objective: predicting items is slow
+    validation_rows  snapshots of held-out users for the validation loss
+    others           as in `stream.learn.fit.FitOptions`
     """
 
     objectives: dict[str, NotNegative]
@@ -73,53 +73,53 @@ class PretrainOptions:
 
     @staticmethod
     def of(names: str) -> 'PretrainOptions':
-        """From names of objectives, as 'masked,next', which count alike. Errors: UsageError where one is unknown."""
+        """Options from objectives such as 'masked,next', with equal weights. Errors: UsageError for an unknown one."""
         objectives = dict.fromkeys(names.split(','), 1.0)
         if unknown := set(objectives) - set(OBJECTIVES):
             raise UsageError(f'There is no pretraining called {", ".join(sorted(unknown))!r}.',
-                             do=f'name some of {", ".join(OBJECTIVES)}, with commas between them.')
+                             do=f'choose from {", ".join(OBJECTIVES)}, separated by commas.')
         return PretrainOptions(objectives)
 
 
 def pretrain(backbone: nn.Module, data: Examples, held_out: np.ndarray, options: PretrainOptions, seed: int,
-             journal: Journal, console: Console) -> list[dict[str, float]]:
-    """Teach the backbone on the windows of `data`, whose labels are not looked at. Returns the losses of each pass.
+             log: TrainingLog, console: Console) -> list[dict[str, float]]:
+    """Pretrain the backbone on the windows of `data`; its labels do not matter. Returns the losses of each epoch.
 
-    held_out  bool [n]: moments that only judge
-    Errors    UsageError where the backbone reads text: it comes pretrained.
+    held_out  bool [n]: rows for validation only
+    Errors    UsageError where the backbone reads text: those come pretrained.
     """
-    lesson = Lesson(events_backbone(backbone), options).to(next(backbone.parameters()).device)
-    train_rows, judging_rows = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    heads = PretrainHeads(events_backbone(backbone), options).to(next(backbone.parameters()).device)
+    train_rows, validation_rows = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     epoch_rows = min(options.rows_per_epoch, len(train_rows))
-    judging_rows = np.random.default_rng(seed).permutation(judging_rows)[:options.validation_rows]
-    judged_in = chunks(data.inputs, judging_rows, options.batch_rows, np.random.default_rng(seed))
+    validation_rows = np.random.default_rng(seed).permutation(validation_rows)[:options.validation_rows]
+    validation_batches = chunks(data.inputs, validation_rows, options.batch_rows, np.random.default_rng(seed))
 
     def total(parts: dict[str, Tensor]) -> Tensor:
         return torch.stack([options.objectives[name] * part for name, part in parts.items()]).sum()
 
-    def judged() -> dict[str, float]:
+    def validated() -> dict[str, float]:
         sums = dict.fromkeys(('validation', *options.objectives), 0.0)
-        with torch.no_grad(), torch.random.fork_rng():      # the same masks and crops after each pass
+        with torch.no_grad(), torch.random.fork_rng():      # the same masks and crops after each epoch
             torch.manual_seed(seed)
-            for rows in judged_in:
-                parts = lesson.losses(data, rows)
+            for rows in validation_batches:
+                parts = heads.losses(data, rows)
                 for name, part in {'validation': total(parts), **parts}.items():
-                    sums[name] += float(part) * len(rows) / len(judging_rows)
+                    sums[name] += float(part) * len(rows) / len(validation_rows)
         return sums
 
-    epochs, _ = improve(Course(
-        name='pretraining', title='pretraining', module=lesson,
-        weights=[(options.learning_rate, options.weight_decay, list(lesson.parameters()))],
-        draw=shuffled(data.inputs, train_rows, epoch_rows, options.batch_rows),
-        loss=lambda rows: total(lesson.losses(data, rows)), judge=judged,
-        passes=options.epochs, steps=options.epochs * math.ceil(epoch_rows / options.batch_rows),
+    epochs, _ = run_epochs(Run(
+        name='pretraining', title='pretraining', module=heads,
+        weights=[(options.learning_rate, options.weight_decay, list(heads.parameters()))],
+        batches=shuffled(data.inputs, train_rows, epoch_rows, options.batch_rows),
+        loss=lambda rows: total(heads.losses(data, rows)), validate=validated,
+        epochs=options.epochs, steps=options.epochs * math.ceil(epoch_rows / options.batch_rows),
         warmup_share=options.warmup_share, clip_norm=options.clip_norm, patience=options.patience, seed=seed,
-    ), journal, console)
+    ), log, console)
     return epochs
 
 
 def events_backbone(backbone: nn.Module) -> EventsBackbone:
-    """The one that reads events, a catalogue beside it or not. Errors: UsageError where there is none."""
+    """The `events` backbone, with a catalogue or without. Errors: UsageError where there is none."""
     for module in backbone.modules():
         if isinstance(module, EventsBackbone):
             return module
@@ -127,15 +127,15 @@ def events_backbone(backbone: nn.Module) -> EventsBackbone:
 
 
 def reads_text() -> UsageError:
-    """What is said of a backbone that has nothing to start from here."""
-    return UsageError('A backbone that reads text comes pretrained; only that of events can be pretrained here.',
-                      do='leave pretraining out, or use the backbone of events.')
+    """The error for a text backbone, which cannot be pretrained here."""
+    return UsageError('A backbone that reads text comes pretrained; only the backbone events can be pretrained here.',
+                      do='leave pretraining out, or use the backbone events.')
 
 
 def start_from(backbone: nn.Module, checkpoint: Path) -> None:
-    """Give the backbone of events the weights of another checkpoint's.
+    """Copy the weights of another checkpoint's `events` backbone.
 
-    Errors   UsageError where it reads text, ModelError where the other one does, or is of another size.
+    Errors   UsageError where this backbone reads text; ModelError where the other one does, or has other sizes.
     """
     ours = events_backbone(backbone)
     theirs = [module for module in load(checkpoint).model.backbone.modules() if isinstance(module, EventsBackbone)]
@@ -151,8 +151,8 @@ def start_from(backbone: nn.Module, checkpoint: Path) -> None:
     ours.load_state_dict(given)
 
 
-class Lesson(nn.Module):
-    """The backbone, and what tells from its states what it is asked."""
+class PretrainHeads(nn.Module):
+    """The backbone with the heads of the pretraining objectives."""
 
     def __init__(self, backbone: EventsBackbone, options: PretrainOptions) -> None:
         super().__init__()
@@ -160,14 +160,14 @@ class Lesson(nn.Module):
         self.backbone = backbone
         self.options = options
         if 'masked' in options.objectives:
-            self.tell_masked = Telling(2 * h, h)
+            self.masked_head = SlotPrediction(2 * h, h)
         if 'next' in options.objectives:
-            self.tell_next = Telling(h, h)
+            self.next_head = SlotPrediction(h, h)
         if 'contrastive' in options.objectives:
             self.project = nn.Sequential(nn.Linear(h, h), nn.GELU(), nn.Linear(h, h))
 
     def losses(self, data: Examples, rows: np.ndarray) -> dict[str, Tensor]:
-        """The mean loss of each objective over a batch; of one that judges, in single precision."""
+        """The mean loss of each objective over a batch; in single precision for validation."""
         batch = padded(data.inputs, rows, max(1, int(np.diff(data.inputs.starts)[rows].max())))
         where = self.backbone.query.device
         categories, numbers = torch.from_numpy(batch.categories).to(where), torch.from_numpy(batch.numbers).to(where)
@@ -184,33 +184,33 @@ class Lesson(nn.Module):
         hidden = (torch.rand(categories.shape[:2]).to(numbers.device) < self.options.masked_share) & _filled(categories)
         states = self.backbone.states(categories, numbers, hidden)          # [b, l + 1, h]
         row, slot = self._some(hidden)
-        return self.tell_masked(torch.cat([states[row, slot], states[row, -1]], -1),
-                                told_of(categories, numbers)[row, slot])
+        return self.masked_head(torch.cat([states[row, slot], states[row, -1]], -1),
+                                slot_targets(categories, numbers)[row, slot])
 
     def _next(self, categories: Tensor, numbers: Tensor) -> Tensor:
         states = self.backbone.states(categories, numbers)                  # [b, l + 1, h]
         row, slot = self._some(_filled(categories)[:, 1:])                  # the slot before the one that is told
-        return self.tell_next(states[row, slot], told_of(categories, numbers)[row, slot + 1])
+        return self.next_head(states[row, slot], slot_targets(categories, numbers)[row, slot + 1])
 
     def _contrastive(self, categories: Tensor, numbers: Tensor, user: Tensor) -> Tensor:
         one, other = (normalize(self.project(self.backbone(*cropped(
             categories, numbers, self.options.crop_share_min))).float(), dim=-1) for _ in range(2))     # [b, h]
-        # Two moments of one user are neither the same nor two users'.
+        # Two snapshots of one user are neither alike nor unlike: leave them out.
         others = (user[:, None] != user) | torch.eye(len(user), dtype=torch.bool, device=user.device)
         likeness = torch.where(others, one @ other.T / self.options.temperature, _NEVER)                # [b, b]
         own = torch.arange(len(user), device=user.device)
         return (cross_entropy(likeness, own) + cross_entropy(likeness.T, own)) / 2
 
     def _some(self, asked: Tensor) -> tuple[Tensor, Tensor]:
-        """Row and slot of those that are asked for, bool [b, l]; of too many some, drawn."""
+        """Row and slot of those in `asked`, bool [b, l]; a random `slots_max` of them if there are more."""
         found = asked.nonzero()
         if len(found) > self.options.slots_max:
             found = found[torch.randperm(len(found))[:self.options.slots_max].to(found.device)]
         return found[:, 0], found[:, 1]
 
 
-class Telling(nn.Module):
-    """What a slot is, from a state."""
+class SlotPrediction(nn.Module):
+    """Predicts a slot from a state."""
 
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
@@ -218,7 +218,7 @@ class Telling(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(width, size) for size in _SIZES)
 
     def forward(self, states: Tensor, told: Tensor) -> Tensor:
-        """The loss in shares of a blind guess's, over what is known of n slots, from [n, inputs] and int [n, 5]."""
+        """The loss relative to a blind guess, over the known parts of n slots, from [n, inputs] and int [n, 5]."""
         hidden = self.transform(states)
         return torch.stack([
             cross_entropy(head(hidden).float(), truth, ignore_index=_UNKNOWN, reduction='sum')
@@ -226,8 +226,8 @@ class Telling(nn.Module):
             for head, truth, size in zip(self.heads, told.unbind(-1), _SIZES, strict=True)]).mean()
 
 
-def told_of(categories: Tensor, numbers: Tensor) -> Tensor:
-    """What is to be told of each slot, int [b, l, 5]: type, item, category, steps of amount and of gap."""
+def slot_targets(categories: Tensor, numbers: Tensor) -> Tensor:
+    """What to predict of each slot, int [b, l, 5]: type, item, category, buckets of amount and gap."""
     kind, item, category = categories.long().unbind(-1)
     amount = (numbers[:, :, _AMOUNT] / AMOUNT_STEP).long().clamp(0, AMOUNT_BUCKETS - 1)
     gap = (numbers[:, :, _GAP] / GAP_STEP).long().clamp(0, GAP_BUCKETS - 1)
@@ -237,7 +237,7 @@ def told_of(categories: Tensor, numbers: Tensor) -> Tensor:
 
 
 def cropped(categories: Tensor, numbers: Tensor, share_min: float) -> tuple[Tensor, Tensor]:
-    """Of each window a run of slots in a row, at least that share of them, moved to the beginning."""
+    """A random run of each window's slots, at least that share of them, moved to the front."""
     rows, length = categories.shape[:2]
     count = _filled(categories).sum(1)                                      # [b]
     share, place = torch.rand(2, rows).to(count.device)
@@ -246,8 +246,11 @@ def cropped(categories: Tensor, numbers: Tensor, share_min: float) -> tuple[Tens
     slots = torch.arange(length, device=count.device)                       # [l]
     taken = (first[:, None] + slots).clamp(max=length - 1)[:, :, None]      # [b, l, 1]
     inside = (slots < kept[:, None])[:, :, None]
-    return tuple(torch.where(inside, values.gather(1, taken.expand(-1, -1, values.shape[2])), 0)
-                 for values in (categories, numbers))
+
+    def kept_of(values: Tensor) -> Tensor:
+        return torch.where(inside, values.gather(1, taken.expand(-1, -1, values.shape[2])), 0)
+
+    return kept_of(categories), kept_of(numbers)
 
 
 def _filled(categories: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
-"""A recording in, a checkpoint out: read from top to bottom.
+"""A recording in, a checkpoint out. Read from top to bottom.
 
-    1 history      the recording, up to a time; nothing later is looked at
-    2 test         fit without the test's users and days, after a search for sizes and rates where one is asked for
-                   (stream.learn.search), export, and judge the graph (stream.learn.judging.evaluate)
-    3 ceiling      of a simulated shop: what could at best be known (stream.simulator.posterior)
-    4 refit        fit again with all users and days, for the model that is kept
-    5 checkpoint   weights, options, figures (stream.learn.checkpoint)
+    1 history      the recording, up to a time; later events do not count
+    2 test         fit without the test's users and days, after a search if one is asked for (stream.learn.search);
+                   export the graph and judge it (stream.learn.judging.evaluate)
+    3 ceiling      for a simulated shop: the best possible scores (stream.simulator.posterior)
+    4 refit        fit again on all users and days: the model that is kept
+    5 checkpoint   weights, options and figures (stream.learn.checkpoint)
 
-Splits are disjoint in users and in time: no label of training reaches into the days of the test.
+The splits share neither users nor time: no training label reaches into the days of the test.
 """
 import shutil
 import tempfile
@@ -26,19 +26,19 @@ from stream.errors import UsageError
 from stream.learn import dataset
 from stream.learn.checkpoint import Checkpoint, save, some_training_windows, some_windows
 from stream.learn.dataset import HORIZON_DAYS, ExampleOptions, Examples, History
-from stream.learn.export import write_graph
-from stream.learn.fit import FitOptions, Fitted, check, fit, rows_max
-from stream.learn.judging import quality as metrics
+from stream.learn.epochs import device_name
+from stream.learn.fit import FitOptions, Fitted, check_fit, fit, rows_max
+from stream.learn.graph import write_graph
+from stream.learn.inference import score
 from stream.learn.judging.evaluate import evaluate, evaluate_ranking
-from stream.learn.passes import device_name
+from stream.learn.judging.quality import auc, ece
 from stream.learn.search import search
-from stream.learn.served import score
-from stream.learn.training_log import Journal
+from stream.learn.training_log import TrainingLog
 from stream.scoring.artefact import LAYOUT
 from stream.simulator.posterior import posteriors
 from stream.simulator.shop import SimulatorOptions, simulate
 
-UNFINISHED = 'unfinished'     # folder of a training's states until it is done
+UNFINISHED = 'unfinished'     # folder of a training's states while it runs
 _CEILING_MOMENTS = 1_500    # their posterior takes a minute
 _TEST_MOMENTS = ExampleOptions(cutoffs_per_user=6, moments_per_user=4.0)
 TIERS_MAX = 20
@@ -52,17 +52,17 @@ class TrainOptions:
 
     events       event JSON in the order in which the worker would read it; read once
     source       the data in words, for the model card
-    command      what reproduces this training, for the model card
+    command      the command that reproduces this training, for the model card
     limits       bounds of the window; serve with the same ones
-    fit          how; its seed is this one's
-    until_ms     nothing at or after it is used; None: the whole recording
-    test_users   share of the users, and
-    test_time    of the time, from its end, that only the test uses
-    trials       of a search for sizes and rates before (stream.learn.search); 0: they are those of `fit`
-    resume       whether to go on from where this training was cut off before
-    curves       folder for TensorBoard's curves; None: none
-    refit        whether the kept model learns from the test's users and days too, after they have judged its like
-    simulator    of a simulated shop, for the ceiling
+    fit          options of the fit; its seed is replaced by `seed`
+    until_ms     events at or after this time do not count; None: the whole recording
+    test_users   share of the users that only the test uses
+    test_time    share of the time, at its end, that only the test uses
+    trials       trials of a search (stream.learn.search); 0: no search
+    resume       whether to resume an interrupted training
+    curves       folder for TensorBoard's curves; None: write none
+    refit        whether the kept model is trained again on all users and days, after the test
+    simulator    options of the simulated shop, for the ceiling
     """
 
     events: Iterable[bytes]
@@ -83,8 +83,8 @@ class TrainOptions:
 
 
 def simulated(shoppers: int, days: int, seed: int) -> TrainOptions:
-    """Options for learning from a simulated shop, as the shipped model did; `stream train --simulate` is this. There is
-    data enough, for more rows a pass than elsewhere too: the model that was judged is the one that is kept."""
+    """Options for training on a simulated shop, as for the shipped model (`stream train --simulate`). There is enough
+    data for larger epochs, and for keeping the model that was judged."""
     shop = SimulatorOptions(shoppers=shoppers, days=days, seed=seed)
     return TrainOptions(
         simulate(shop).lines(), source=f'{shoppers:,} simulated shoppers over {days} days (seed {seed})',
@@ -96,16 +96,16 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
     """Train a model, write its checkpoint into the directory `out`, and return its figures.
 
     Errors   UsageError where the events hold nothing to learn from.
-    Promise  on one machine the same options give the same bytes, except for the seconds in metrics.json, cut off and
-             gone on or not. Until it is done, `out` holds in UNFINISHED what it goes on from.
+    Promise  on one machine the same options give the same bytes, except for the seconds in metrics.json, interrupted
+             and resumed or not. While it runs, `out`/UNFINISHED holds the state to resume from.
     """
     console = console or Console(stderr=True, soft_wrap=True)
     began = time.monotonic()
 
     fitting = replace(options.fit, seed=options.seed)
     names = tier_names(fitting.tiers)
-    check(fitting)      # before a recording is read for minutes
-    journal = Journal(out / UNFINISHED, options.resume, options.curves)
+    check_fit(fitting)      # before minutes of reading
+    log = TrainingLog(out / UNFINISHED, options.resume, options.curves)
     if not options.resume:
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
 
@@ -126,10 +126,10 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
     trials: list[dict] = []
     if options.trials:
         found_best = search(seen, learners, cut_ms, fitting, options.limits, options.trials, console,
-                            journal.part('test'))
+                            log.part('test'))
         fitted, fitting, trials = found_best.fitted, found_best.options, found_best.trials
     else:
-        fitted = fit(seen, learners, cut_ms, fitting, options.limits, console, journal.part('test'))
+        fitted = fit(seen, learners, cut_ms, fitting, options.limits, console, log.part('test'))
     test = dataset.sample(history, test_users, cut_ms, known_until_ms, _TEST_MOMENTS, options.limits, options.seed)
     with tempfile.TemporaryDirectory() as scratch:
         graph = Path(scratch) / 'model.onnx'
@@ -159,7 +159,7 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
     if options.refit:
         console.print('With all users and days')
         fitted = fit(history, range(len(history.user_ids)), known_until_ms, fitting, options.limits, console,
-                     journal.part('refit'))
+                     log.part('refit'))
 
     # 5 checkpoint
 
@@ -176,8 +176,8 @@ def train(options: TrainOptions, out: Path, console: Console | None = None) -> d
 
 
 def split(history: History, cut_ms: int, test_share: float, seed: int) -> tuple[History, list[int], list[int]]:
-    """What was known before the test's days, who learns from it (places in that), and a share of the users, whom only
-    the test uses (places in `history`)."""
+    """The history before the test's days, the training users (indices into that), and the test's users (indices into
+    `history`)."""
     seen = history.before(cut_ms)
 
     def tests(user_id: str) -> bool:
@@ -188,8 +188,8 @@ def split(history: History, cut_ms: int, test_share: float, seed: int) -> tuple[
 
 
 def _ceiling(simulator: SimulatorOptions, history: History, test: Examples, purchase: np.ndarray, seed: int) -> dict:
-    """For each horizon of the posterior the AUC of the recency rule, the model and the posterior, on the same moments;
-    `share` is how far the model has come from the rule to the posterior."""
+    """AUC of the recency rule, the model and the posterior for each horizon of the posterior, on the same snapshots.
+    `share`: how far the model gets from the rule to the posterior."""
     rng = np.random.default_rng(seed)
     users = rng.permutation(np.unique(test.user))
     counts = np.cumsum(np.bincount(test.user)[users])
@@ -206,11 +206,11 @@ def _ceiling(simulator: SimulatorOptions, history: History, test: Examples, purc
         known = ~np.isnan(truth)
         if not known.any():
             continue
-        rule, model, top = (metrics.auc(scores[known], truth[known])
+        rule, model, top = (auc(scores[known], truth[known])
                             for scores in (recency, purchase[chosen, horizon], best[:, horizon]))
         found[f'purchase within {days} d'] = {
             'moments': int(known.sum()), 'recency rule': rule, 'model': model, 'posterior': top,
-            'posterior_ece': metrics.ece(best[known, horizon], truth[known]), 'share': (model - rule) / (top - rule)}
+            'posterior_ece': ece(best[known, horizon], truth[known]), 'share': (model - rule) / (top - rule)}
     return found
 
 
@@ -234,12 +234,12 @@ def _config(options: TrainOptions, history: History, fitted: Fitted, names: list
 
 
 def tier_names(tiers: int) -> list[str]:
-    """What the tiers of spend are called, the lowest first. Errors: UsageError where there are too few or too many."""
+    """Names of the spend tiers, the lowest first. Errors: UsageError where there are too few or too many."""
     if not 2 <= tiers <= TIERS_MAX:
         raise UsageError(f'There cannot be {tiers} tiers of spend.', do=f'choose 2 to {TIERS_MAX}.')
     return list(_TIER_NAMES.get(tiers) or ('nothing', *(f'tier {tier}' for tier in range(1, tiers))))
 
 
 def _called(source: str | None) -> str | None:
-    """A file or folder by its name alone: where it was is nobody's business. An id of the hub as it is."""
+    """A file or folder by its name without its path; a Hugging Face id as it is."""
     return Path(source).name if source and Path(source).exists() else source

@@ -1,10 +1,10 @@
-"""What a training leaves behind while it runs: a state to go on from, and curves to look at.
+"""What a training writes while it runs: a state to resume from, and curves.
 
-    <state>/<course>.pt   all that the next pass depends on; of the newest pass, and whole
-    <curves>/<course>/    the losses of each pass, for TensorBoard
+    <state>/<run>.pt   everything that the next epoch depends on, replaced after each epoch
+    <curves>/<run>/    the losses of each epoch, for TensorBoard
 
-A course is one run of passes (stream.learn.passes), such as the pretraining, or the window's branch. A state belongs to
-one course alone: it says from which weights, data and options it came, and nothing else goes on from it.
+A run (stream.learn.epochs) is, for example, the pretraining or the training of the window branch. A state stores a
+digest of the weights, data and options that it came from, and only the same run resumes from it.
 """
 import hashlib
 import os
@@ -21,13 +21,13 @@ from stream.errors import StateError, UsageError
 
 
 @dataclass(frozen=True)
-class Journal:
-    """Where it is kept.
+class TrainingLog:
+    """Where a training writes.
 
-    state    folder of the states; None: none is kept
-    resume   whether to go on from those that are there
-    curves   folder of the curves; None: none are written
-    belongs  what the states depend on beside a course's weights: data, options
+    state    folder of the states; None: keep none
+    resume   whether to resume from the states that are there
+    curves   folder of the curves; None: write none
+    belongs  digest of what the states depend on beside a run's weights: data and options
     """
 
     state: Path | None = None
@@ -35,52 +35,52 @@ class Journal:
     curves: Path | None = None
     belongs: bytes = b''
 
-    def part(self, name: str) -> 'Journal':
-        """That of a part of the training: folders of its own in these."""
+    def part(self, name: str) -> 'TrainingLog':
+        """The log of a part of the training, in subfolders."""
         return replace(self, state=self.state and self.state / name, curves=self.curves and self.curves / name)
 
-    def of(self, *belongs: Any) -> 'Journal':
-        """That of a training on these arrays, with these options."""
+    def of(self, *belongs: Any) -> 'TrainingLog':
+        """The log of a training with these arrays and options."""
         digest = hashlib.sha256()
         for thing in belongs:
             digest.update(thing.tobytes() if hasattr(thing, 'tobytes') else repr(thing).encode())
         return replace(self, belongs=digest.digest())
 
-    def key(self, course: str, weights: Mapping[str, torch.Tensor]) -> str:
-        """What a state of the course must have come from: its weights at the start, and what `of` was given."""
-        digest = hashlib.sha256(self.belongs + course.encode())
+    def key(self, run: str, weights: Mapping[str, torch.Tensor]) -> str:
+        """A digest of what a state of the run depends on: its first weights, and what `of` was given."""
+        digest = hashlib.sha256(self.belongs + run.encode())
         for name, tensor in weights.items():
             digest.update(name.encode() + tensor.cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def save(self, course: str, state: dict[str, Any]) -> None:
-        """Put the course's newest state in the place of the one before."""
+    def save(self, run: str, state: dict[str, Any]) -> None:
+        """Replace the run's state by a newer one."""
         if self.state is None:
             return
         self.state.mkdir(parents=True, exist_ok=True)
-        scratch = self.state / f'{course}.writing'
+        scratch = self.state / f'{run}.writing'
         torch.save(state, scratch)
-        os.replace(scratch, self.state / f'{course}.pt')
+        os.replace(scratch, self.state / f'{run}.pt')
 
-    def saved(self, course: str, key: str) -> dict[str, Any] | None:
-        """The state to go on from; None where there is none, or where the training is to begin anew.
+    def saved(self, run: str, key: str) -> dict[str, Any] | None:
+        """The state to resume from; None if there is none, or the training is to start anew.
 
-        Errors   UsageError where it is of another training, StateError where it cannot be read.
+        Errors   UsageError where it belongs to another training, StateError where it cannot be read.
         """
-        if self.state is None or not self.resume or not (path := self.state / f'{course}.pt').is_file():
+        if self.state is None or not self.resume or not (path := self.state / f'{run}.pt').is_file():
             return None
         try:
             state = torch.load(path, map_location='cpu', weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
             raise StateError(f'{path} cannot be read: {error}.', do='train without --resume.') from error
         if state['key'] != key:
-            raise UsageError(f'{path} is of a training with other data, options or releases.',
-                             do='give the same command as before the cut, or train without --resume.')
+            raise UsageError(f'{path} belongs to a training with other data, options or releases.',
+                             do='give the same command as before, or train without --resume.')
         return state
 
     @contextmanager
-    def plotter(self, course: str) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
-        """What is given the figures of each pass, by name."""
+    def plotter(self, run: str) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+        """A function that plots the figures of an epoch, given its number and the figures by name."""
         if self.curves is None:
             yield lambda number, figures: None
             return
@@ -90,7 +90,7 @@ class Journal:
         except ImportError as error:
             raise UsageError('Curves need TensorBoard, which is not installed.',
                              do='install it (pip install tensorboard), or leave --tensorboard out.') from error
-        with SummaryWriter(self.curves / course) as writer:
+        with SummaryWriter(self.curves / run) as writer:
             def plot(number: int, figures: Mapping[str, float]) -> None:
                 for name, value in figures.items():
                     writer.add_scalar(name, value, number)
@@ -99,4 +99,4 @@ class Journal:
             yield plot
 
 
-NO_JOURNAL = Journal()     # of whoever keeps nothing
+NO_LOG = TrainingLog()     # writes nothing

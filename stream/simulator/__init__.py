@@ -1,0 +1,1 @@
+"""A simulated shop, and the best possible scores for its shoppers."""

@@ -15,7 +15,7 @@ not, the end of a session weighs those.
 The price level, and with it the tier, is filtered beside, on nodes: a fresh pick prefers items of the shopper's level.
 """
 import enum
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,7 +35,7 @@ _NOTHING = -1
 _DESIRE_DIGITS = 3      # hypotheses whose desires agree so far are one
 
 
-class Step(enum.IntEnum):
+class Stage(enum.IntEnum):
     """Where in a session the last event was."""
 
     BROWSES = 0     # the next step is sure: after arriving, and after a search
@@ -57,11 +57,11 @@ class Shelf:
     """
 
     def __init__(self, options: law.SimulatorOptions) -> None:
-        catalogue = law.catalogue_of(options)
+        assortment = law.assortment_of(options)
         nodes, weights = np.polynomial.hermite_e.hermegauss(LEVEL_NODES)
         levels = np.add.outer(law.TIER_PRICE_LEVELS, law.PRICE_LEVEL_SPREAD * nodes).ravel()
-        picks = [catalogue.item_weights(level) for level in levels]
-        self.item_numbers = {hash32(f'i{item:05d}'): item for item in range(len(catalogue.prices))}
+        picks = [assortment.item_weights(level) for level in levels]
+        self.item_numbers = {hash32(f'i{item:05d}'): item for item in range(len(assortment.prices))}
         self.item_chances = np.array([(pick / pick.sum(1, keepdims=True)).ravel() for pick in picks])
         self.tier_of_level = np.repeat(np.arange(len(law.TIER_SHARES)), LEVEL_NODES)
         self.level_chances = np.outer(law.TIER_SHARES, weights / weights.sum()).ravel()
@@ -70,7 +70,7 @@ class Shelf:
         self.conversion_chances = weights / weights.sum()
         extra_lines = np.array(law.TIER_EXTRA_LINES)
         self.more_lines = float(law.TIER_SHARES @ (extra_lines / (1 + extra_lines)))
-        self.category_chances = catalogue.category_popularity / catalogue.category_popularity.sum()
+        self.category_chances = assortment.category_popularity / assortment.category_popularity.sum()
 
 
 class Hypothesis(NamedTuple):
@@ -91,7 +91,7 @@ class Mind:
     wanted      whether there is a wanted item
     returned    see Hypothesis; `buying` too
     conversion  own chance to buy without desire
-    step        where the session is; Step.OVER where none is going on
+    stage       where the session is; Stage.OVER where none is going on
     cart        lines in the cart
     last        day of the last event within a session
     """
@@ -101,7 +101,7 @@ class Mind:
     returned: np.ndarray
     buying: np.ndarray
     conversion: np.ndarray
-    step: np.ndarray
+    stage: np.ndarray
     cart: np.ndarray
     last: np.ndarray
 
@@ -124,11 +124,11 @@ class Desire:
         self.shelf = shelf
         self.began = self.last = 0.0
         self.cart: dict[int, None] = {}
-        self._step = Step.OVER
+        self._stage = Stage.OVER
         self._seen = _NOTHING
         self._weights: dict[Hypothesis, np.ndarray] = {Hypothesis(): shelf.conversion_chances}
         self._levels = shelf.level_chances
-        self._category_counts: Counter[int] = Counter()
+        self._category_counts: dict[int, float] = {}
 
     def arrive(self, day: float) -> None:
         """A session begins; if there was one before, it is over."""
@@ -139,7 +139,7 @@ class Desire:
         fades = 0.5 ** (away / law.DESIRE_HALF_LIFE_DAYS)
         self._keep([(Hypothesis(hypothesis.wanted, hypothesis.desire * fades), weight)
                     for hypothesis, weight in weights.items()])
-        self.began, self._step, self._seen = day, Step.BROWSES, _NOTHING
+        self.began, self._stage, self._seen = day, Stage.BROWSES, _NOTHING
 
     def see(self, event: Event, day: float) -> None:
         """The next event of the session.
@@ -155,24 +155,24 @@ class Desire:
         elif event.type == EventType.SEARCH:
             self._keep([(Hypothesis(hypothesis.wanted, hypothesis.desire), weight * self._leaves(hypothesis))
                         for hypothesis, weight in self._weights.items() if not hypothesis.buying])
-            self._step = Step.BROWSES
+            self._stage = Stage.BROWSES
         elif event.type == EventType.ADD_TO_CART:
             self._add(item)
         elif event.type == EventType.REMOVE_FROM_CART:
             self._keep([(Hypothesis(hypothesis.wanted, max(0.0, hypothesis.desire - law.DESIRE_PER_CART)), weight)
                         for hypothesis, weight in self._ended().items()])
             self.cart.pop(item, None)
-            self._step = Step.OVER
-        elif event.type == EventType.PURCHASE and self._step != Step.OVER:
+            self._stage = Stage.OVER
+        elif event.type == EventType.PURCHASE and self._stage != Stage.OVER:
             self._keep([(Hypothesis(), weight if hypothesis.buying else weight * self._buys(hypothesis))
                         for hypothesis, weight in self._weights.items()])
             self.cart.clear()
-            self._step = Step.OVER
+            self._stage = Stage.OVER
 
     @property
     def over(self) -> bool:
         """Whether the last event was the last one of its session for sure."""
-        return self._step == Step.OVER
+        return self._stage == Stage.OVER
 
     def tiers(self) -> np.ndarray:
         """Chances of the tiers."""
@@ -185,9 +185,9 @@ class Desire:
         rng.shuffle(both := np.column_stack([picked, node]))        # the draws of presence are in an order of their own
         picked, node = both.T
         wanted, desire, _, returned, buying = (np.array(values)[picked] for values in zip(*weights, strict=True))
-        step = Step.OVER if silent else self._step
+        stage = Stage.OVER if silent else self._stage
         return Mind(desire, wanted != _NOTHING, returned, buying, self.shelf.conversions[node],
-                    np.full(draws, int(step)), np.full(draws, len(self.cart)), np.full(draws, self.last))
+                    np.full(draws, int(stage)), np.full(draws, len(self.cart)), np.full(draws, self.last))
 
     def _view(self, item: int) -> None:
         category = item // law.ITEMS_PER_CATEGORY
@@ -216,10 +216,11 @@ class Desire:
         all_ways = sum(float(weight.sum()) for _, weight in found)
         # The same weights summed in two orders: rounding must not make the share of fresh picks more than all.
         share = min(fresh / all_ways, 1.0)
-        self._category_counts[category] += first_of_category / all_ways
+        counts = self._category_counts
+        counts[category] = counts.get(category, 0.0) + first_of_category / all_ways
         self._levels = self._levels * (share * of_levels / picked + (1 - share))
         self._levels = self._levels / self._levels.sum()
-        self._step, self._seen = Step.VIEWED, item
+        self._stage, self._seen = Stage.VIEWED, item
 
     def _add(self, item: int) -> None:
         category = item // law.ITEMS_PER_CATEGORY
@@ -230,7 +231,7 @@ class Desire:
             if hypothesis.buying:
                 found.append((hypothesis, weight * as_more))
                 continue
-            if self._step == Step.VIEWED and item == self._seen:
+            if self._stage == Stage.VIEWED and item == self._seen:
                 more = min(law.DESIRE_MAX, hypothesis.desire + law.DESIRE_PER_CART)
                 found.append((hypothesis._replace(wanted=item, desire=more), weight * _add_chance(hypothesis)))
             is_first = not self.cart and item == self._seen
@@ -238,36 +239,36 @@ class Desire:
                           weight * self._buys(hypothesis) * (1.0 if is_first else as_more)))
         self._keep(found)
         self.cart[item] = None
-        self._step = Step.ADDED
+        self._stage = Stage.ADDED
 
     def _category_chance(self, hypothesis: Hypothesis, category: int) -> float:
         """Chance that a fresh pick is from the category. Never 0: the right hypothesis may have been too light."""
         if hypothesis.category != _NOTHING:
             return 1.0 if hypothesis.category == category else 1e-9
         counts = self._category_counts
-        return float((counts[category] + PRIOR_CATEGORIES * self.shelf.category_chances[category])
-                     / (counts.total() + PRIOR_CATEGORIES))
+        return float((counts.get(category, 0.0) + PRIOR_CATEGORIES * self.shelf.category_chances[category])
+                     / (sum(counts.values()) + PRIOR_CATEGORIES))
 
     def _leaves(self, hypothesis: Hypothesis) -> float:
         """Chance that what was seen last stays out of the cart, and, after a whole step, that another one follows."""
-        if self._step == Step.BROWSES:
+        if self._stage == Stage.BROWSES:
             return 1.0
-        return law.MORE_STEPS * (1 - _add_chance(hypothesis) if self._step == Step.VIEWED else 1.0)
+        return law.MORE_STEPS * (1 - _add_chance(hypothesis) if self._stage == Stage.VIEWED else 1.0)
 
     def _buys(self, hypothesis: Hypothesis) -> np.ndarray:
         """Chance [conversions] that the session goes from here straight to a purchase."""
-        out_of_cart = 1 - _add_chance(hypothesis) if self._step == Step.VIEWED else 1.0
+        out_of_cart = 1 - _add_chance(hypothesis) if self._stage == Stage.VIEWED else 1.0
         return (1 - law.MORE_STEPS) * out_of_cart * buying_chance(
             self.shelf.conversions, hypothesis.desire, self.last)
 
     def _ended(self) -> dict[Hypothesis, np.ndarray]:
         """The hypotheses, given that the session ended without a purchase, unless it is over anyway."""
-        if self._step == Step.OVER:
+        if self._stage == Stage.OVER:
             return self._weights
         ended = {}
         for hypothesis, weight in self._weights.items():
             if not hypothesis.buying:
-                out_of_cart = 1 - _add_chance(hypothesis) if self._step == Step.VIEWED else 1.0
+                out_of_cart = 1 - _add_chance(hypothesis) if self._stage == Stage.VIEWED else 1.0
                 ended[hypothesis] = weight * out_of_cart * (
                     1 - buying_chance(self.shelf.conversions, hypothesis.desire, self.last))
         # Who is gone in the middle of a purchase has no hypothesis left; nothing depends on it any more.

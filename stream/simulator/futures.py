@@ -11,7 +11,7 @@ import numpy as np
 
 from stream.core.layout import DAY_MS
 from stream.simulator import shop as law
-from stream.simulator.desire import Mind, Step, buying_chance
+from stream.simulator.desire import Mind, Stage, buying_chance
 from stream.simulator.presence import RETURNS_MAX, Calendar, Who, fading, interest
 
 _GAP = law.SESSION_GAP_MS / DAY_MS
@@ -76,17 +76,17 @@ def _finish(
     """Bring the sessions that may be going on to their end; returns the weights [draws]."""
     mind = futures.mind
     weights = np.ones(len(futures))
-    going_on = np.flatnonzero(mind.step != Step.OVER)
+    going_on = np.flatnonzero(mind.stage != Stage.OVER)
     if not len(going_on):
         return weights
     silence = np.maximum(futures.now - mind.last - law.SECOND_MS / DAY_MS, 0)[going_on]
     no_event = np.exp(-silence / _TICK)
-    buying, step = mind.buying[going_on], mind.step[going_on]
-    adds = (step == Step.VIEWED) & (rng.random(len(going_on)) < np.where(
+    buying, stage = mind.buying[going_on], mind.stage[going_on]
+    adds = (stage == Stage.VIEWED) & (rng.random(len(going_on)) < np.where(
         mind.returned[going_on], law.ADD_WANTED_TO_CART, law.ADD_TO_CART))
     mind.cart[going_on] += adds
     mind.desire[going_on] = np.minimum(mind.desire[going_on] + law.DESIRE_PER_CART * adds, law.DESIRE_MAX)
-    goes_on = ~buying & ((step == Step.BROWSES) | (rng.random(len(going_on)) < law.MORE_STEPS))
+    goes_on = ~buying & ((stage == Stage.BROWSES) | (rng.random(len(going_on)) < law.MORE_STEPS))
     steps = _browse(mind, going_on[goes_on], rng)
     mind.last[going_on] = futures.now[going_on]
     mind.last[going_on[goes_on]] += steps * _STEP

@@ -1,13 +1,13 @@
-"""The best that anyone could know: the simulator's own law, turned round by Bayes' rule.
+"""The best possible scores for simulated shoppers: the simulator's own law, inverted by Bayes' rule.
 
-`stream.simulator.shop` says how hidden shoppers make events. Here the events are given and the shopper is not: how
-likely is a purchase within 1, 7, 30 and 90 days? Nothing hidden is looked at; what the law says about everybody (the
-simulator's constants, the shop's catalogue) is known. The AUC of these chances is what a model could at best reach.
+`stream.simulator.shop` generates events from hidden shoppers. Here the events are given and the shopper is not: how
+likely is a purchase within 1, 7, 30 and 90 days? Only the events and what holds for all shoppers (the simulator's
+constants, the shop's items) are known. No model can reach a higher AUC than these probabilities, but for luck.
 
     events -> sessions
-           -> presence   own rate, interest, fading, death, visits still to come for a cart  (posterior_presence)
-           -> desire     the wanted item, desire, own conversion, purchase power             (posterior_desire)
-    as of a moment: draw hidden shoppers from both, live on without buying               -> (posterior_futures)
+           -> presence   own rate, interest, fading, death, visits still to come for a cart  (presence)
+           -> desire     the wanted item, desire, own conversion, purchase power             (desire)
+    as of a time: draw hidden shoppers from both, live on without buying               -> (futures)
     P(purchase within h) = 1 - mean over the draws of the product of (1 - chance to buy) of all sessions within h
 
 Given the times of the visits and what happened in them, the two hidden halves are independent (but for the tier, which

@@ -12,6 +12,7 @@ few hundred cells are taken, in proportion to their weights, and each is joined 
 death) that the events allow: the correction of its likelihood is a product of matrices.
 """
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -109,7 +110,7 @@ def _life_scale_days() -> float:
     return law.HAZARD_SHAPE * law.LIFE_MEDIAN_DAYS / np.log(2)
 
 
-def _returned(days: np.ndarray | float) -> np.ndarray:
+def _returned(days: Any) -> Any:
     """Share of those who come back for a cart who have done so so many days after the session."""
     knots, shares = _return_knots()
     return np.interp(days, knots, shares)
@@ -242,7 +243,7 @@ class Presence:
         logs = self._cell_logs(now, seen, visits, rate_chances)
         chances = [np.exp(log - log.max()) for log in logs]
         # The rate before the interest: neighbours are alike, so that the parts of the draw differ.
-        proposal = (sum(chance / chance.sum() for chance in chances) / len(logs)).transpose(0, 2, 1)
+        proposal = (np.sum([chance / chance.sum() for chance in chances], 0) / len(logs)).transpose(0, 2, 1)
         picked = np.unravel_index(stratified(proposal.ravel(), cells, rng), proposal.shape)
         way, rate_at, point = picked
         rate, period, phase = calendar.rates[rate_at], calendar.period_days[point], calendar.phase[point]
@@ -340,7 +341,7 @@ class Presence:
             if visit.began < start:
                 continue
             factor = fading(dies - visit.began, fades)
-            if isinstance(coming, float):
+            if not isinstance(coming, np.ndarray):
                 ratio = np.log(factor)[None, :]
             else:
                 own = (rate * calendar.season(visit.began) * interest(period, phase, visit.began))[:, None]

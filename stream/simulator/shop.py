@@ -217,14 +217,14 @@ def simulate(options: SimulatorOptions) -> Simulation:
 
     Promise  the same options give the same bytes (with the same numpy release line: its Generator streams may change).
     """
-    catalogue = catalogue_of(options)
+    assortment = assortment_of(options)
     bodies: list[bytes] = []
     times_ms: list[int] = []
     truth = []
     for number in range(options.shoppers):
         rng = _generator(options, _SHOPPER_SEED, number)
-        shopper = _born(number, options, catalogue, rng)
-        events, conversion = _live(shopper, options, catalogue, rng)
+        shopper = _born(number, options, assortment, rng)
+        events, conversion = _live(shopper, options, assortment, rng)
         truth.append(_truth(shopper, events, conversion))
         times_ms += [event['ts'] for event in events]
         # The slice also copies: orjson's own bytes keep a buffer of 1 kB and more each.
@@ -251,7 +251,7 @@ def _generator(options: SimulatorOptions, *spawn_key: int) -> np.random.Generato
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class Assortment:
     """prices: item number -> price; popularity, price_z: (categories, items), z of the log price in its category."""
 
     prices: list[float]
@@ -265,7 +265,7 @@ class Catalogue:
         return self.popularity * np.exp(price_level * self.price_z)
 
 
-def catalogue_of(options: SimulatorOptions) -> Catalogue:
+def assortment_of(options: SimulatorOptions) -> Assortment:
     """The items of the shop: the same for the same seed, whoever shops there."""
     rng = _generator(options, _CATALOGUE_SEED)
     medians = np.array(list(CATEGORY_PRICES.values()), dtype=float)
@@ -276,7 +276,7 @@ def catalogue_of(options: SimulatorOptions) -> Catalogue:
     log_medians = np.log(medians)
     category_price_z = (log_medians - log_medians.mean()) / log_medians.std()
     category_popularity = rng.permutation(1 / np.arange(1, len(CATEGORIES) + 1) ** 0.7)
-    return Catalogue(prices.ravel().tolist(), popularity, price_z, category_popularity, category_price_z)
+    return Assortment(prices.ravel().tolist(), popularity, price_z, category_popularity, category_price_z)
 
 
 # A shopper
@@ -300,7 +300,7 @@ class Shopper:
     favourites: tuple[int, ...]
 
 
-def _born(number: int, options: SimulatorOptions, catalogue: Catalogue, rng: np.random.Generator) -> Shopper:
+def _born(number: int, options: SimulatorOptions, assortment: Assortment, rng: np.random.Generator) -> Shopper:
     tier = int(rng.choice(len(TIER_SHARES), p=TIER_SHARES))
     if rng.random() < SHARE_BEFORE_START:
         joined_ms = options.start_ms - 1 - int(rng.exponential(BEFORE_START_MEAN_DAYS) * DAY_MS)
@@ -312,7 +312,7 @@ def _born(number: int, options: SimulatorOptions, catalogue: Catalogue, rng: np.
     own_rate = TIER_VISIT_FACTORS[tier] * rng.gamma(VISIT_RATE_SHAPE, VISIT_RATE_MEAN / VISIT_RATE_SHAPE)
     price_level = rng.normal(TIER_PRICE_LEVELS[tier], PRICE_LEVEL_SPREAD)
     extra_lines = TIER_EXTRA_LINES[tier] * math.exp(rng.normal(0, EXTRA_LINES_SPREAD))
-    taste = catalogue.category_popularity * np.exp(CATEGORY_PRICE_PULL * price_level * catalogue.category_price_z)
+    taste = assortment.category_popularity * np.exp(CATEGORY_PRICE_PULL * price_level * assortment.category_price_z)
     return Shopper(
         user_id=f'u{number:06d}',
         tier=tier,
@@ -393,12 +393,12 @@ def _uniforms(rng: np.random.Generator) -> Iterator[float]:
 
 
 def _live(
-    shopper: Shopper, options: SimulatorOptions, catalogue: Catalogue, rng: np.random.Generator
+    shopper: Shopper, options: SimulatorOptions, assortment: Assortment, rng: np.random.Generator
 ) -> tuple[list[dict], float]:
     """All events of a shopper in time order, and the mean chance that a session bought."""
     until_ms = min(shopper.churned_ms, options.end_ms)
     planned = _visit_times(shopper, options, rng)
-    life = _Life(shopper, options, catalogue, _uniforms(rng).__next__)
+    life = _Life(shopper, options, assortment, _uniforms(rng).__next__)
     chances = []
     while planned:
         at_ms = heapq.heappop(planned)
@@ -417,14 +417,14 @@ class _Life:
     """A shopper's state between and inside visits: the cart, the desire, the clock, and the events so far."""
 
     def __init__(
-        self, shopper: Shopper, options: SimulatorOptions, catalogue: Catalogue, draw: Callable[[], float]
+        self, shopper: Shopper, options: SimulatorOptions, assortment: Assortment, draw: Callable[[], float]
     ) -> None:
         self.shopper = shopper
         self.options = options
-        self.prices = catalogue.prices
+        self.prices = assortment.prices
         self.draw = draw
         self.favourites = list(shopper.favourites)
-        cumulative = catalogue.item_weights(shopper.price_level).cumsum(axis=1)
+        cumulative = assortment.item_weights(shopper.price_level).cumsum(axis=1)
         self.item_chances: list[list[float]] = (cumulative / cumulative[:, -1:]).tolist()
         self.events: list[dict] = []
         self.at_ms = 0

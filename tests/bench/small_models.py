@@ -10,7 +10,7 @@ does: AUROC and ECE of a purchase within 7 days, and the largest difference of a
 in fp32.
 
     fp32                 the default sizes
-    int8                 the same in 8 bits (stream.learn.quantize)
+    int8                 the same in 8 bits (stream.learn.graph)
     pruned               trained like fp32, then half of the attention heads cut out
     small                half as wide, one layer, by itself
     distilled            as small, taught by two that are twice as wide, with a layer more
@@ -43,13 +43,12 @@ from stream.core.layout import DAY_MS, WindowLimits
 from stream.learn import dataset
 from stream.learn.backbones import EncoderOptions
 from stream.learn.checkpoint import some_training_windows, some_windows
-from stream.learn.dataset import INTENT, ExampleOptions, Examples, Kind
-from stream.learn.distil import DistilOptions
-from stream.learn.export import write_graph
+from stream.learn.compress import DistilOptions
+from stream.learn.dataset import INTENT, ExampleOptions, Examples, SnapshotKind
 from stream.learn.fit import FitOptions, fit
-from stream.learn.judging import quality as metrics
-from stream.learn.quantize import quantize
-from stream.learn.served import score
+from stream.learn.graph import quantize, write_graph
+from stream.learn.inference import score
+from stream.learn.judging import quality
 from stream.learn.train import split
 from stream.scoring.artefact import MANIFEST, ROWS_MAX, WEIGHTS, sha256
 from stream.simulator.shop import SimulatorOptions, simulate
@@ -98,7 +97,7 @@ def judged(graph: Path, like: Path, test: Examples) -> tuple[float, float, float
     mine, theirs = score(graph, test.inputs), score(like, test.inputs)
     truth, chance = test.labels.bought[:, INTENT], mine['purchase'][:, INTENT].astype(float)
     known = ~np.isnan(truth)
-    return (metrics.auc(chance[known], truth[known]), metrics.ece(chance[known], truth[known]),
+    return (quality.auc(chance[known], truth[known]), quality.ece(chance[known], truth[known]),
             max(float(np.abs(mine[name] - theirs[name]).max()) for name in CHANCES))
 
 
@@ -109,7 +108,7 @@ def worker_moments(days: int, seed: int) -> tuple[Features, np.ndarray]:
     history = dataset.read(simulate(SimulatorOptions(shoppers=500, days=days, seed=seed)).lines(), EventRules())
     moments = dataset.sample(history, range(len(history.user_ids)), history.start_ms, history.end_ms + 1,
                              ExampleOptions(1, 10.0), WindowLimits(), seed)
-    own = np.flatnonzero(moments.kind != Kind.CUTOFF)
+    own = np.flatnonzero(moments.kind != SnapshotKind.CUTOFF)
     return moments.inputs, np.random.default_rng(seed).permutation(own)[:TIMED_WINDOWS]
 
 

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import logging
 
 from stream.core.features import COUNTERS
-from stream.learn.export import write_graph
+from stream.learn.graph import write_graph
 from stream.learn.model import INPUT_NAMES, ShopperModel
 from stream.learn.text.readers import OPENING, slot_words
 

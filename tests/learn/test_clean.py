@@ -10,7 +10,7 @@ from stream.core.events import EventRules, EventType
 from stream.core.layout import WindowLimits
 from stream.errors import UsageError
 from stream.learn.clean import STEPS, clean, in_words, outliers, steps_of
-from stream.learn.dataset import ExampleOptions, History, Kind, history_of, outcomes, read, sample
+from stream.learn.dataset import ExampleOptions, History, SnapshotKind, history_of, outcomes, read, sample
 from tests.learn.test_dataset import at, decoded, line
 
 FOREVER_MS = 1 << 60
@@ -56,8 +56,8 @@ def test_a_refund_goes_with_its_purchase():
         [at(day) for day in (0, 3, 4, 5, 6, 7, 8)], [at(9)]]
     assert {name: cleaned.removed[0][name] for name in ('lines', 'users', 'money')} == {
         'lines': 2, 'users': 1, 'money': 6}
-    assert outcomes(cleaned.history.events[0], [(Kind.CUTOFF, at(1))], FOREVER_MS)[0, 0] == 0
-    assert outcomes(before.events[0], [(Kind.CUTOFF, at(1))], FOREVER_MS)[0, 0] == 1
+    assert outcomes(cleaned.history.events[0], [(SnapshotKind.CUTOFF, at(1))], FOREVER_MS)[0, 0] == 0
+    assert outcomes(before.events[0], [(SnapshotKind.CUTOFF, at(1))], FOREVER_MS)[0, 0] == 1
 
 
 def test_a_refund_that_is_read_twice_takes_back_one_purchase():

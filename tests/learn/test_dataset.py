@@ -12,15 +12,15 @@ from stream.errors import UsageError
 from stream.learn.dataset import (
     HORIZON_DAYS,
     ExampleOptions,
-    Kind,
+    SnapshotKind,
     at_cutoffs,
     at_time,
     history_of,
-    moments,
     outcomes,
     part_of,
     read,
     sample,
+    scoring_times,
 )
 
 START_MS = 1_700_006_400_000
@@ -63,13 +63,13 @@ def test_outcomes_of_hand_made_events():
     wanted = {0: [0, 1, 1, 1, 1, 1, 0, 20, 15, 45, 145], 4.5: [1, 1, 1, 1, 1, 1, 20, 15, 15, 45, 145],
               5: [0, 0, 0, 1, 1, 1, 0, 0, 0, 125, 125], 9: [0, 0, 0, 1, 1, 0, 0, 0, 0, 130, 130],
               40: [0, 0, 0, 1, 1, 0, 0, 0, 0, 100, 100], 95: [0] * 11}
-    found = outcomes(events, [(Kind.EVENT, at(day)) for day in wanted], FOREVER_MS)
+    found = outcomes(events, [(SnapshotKind.EVENT, at(day)) for day in wanted], FOREVER_MS)
     assert found.tolist() == list(wanted.values())
 
 
 def test_what_is_at_the_time_of_a_cut_off_comes_after_it():
     events = decoded([line(0, 0, 'view'), line(1, 5, 'purchase', price=10), line(2, 6, 'purchase', price=1)])
-    cutoff, event = outcomes(events, [(Kind.CUTOFF, at(5)), (Kind.EVENT, at(5))], FOREVER_MS)
+    cutoff, event = outcomes(events, [(SnapshotKind.CUTOFF, at(5)), (SnapshotKind.EVENT, at(5))], FOREVER_MS)
     assert cutoff[0] == 1 and cutoff[-1] == 11
     assert event[0] == 1 and event[-1] == 1
     assert not list(at_cutoffs(events[1:], [at(5)], LIMITS))
@@ -78,14 +78,14 @@ def test_what_is_at_the_time_of_a_cut_off_comes_after_it():
 def test_a_label_is_unknown_until_its_days_are_over():
     events = decoded([line(0, 0, 'view'), line(1, 1, 'purchase', price=10)])
     for known_days, settled in ((0.5, 0), (1, 1), (6.9, 1), (7, 2), (30, 3), (90, 4), (273, 5)):
-        row, = outcomes(events, [(Kind.EVENT, at(0))], at(known_days))
+        row, = outcomes(events, [(SnapshotKind.EVENT, at(0))], at(known_days))
         assert (~np.isnan(row[:5])).sum() == settled
         assert np.isnan(row[5]) == (known_days < 30) and (~np.isnan(row[6:])).sum() == settled
 
 
 def test_refunds_of_earlier_orders_do_not_make_spend_negative():
     events = decoded([line(0, 0, 'purchase', price=50), line(1, 3, 'refund', price=50)])
-    assert outcomes(events, [(Kind.EVENT, at(0))], FOREVER_MS)[0, -5:].tolist() == [0.0] * 5
+    assert outcomes(events, [(SnapshotKind.EVENT, at(0))], FOREVER_MS)[0, -5:].tolist() == [0.0] * 5
 
 
 def test_without_prices_purchases_are_counted():
@@ -98,11 +98,11 @@ def test_without_prices_purchases_are_counted():
 def test_moments_are_those_of_the_worker():
     events = decoded([line(0, 0, 'view'), line(1, 0.01, 'click'), line(1, 0.015, 'click'), line(2, 8, 'view')])
     seen = [(kind, (as_of_ms - START_MS) / DAY_MS, user.applied)
-            for kind, as_of_ms, user in moments(events, LIMITS, START_MS + 16 * DAY_MS)]
+            for kind, as_of_ms, user in scoring_times(events, LIMITS, START_MS + 16 * DAY_MS)]
     assert seen == [
-        (Kind.EVENT, 0, 1), (Kind.EVENT, 0.01, 2),
-        (Kind.TIMER, 3.01, 2), (Kind.TIMER, 7.01, 2),       # day 14 is after the next event
-        (Kind.SESSION_END, 8, 3), (Kind.TIMER, 11, 3), (Kind.TIMER, 15, 3)]
+        (SnapshotKind.EVENT, 0, 1), (SnapshotKind.EVENT, 0.01, 2),
+        (SnapshotKind.TIMER, 3.01, 2), (SnapshotKind.TIMER, 7.01, 2),       # day 14 is after the next event
+        (SnapshotKind.SESSION_END, 8, 3), (SnapshotKind.TIMER, 11, 3), (SnapshotKind.TIMER, 15, 3)]
 
 
 def test_labels_equal_a_recount_of_the_lines(everyone, history, lines):
@@ -114,7 +114,7 @@ def test_labels_equal_a_recount_of_the_lines(everyone, history, lines):
     for until_ms, examples in everyone.items():
         for row in range(0, len(examples), 5):
             as_of_ms = int(examples.as_of_ms[row])
-            first_ms = as_of_ms if examples.kind[row] == Kind.CUTOFF else as_of_ms + 1
+            first_ms = as_of_ms if examples.kind[row] == SnapshotKind.CUTOFF else as_of_ms + 1
             after = [event for event in money[history.user_ids[examples.user[row]]] if event['ts'] >= first_ms]
             bought = [event['ts'] - first_ms for event in after if event['type'] == 'purchase']
             for horizon, days in enumerate(HORIZON_DAYS):
@@ -146,13 +146,13 @@ def test_a_snapshot_is_the_fold_of_what_had_happened(everyone, history):
 def test_a_cut_off_knows_what_a_moment_at_that_time_knows(history):
     """The path of runs gives the model the same as the worker's own, timers or not."""
     events = max(history.events, key=len)
-    for kind, as_of_ms, user in list(moments(events, LIMITS, history.end_ms))[-1:]:
+    for kind, as_of_ms, user in list(scoring_times(events, LIMITS, history.end_ms))[-1:]:
         (_, (header, days, rows)), = at_cutoffs(events, [as_of_ms + 1], LIMITS)
         mine, theirs = (features(Snapshots.join([part[0]], [part[1]], [part[2]], [as_of_ms])) for part in (
             (header, days, rows), (pack_header(user), bytes(user.days), bytes(user.rows))))
         np.testing.assert_array_equal(mine.counters, theirs.counters)
         np.testing.assert_array_equal(mine.numbers, theirs.numbers)
-        assert kind in Kind
+        assert kind in SnapshotKind
 
 
 def test_a_planted_leak_is_not_seen(history):
@@ -185,9 +185,9 @@ def test_whether_a_moment_is_taken_does_not_look_ahead(history):
     until_ms = history.end_ms
     whole = sample(history, [longest], history.start_ms, until_ms, OPTIONS, LIMITS, seed=3)
     kinds = np.bincount(whole.kind, minlength=4)
-    assert kinds[Kind.EVENT] > 0 and kinds[Kind.CUTOFF] == OPTIONS.cutoffs_per_user
+    assert kinds[SnapshotKind.EVENT] > 0 and kinds[SnapshotKind.CUTOFF] == OPTIONS.cutoffs_per_user
     every = sample(history, range(len(history.user_ids)), history.start_ms, until_ms, OPTIONS, LIMITS, seed=3)
-    own = every.kind != Kind.CUTOFF
+    own = every.kind != SnapshotKind.CUTOFF
     counts = np.bincount(every.user[own], minlength=len(history.user_ids))
     assert counts.mean() == pytest.approx(OPTIONS.moments_per_user, rel=0.25)
     lengths = np.array([len(events) for events in history.events])

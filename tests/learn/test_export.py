@@ -20,11 +20,12 @@ from stream.core.scores import OUTPUT_NAMES
 from stream.errors import ModelError, UsageError
 from stream.learn import dataset
 from stream.learn.checkpoint import load, save
-from stream.learn.export import check_neighbours, export, outputs, padded, parity
+from stream.learn.export import export
+from stream.learn.graph import check_neighbours, outputs, padded, parity
+from stream.learn.inference import score
 from stream.learn.judging.judge import MODEL, OWN
 from stream.learn.model import INPUT_NAMES
-from stream.learn.ranking.served import ranking_dir
-from stream.learn.served import score
+from stream.learn.ranking.next_items import ranking_dir
 from stream.scoring.artefact import load_artefact
 
 

@@ -51,7 +51,7 @@ def test_the_mean_of_the_newest_settled_labels_comes_out(fitted):
                   + (1 - model.mix) * model.counters(torch.from_numpy(data.inputs.counters)))
         chances = (model.calibration_scale * logits[:, :BINARY] + model.calibration_shift).sigmoid().numpy()
     for horizon in (INTENT, CHURN):
-        asked = ~np.isnan(data.labels.bought[:, horizon]) & (data.kind == dataset.Kind.CUTOFF)
+        asked = ~np.isnan(data.labels.bought[:, horizon]) & (data.kind == dataset.SnapshotKind.CUTOFF)
         newest = asked & (data.as_of_ms >= np.quantile(data.as_of_ms[asked], 1 - calibrate.NEWEST_SHARE))
         assert 0 < newest.sum() < asked.sum()
         assert chances[newest, horizon].mean() == pytest.approx(data.labels.bought[newest, horizon].mean(), abs=1e-4)

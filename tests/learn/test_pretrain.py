@@ -16,10 +16,10 @@ from stream.errors import ModelError, UsageError
 from stream.learn import dataset
 from stream.learn.backbones import BackboneOptions, EncoderOptions, EventsBackbone
 from stream.learn.checkpoint import load, save
+from stream.learn.compress import attentions, cut
 from stream.learn.fit import fit
-from stream.learn.pretrain import Lesson, PretrainOptions, cropped, pretrain, start_from, told_of
-from stream.learn.prune import attentions, cut
-from stream.learn.training_log import Journal
+from stream.learn.pretrain import PretrainHeads, PretrainOptions, cropped, pretrain, slot_targets, start_from
+from stream.learn.training_log import TrainingLog
 from tests.learn.pretrained import save_tiny
 
 ENCODER = EncoderOptions(hidden=16, layers=1, heads=2, intermediate=32)
@@ -45,7 +45,7 @@ def examples(history):
 def learned(examples, options: PretrainOptions) -> tuple[EventsBackbone, list[dict[str, float]]]:
     torch.manual_seed(0)
     backbone = EventsBackbone(ENCODER)
-    return backbone, pretrain(backbone, examples, examples.user % 5 == 0, options, 3, Journal(), quiet())
+    return backbone, pretrain(backbone, examples, examples.user % 5 == 0, options, 3, TrainingLog(), quiet())
 
 
 def windows(filled: list[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,12 +89,12 @@ def test_labels_are_not_looked_at(examples):
 
 # ---- what is told, and from what ------------------------------------------------------------------------------------
 
-def test_what_is_told_of_a_slot():
+def test_what_is_slot_targets_a_slot():
     categories = torch.tensor([[[1, 7, 9], [12, 0, 0], [0, 0, 0]]])
     numbers = torch.zeros(1, 3, SLOT_NUMBERS)
     numbers[0, :, GAP] = torch.tensor([np.log1p(3), np.log1p(3), 0])
     numbers[0, 1, AMOUNT] = np.log1p(20)
-    told = told_of(categories, numbers)[0].tolist()
+    told = slot_targets(categories, numbers)[0].tolist()
     assert told[0] == [1, 7, 9, 0, -1]          # before the first slot there is no gap
     assert told[1] == [12, -1, -1, 6, 5]        # an absent item or category is not asked for; log 21 / .5, log 4 / .25
 
@@ -107,50 +107,50 @@ class Recorder(torch.nn.Module):
         return states.sum() * 0
 
 
-def lesson_of(names: str, **changes) -> Lesson:
+def heads_of(names: str, **changes) -> PretrainHeads:
     torch.manual_seed(0)
-    lesson = Lesson(EventsBackbone(ENCODER), tiny(names, **changes)).eval()
-    lesson.tell_masked = lesson.tell_next = Recorder()
-    return lesson
+    heads = PretrainHeads(EventsBackbone(ENCODER), tiny(names, **changes)).eval()
+    heads.masked_head = heads.next_head = Recorder()
+    return heads
 
 
 def test_a_hidden_slot_is_not_seen():
-    lesson, (categories, numbers) = lesson_of('masked'), windows([5, 3], 6)
+    heads, (categories, numbers) = heads_of('masked'), windows([5, 3], 6)
     torch.manual_seed(1)
-    lesson._masked(categories, numbers)
-    states, told = lesson.tell_masked.states, lesson.tell_masked.told
+    heads._masked(categories, numbers)
+    states, told = heads.masked_head.states, heads.masked_head.told
     changed = categories.clone()
     for row, kind in ((0, k) for k in told[:, 0].tolist()):
         changed[row, kind - 1] = torch.tensor([9, 1, 77])       # its place was its type; item 1 is also that of slot 1
     torch.manual_seed(1)
-    lesson._masked(changed, numbers)
-    told_again = lesson.tell_masked.told
+    heads._masked(changed, numbers)
+    told_again = heads.masked_head.told
     own = (told_again != told).any(1)
     assert own.any()
-    assert torch.equal(lesson.tell_masked.states[own], states[own])
+    assert torch.equal(heads.masked_head.states[own], states[own])
 
 
 def test_the_next_slot_is_told_from_what_came_before_it():
-    lesson, (categories, numbers) = lesson_of('next'), windows([5, 1], 6)
-    lesson._next(categories, numbers)
-    states = lesson.tell_next.states
-    assert lesson.tell_next.told[:, 0].tolist() == [2, 3, 4, 5]     # of the window with one slot nothing is asked
+    heads, (categories, numbers) = heads_of('next'), windows([5, 1], 6)
+    heads._next(categories, numbers)
+    states = heads.next_head.states
+    assert heads.next_head.told[:, 0].tolist() == [2, 3, 4, 5]     # of the window with one slot nothing is asked
     changed = categories.clone()
     changed[0, 4] = torch.tensor([9, 1, 77])
-    lesson._next(changed, numbers)
-    assert torch.equal(lesson.tell_next.states, states)
+    heads._next(changed, numbers)
+    assert torch.equal(heads.next_head.states, states)
 
 
 def test_of_many_slots_some_are_told():
-    lesson, (categories, numbers) = lesson_of('next', slots_max=3), windows([6, 6], 6)
-    lesson._next(categories, numbers)
-    assert len(lesson.tell_next.told) == 3
+    heads, (categories, numbers) = heads_of('next', slots_max=3), windows([6, 6], 6)
+    heads._next(categories, numbers)
+    assert len(heads.next_head.told) == 3
 
 
 def test_two_moments_of_one_user_are_not_held_against_each_other():
-    lesson, (categories, numbers) = lesson_of('contrastive'), windows([5, 4, 6, 2], 6)
-    alone = lesson._contrastive(categories, numbers, torch.tensor([8, 8, 8, 8]))
-    others = lesson._contrastive(categories, numbers, torch.tensor([1, 2, 3, 4]))
+    heads, (categories, numbers) = heads_of('contrastive'), windows([5, 4, 6, 2], 6)
+    alone = heads._contrastive(categories, numbers, torch.tensor([8, 8, 8, 8]))
+    others = heads._contrastive(categories, numbers, torch.tensor([1, 2, 3, 4]))
     assert alone.item() == pytest.approx(0, abs=1e-6) and others.item() > 0.1
 
 

@@ -20,7 +20,7 @@ from stream.learn.export import export
 from stream.learn.fit import fit
 from stream.learn.search import search
 from stream.learn.train import train
-from stream.learn.training_log import Journal
+from stream.learn.training_log import TrainingLog
 
 LIMITS = WindowLimits()
 
@@ -30,13 +30,13 @@ def given(tiny_fit):
     return tiny_fit(epochs=2, rows_per_epoch=100)
 
 
-class Plotted(Journal):
+class Plotted(TrainingLog):
     """Remembers which curves were drawn, instead of drawing them."""
 
     @contextmanager
-    def plotter(self, course):
+    def plotter(self, run):
         assert self.state is None       # a search does not go on
-        yield lambda number, figures: PLOTTED.append((self.curves / course, number, figures['validation']))
+        yield lambda number, figures: PLOTTED.append((self.curves / run, number, figures['validation']))
 
 
 PLOTTED: list[tuple[Path, int, float]] = []
@@ -83,13 +83,13 @@ def test_a_training_hands_its_curves_to_the_search(tiny_options, given, tmp_path
     asked = []
 
     def stopped(*arguments, **named):
-        asked.append(next(one for one in arguments if isinstance(one, Journal)))
+        asked.append(next(one for one in arguments if isinstance(one, TrainingLog)))
         raise KeyboardInterrupt
 
     monkeypatch.setattr('stream.learn.train.search', stopped)
     with pytest.raises(KeyboardInterrupt):
         train(tiny_options(fit=given, trials=2, curves=tmp_path / 'curves'), tmp_path / 'checkpoint')
-    assert [journal.curves for journal in asked] == [tmp_path / 'curves' / 'test']
+    assert [log.curves for log in asked] == [tmp_path / 'curves' / 'test']
 
 
 def test_the_same_seed_tries_the_same(searched, history, given):
@@ -110,7 +110,7 @@ def test_a_bad_trial_is_given_up(history, given, monkeypatch):
     longer = replace(given, epochs=3, patience=3)
     found = search(history, range(len(history.user_ids)), history.end_ms, longer, LIMITS, 4, Console(quiet=True))
     assert [trial['passes'] for trial in found.trials[:3]] == [3, 3, 3]
-    assert found.trials[3]['validation'] is None and found.trials[3]['passes'] == searching._FULL_PASSES + 1
+    assert found.trials[3]['validation'] is None and found.trials[3]['passes'] == searching._FULL_EPOCHS + 1
     assert not found.trials[3]['kept']
 
 

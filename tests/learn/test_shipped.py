@@ -11,7 +11,7 @@ from stream.core.features import LENGTHS, Snapshots, batches, features
 from stream.core.layout import WindowLimits
 from stream.core.scores import collect
 from stream.core.user import User, fold, pack_header
-from stream.learn.ranking.served import verified
+from stream.learn.ranking.next_items import verified
 from stream.scoring.artefact import load_artefact
 from stream.scoring.embedded import EmbeddedScorer
 

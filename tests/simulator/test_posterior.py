@@ -11,7 +11,7 @@ from stream.core.events import Decoder, EventRules, EventType, hash32
 from stream.core.layout import DAY_MS
 from stream.core.parse import Event
 from stream.errors import InputError, UsageError
-from stream.learn.dataset import Kind, outcomes
+from stream.learn.dataset import SnapshotKind, outcomes
 from stream.learn.judging.quality import auc, ece
 from stream.simulator import posterior as posterior_module
 from stream.simulator import shop as law
@@ -112,7 +112,7 @@ def test_calibrated_and_better_than_recency_at_random_times():
     moments = [(events, [int(rng.integers(events[0].ts_ms, last_ms))])
                for events in users_of(SHOP).values() if events[0].ts_ms < last_ms]
     chances = np.concatenate(posteriors(moments, SHOP, np.random.default_rng(6)))
-    bought = np.array([outcomes(events, [(Kind.EVENT, now)], SHOP.end_ms)[0] for events, (now,) in moments])
+    bought = np.array([outcomes(events, [(SnapshotKind.EVENT, now)], SHOP.end_ms)[0] for events, (now,) in moments])
     recency = np.array([max((one.ts_ms - now for one in events if one.ts_ms <= now
                              and one.type == EventType.PURCHASE), default=-np.inf) for events, (now,) in moments])
     for chance, horizon, buys in zip(chances.T, HORIZONS_DAYS, bought.T, strict=False):

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ways import PRECISIONS, WAYS, NotHereError, Run, half_of, open_way
 
 from stream.core.features import SLOTS_MAX
-from stream.learn.export import write_graph
+from stream.learn.graph import write_graph
 from stream.learn.model import ShopperModel
 
 ROOT = Path(__file__).parents[3]

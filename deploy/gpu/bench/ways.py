@@ -17,7 +17,7 @@ import torch
 from models import labels
 from torch import Tensor
 
-from stream.learn.export import outputs
+from stream.learn.graph import outputs
 from stream.learn.model import INPUT_NAMES, ShopperModel, losses
 
 WAYS = ('training', 'torch', 'torch.compile', 'onnxruntime', 'tensorrt')

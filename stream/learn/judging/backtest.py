@@ -1,12 +1,12 @@
-"""A served model on a recording, as of cut-offs: its exported graph beside rules that need no training.
+"""Judge an exported model on a recording, as of cut-offs, beside rules that need no training.
 
-    1 cut-offs   times T of the recording: what was before T is known, what came after it is to be foretold
-    2 scoring    everybody who was seen before T; the model through its exported graph, as it is served
+    1 cut-offs   times of the recording: events before a cut-off are known, later ones are to be predicted
+    2 scoring    all users seen before the cut-off, through the exported graph, as it is served
     3 figures    stream.learn.judging.judge
 
-Nothing is trained here and torch is not needed. The model must not have learned from what it is asked about: where its
-manifest says up to when it has learned, a cut-off before that time is marked. `stream compare` trains a model for each
-cut-off instead, on other users.
+Nothing is trained and torch is not needed. The model must not have been trained on what it is asked about: a cut-off
+that is earlier than the manifest's training time is marked. `stream compare` trains a model per cut-off instead, on
+other users.
 """
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,19 +17,19 @@ import numpy as np
 from stream.core.layout import WindowLimits
 from stream.errors import ModelError
 from stream.learn.dataset import ACTIVE_DAYS, HORIZON_DAYS, SPEND_DAYS, History, tier_of
+from stream.learn.inference import score
 from stream.learn.judging.judge import (
     MODEL,
     PAST_TIER,
     RULES,
-    Scored,
+    Predictions,
     judge_chances,
     judge_spend,
     judge_tiers,
     spend_forecasts,
 )
-from stream.learn.judging.questions import Cutoff, Task, day_of, segments, spend_horizons, truth_of
 from stream.learn.judging.simple_rules import Table, past_tier, purchase_rules, spend_rules
-from stream.learn.served import score
+from stream.learn.judging.tasks import Cutoff, Task, day_of, segments, spend_horizons, truth_of
 from stream.scoring.artefact import Artefact, Manifest, load_artefact
 
 SEEN, UNSEEN, UNKNOWN = 'learned from later days', 'learned from earlier days', 'not known'
@@ -39,8 +39,8 @@ SEEN, UNSEEN, UNKNOWN = 'learned from later days', 'learned from earlier days', 
 class BacktestOptions:
     """How to judge.
 
-    threshold  of calling somebody
-    resamples  of the bootstrap
+    threshold  probability that counts as positive
+    resamples  bootstrap resamples
     """
 
     seed: int = 7
@@ -53,9 +53,9 @@ def backtest(history: History, cutoffs_ms: Sequence[int], version_dir: Path, opt
              say: Callable[[str], None]) -> dict:
     """All figures, ready for JSON.
 
-    say      is given a line about each cut-off when it is done
-    Errors   UsageError where a cut-off leaves nothing to know or to foretell; ModelError where the model is not what
-             its manifest says, or foretells none of the horizons.
+    say      prints a line when a cut-off is done
+    Errors   UsageError where a cut-off leaves no events before or after it; ModelError where the model does not match
+             its manifest, or predicts none of the horizons.
     """
     artefact = load_artefact(version_dir)
     manifest = artefact.manifest
@@ -78,7 +78,7 @@ def backtest(history: History, cutoffs_ms: Sequence[int], version_dir: Path, opt
 
 
 def learned(manifest: Manifest, at_ms: int) -> str:
-    """Whether the model has learned from days that it is asked about: SEEN, UNSEEN or UNKNOWN."""
+    """Whether the model was trained on days after the cut-off: SEEN, UNSEEN or UNKNOWN."""
     if not manifest.known_until_ms:
         return UNKNOWN
     return SEEN if manifest.known_until_ms > at_ms else UNSEEN
@@ -95,13 +95,13 @@ def _judged(cutoff: Cutoff, artefact: Artefact, priced: bool, options: BacktestO
     def answered(task: Task) -> dict:
         truth = truth_of(asked, task)
         rows = ~np.isnan(truth)
-        by_name = {MODEL: Scored(served['purchase'][:, place[HORIZON_DAYS[task.horizon]]].astype(float), True)}
+        by_name = {MODEL: Predictions(served['purchase'][:, place[HORIZON_DAYS[task.horizon]]].astype(float), True)}
         for name, rule in purchase_rules().items():
             if priced or name not in spend_rules():
-                by_name[name] = Scored(rule.fit(table, task.horizon).predict(table), False)
-        by_name = {name: Scored(scored.scores[rows], scored.is_chance) for name, scored in by_name.items()}
+                by_name[name] = Predictions(rule.fit(table, task.horizon).predict(table), False)
+        by_name = {name: Predictions(scored.scores[rows], scored.is_chance) for name, scored in by_name.items()}
         if task.churn:
-            by_name = {name: scored.turned_round() for name, scored in by_name.items()}
+            by_name = {name: scored.complement() for name, scored in by_name.items()}
         return judge_chances(by_name, truth[rows], {words: chosen[rows] for words, chosen in kinds.items()
                                                     if chosen[rows].any()}, *drawn, RULES, options.threshold)
 
@@ -116,15 +116,20 @@ def _judged(cutoff: Cutoff, artefact: Artefact, priced: bool, options: BacktestO
             name: rule.fit(table, horizon).predict(table) for name, rule in spend_rules().items()},
             asked.labels.spent[:, horizon].astype(float), *drawn)
 
-    edges = np.array(manifest.tier_edges[1:])
+    def tier() -> dict | None:
+        if not money or np.isnan(asked.labels.spend).any():
+            return None
+        edges = np.array(manifest.tier_edges[1:])
+        return judge_tiers({MODEL: Predictions(served['tier_probabilities'].astype(float), True),
+                            PAST_TIER: Predictions(past_tier(table, edges), False)},
+                           tier_of(asked.labels.spend, edges), *drawn)
+
     return {
         'at_ms': cutoff.at_ms, 'users': len(asked), 'active': int(asked.active.sum()),
         'learned': learned(manifest, cutoff.at_ms),
         'tasks': [task.words() | answered(task) for task in told],
         'spend': [spent(horizon) for horizon in horizons],
-        'tier': judge_tiers({MODEL: Scored(served['tier_probabilities'].astype(float), True),
-                             PAST_TIER: Scored(past_tier(table, edges), False)}, tier_of(asked.labels.spend, edges),
-                            *drawn) if money and not np.isnan(asked.labels.spend).any() else None,
+        'tier': tier(),
         'skipped': [task.words() | {'reason': reason} for task, reason in skipped], 'left_out': [], 'ranking': [],
         'training': [],
     }

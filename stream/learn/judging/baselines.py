@@ -34,22 +34,23 @@ _TINY = 1e-6                # chances are kept so far from 0 and 1
 class PurchaseContender(Protocol):
     """Scores for buying within a horizon. Errors of `fit`: UsageError where there is nothing to learn from."""
 
-    is_chance: ClassVar[bool]
+    is_chance: bool
 
-    def fit(self, train: Table, horizon: int) -> Self: ...
-    def predict(self, test: Table) -> np.ndarray: ...
+    def fit(self, train: Table, horizon: int, /) -> Self: ...
+    def predict(self, test: Table, /) -> np.ndarray: ...
 
 
 class SpendContender(Protocol):
     """Expected spend within a horizon. Errors of `fit`: UsageError where there is nothing to learn from."""
 
-    def fit(self, train: Table, horizon: int) -> Self: ...
-    def predict(self, test: Table) -> np.ndarray: ...
+    def fit(self, train: Table, horizon: int, /) -> Self: ...
+    def predict(self, test: Table, /) -> np.ndarray: ...
 
 
 def purchase_contenders(seed: int, threads: int = 1) -> dict[str, PurchaseContender]:
     """All of them, not yet fitted, by the name that a table shows. One thread: the same bytes on every run."""
-    return purchase_rules() | {
+    return {
+        **purchase_rules(),
         'BG/NBD': BuyTillYouDie(),
         'logistic regression': Regression(seed),
         'PCA + logistic': Regression(seed, PCA(0.95, whiten=True, svd_solver='full')),
@@ -61,7 +62,8 @@ def purchase_contenders(seed: int, threads: int = 1) -> dict[str, PurchaseConten
 
 def spend_contenders(seed: int, threads: int = 1) -> dict[str, SpendContender]:
     """All of them, not yet fitted, by the name that a table shows. One thread: the same bytes on every run."""
-    return spend_rules() | {
+    return {
+        **spend_rules(),
         'BG/NBD + Gamma-Gamma': BuyTillYouDieSpend(),
         'LightGBM': SpendTrees(seed, threads),
         'MLP regression': SpendNetwork(seed),
@@ -281,6 +283,7 @@ class _Perceptron:
         for penalty in self.PENALTIES:
             network = MLPRegressor(hidden_layer_sizes=(self.HIDDEN,), alpha=penalty, random_state=self.seed)
             errors: list[float] = []
+            weights: tuple[list[np.ndarray], list[np.ndarray]] = [], []
             while len(errors) < self.PASSES_MAX and len(errors) - np.argmin([*errors, np.inf]) <= self.PATIENCE:
                 network.partial_fit(inputs[~held_out], target[~held_out])
                 errors.append(float(np.mean((network.predict(inputs[held_out]) - target[held_out]) ** 2)))
@@ -292,7 +295,7 @@ class _Perceptron:
                 self.loss_curve, self.validation_curve = network.loss_curve_, errors
 
     def _answer(self, table: Table) -> np.ndarray:
-        return self.network.predict(self.scaler.transform(table.counters)).astype(np.float64)
+        return np.asarray(self.network.predict(self.scaler.transform(table.counters)), np.float64)
 
 
 class Network(_Perceptron):

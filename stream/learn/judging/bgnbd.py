@@ -56,7 +56,8 @@ class BgNbd:
         recency, age = recency_days / _DAYS_PER_WEEK, age_days / _DAYS_PER_WEEK
 
         def loss(logs: np.ndarray) -> float:
-            return -float(_log_likelihood(*np.exp(logs), frequency, recency, age).sum())
+            r, alpha, a, b = np.exp(logs)
+            return -float(_log_likelihood(r, alpha, a, b, frequency, recency, age).sum())
 
         # Started from one order per typical age, and a tenth of orders being the last one.
         start = np.log([1.0, max(float(np.median(age)), 1.0), 1.0, 9.0])

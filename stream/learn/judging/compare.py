@@ -1,14 +1,13 @@
-"""The model beside its contenders, on people and days that none of them has seen: read from top to bottom.
+"""Compare the model with contenders on users and days that none of them has seen. Read from top to bottom.
 
-    1 cut-offs   times T of the recording: what was before T is known, what came after it is to be foretold
-    2 folds      users are cut into parts by a hash of their id; each part is scored by what the other parts taught
-    3 training   the model and the contenders on the same moments, as it was just before T: a label that is not settled
-                 by then is not known
-    4 scoring    the part's users as of T; the model through its exported graph, as it is served
-    5 figures    of all parts together (stream.learn.judging.judge)
+    1 cut-offs   times of the recording: events before a cut-off are known, later ones are to be predicted
+    2 folds      users are split by a hash of their id; each fold is scored by models trained on the other folds
+    3 training   the model and the contenders on the same snapshots, with the labels settled before the cut-off
+    4 scoring    the fold's users as of the cut-off, the model through its exported graph, as it is served
+    5 figures    of all folds together (stream.learn.judging.judge)
 
-A fold of a cut-off needs nothing of the others: they run in several processes, each on one thread, and the figures do
-not depend on how many processes there are.
+The folds of a cut-off are independent. They run in several processes with one thread each; the figures do not depend
+on the number of processes.
 """
 import signal
 import tempfile
@@ -38,13 +37,14 @@ from stream.learn.dataset import (
     SPEND,
     Examples,
     History,
-    Kind,
+    SnapshotKind,
     at_time,
     part_of,
     tier_of,
 )
-from stream.learn.export import write_graph
 from stream.learn.fit import FitOptions, Fitted, fit, rows_max, window_logits
+from stream.learn.graph import write_graph
+from stream.learn.inference import score
 from stream.learn.judging.baselines import (
     BuyTillYouDie,
     Network,
@@ -60,20 +60,19 @@ from stream.learn.judging.judge import (
     MODEL,
     PAST_TIER,
     WINDOW,
-    Scored,
+    Predictions,
     judge_chances,
     judge_spend,
     judge_tiers,
     spend_forecasts,
 )
-from stream.learn.judging.questions import Cutoff, Task, day_of, known_until, segments, spend_horizons, truth_of
+from stream.learn.judging.ranking import ASKED_MIN, RankedFold, judge_ranking, rank
+from stream.learn.judging.sasrec import SasRecOptions
 from stream.learn.judging.simple_rules import Table, past_tier, spend_rules
+from stream.learn.judging.tasks import Cutoff, Task, day_of, known_until, segments, spend_horizons, truth_of
 from stream.learn.ranking.export import write_ranking
+from stream.learn.ranking.next_items import rankings
 from stream.learn.ranking.past_items import BUCKETS
-from stream.learn.ranking.recommend import ASKED_MIN, RankedFold, judge_ranking, rank
-from stream.learn.ranking.sasrec import SasRecOptions
-from stream.learn.ranking.served import rankings
-from stream.learn.served import score
 
 _FOLD_SEED = 1 << 32                # far from the seed of training, whose validation users are cut by the same hash
 
@@ -82,10 +81,10 @@ _FOLD_SEED = 1 << 32                # far from the seed of training, whose valid
 class CompareOptions:
     """How to compare.
 
-    folds               parts of the users
-    contender_rows_max  cut-offs that the contenders learn from at most, drawn from those that the model learns from
-    resamples           of the bootstrap
-    processes           at a time; 1: none but this one
+    folds               folds of the users
+    contender_rows_max  most snapshots that contenders learn from, drawn from the cut-offs that the model learns from
+    resamples           bootstrap resamples
+    processes           processes at a time; 1: only this one
     """
 
     seed: int = 7
@@ -100,23 +99,22 @@ class CompareOptions:
 
 @dataclass(frozen=True)
 class FoldScores:
-    """What a part's users were given, n of them.
+    """Predictions for the n users of a fold.
 
-    user      int64 [n], places in the history's `user_ids`
+    user      int64 [n], indices into the history's `user_ids`
     chances   by task and contender
-    spend     by horizon and contender, float64 [n]; empty where there is no money, or too little settled spend to learn
-              from
-    tiers     by contender, [n, tiers]; as `spend`
-    tier      int64 [n], what it came to be; -1: not settled
-    ranked    by column and contender how well each ranked what was bought next, of whoever bought something
-    left_out  (task, contender, reason) where one could not be fitted
-    training  its figures, ready for JSON
+    spend     by horizon and contender, float64 [n]; empty without prices, or with too little settled spend
+    tiers     by contender, [n, tiers]; empty like `spend`
+    tier      int64 [n], the true tier; -1: not settled
+    ranked    by column and contender, how well each ranked what was bought next, for the users who bought something
+    left_out  (task, contender, reason) of contenders that could not be fitted
+    training  figures of the training, ready for JSON
     """
 
     user: np.ndarray
-    chances: dict[str, dict[str, Scored]]
+    chances: dict[str, dict[str, Predictions]]
     spend: dict[int, dict[str, np.ndarray]]
-    tiers: dict[str, Scored]
+    tiers: dict[str, Predictions]
     tier: np.ndarray
     ranked: dict[str, RankedFold]
     left_out: list[tuple[str, str, str]]
@@ -126,8 +124,8 @@ class FoldScores:
 def compare(history: History, cutoffs_ms: Sequence[int], options: CompareOptions, say: Callable[[str], None]) -> dict:
     """All figures, ready for JSON.
 
-    say      is given a line about each part when it is done
-    Errors   UsageError where a cut-off leaves nothing to learn or to foretell.
+    say      prints a line when a fold is done
+    Errors   UsageError where a cut-off leaves no events before or after it.
     Promise  on one machine the same options give the same figures.
     """
     began = time.monotonic()
@@ -172,13 +170,13 @@ def compare(history: History, cutoffs_ms: Sequence[int], options: CompareOptions
 # ---- 2 folds --------------------------------------------------------------------------------------------------------
 
 def fold_of(user_id: str, options: CompareOptions) -> int:
-    """Which part of the users somebody is in."""
+    """The fold of a user."""
     return part_of(user_id, [1 / options.folds] * (options.folds - 1), options.seed + _FOLD_SEED)
 
 
 def score_fold(history: History, at_ms: int, part: int, tasks: list[Task], options: CompareOptions) -> FoldScores:
-    """Train on the users of the other parts as it was just before a cut-off; score those of this one."""
-    with threadpool_limits(1):      # the processes are as many as the cores; and a sum in another order is another sum
+    """Train on the users of the other folds, on events before the cut-off; score the users of this fold."""
+    with threadpool_limits(1):      # there is a process per core, and another order of a sum would change it
         known = history.before(at_ms)
         learners = [user for user, user_id in enumerate(known.user_ids) if fold_of(user_id, options) != part]
         fitted = fit(known, learners, at_ms, replace(options.fit, seed=options.seed), options.limits,
@@ -202,14 +200,15 @@ def score_fold(history: History, at_ms: int, part: int, tasks: list[Task], optio
         own = _model_chances(fitted, served['purchase'].astype(float), test, tasks)
         chances = {task.name: own[task.name] | contenders.chances(task) for task in tasks}
         spend, tiers = {}, {}
-        before = tier_of(fitted.data.labels.spend[fitted.data.kind == Kind.CUTOFF], fitted.tier_edges)
+        before = tier_of(fitted.data.labels.spend[fitted.data.kind == SnapshotKind.CUTOFF], fitted.tier_edges)
         settled = before >= 0
         if known.priced and settled.sum() >= SETTLED_ROWS_MIN:
             spend = {horizon: spend_forecasts(served, HORIZON_DAYS[horizon], HORIZON_DAYS) | contenders.spend(horizon)
                      for horizon in spend_horizons(test)}
             shares = np.bincount(before[settled], minlength=fitted.model.tiers) / settled.sum()
-            tiers = {MODEL: Scored(served['tier_probabilities'].astype(float), True),
-                     COMMONEST: Scored(np.tile(shares, (len(test), 1)), True)} | contenders.tiers(fitted.tier_edges)
+            tiers = {MODEL: Predictions(served['tier_probabilities'].astype(float), True),
+                     COMMONEST: Predictions(np.tile(shares, (len(test), 1)), True),
+                     **contenders.tiers(fitted.tier_edges)}
     return FoldScores(
         test.user, chances, spend, tiers, tier_of(test.labels.spend, fitted.tier_edges), ranked,
         contenders.left_out,
@@ -221,7 +220,7 @@ def score_fold(history: History, at_ms: int, part: int, tasks: list[Task], optio
 
 @contextmanager
 def runner(processes: int) -> Iterator[Callable[[Callable, list[tuple]], Iterator[Any]]]:
-    """What gives a function's answers to jobs, in their order."""
+    """A function that maps another one over jobs, in processes, and gives the results in order."""
     if processes == 1:
         yield lambda function, jobs: (function(*job) for job in jobs)
         return
@@ -230,7 +229,7 @@ def runner(processes: int) -> Iterator[Callable[[Callable, list[tuple]], Iterato
         try:
             yield lambda function, jobs: pool.map(function, *zip(*jobs, strict=True))
         except BaseException:
-            for process in active_children():       # else the pool would wait for what nobody asks for any more
+            for process in active_children():       # else the pool would wait for results that are not needed
                 process.terminate()
             raise
 
@@ -238,9 +237,9 @@ def runner(processes: int) -> Iterator[Callable[[Callable, list[tuple]], Iterato
 # ---- 3 training -----------------------------------------------------------------------------------------------------
 
 def _contender_table(data: Examples, as_of: Examples, options: CompareOptions) -> Table:
-    """What contenders learn from: the cut-offs that the model learns from, and the training users as of T. Nobody knows
-    the labels of these, but to BG/NBD a user's orders so far are all there is."""
-    rows = np.flatnonzero(data.kind == Kind.CUTOFF)
+    """The contenders' training rows: the cut-offs that the model learns from, and the training users as of the cut-off.
+    The latter have no labels yet, but BG/NBD needs only a user's orders so far."""
+    rows = np.flatnonzero(data.kind == SnapshotKind.CUTOFF)
     if len(rows) > options.contender_rows_max:
         rows = np.sort(np.random.default_rng(options.seed).choice(rows, options.contender_rows_max, replace=False))
     parts = Table.of_examples(data).take(rows), Table.of_examples(as_of)
@@ -248,10 +247,10 @@ def _contender_table(data: Examples, as_of: Examples, options: CompareOptions) -
 
 
 class _Contenders:
-    """All contenders, fitted to `train` when a task is asked for, and their scores of `test`.
+    """All contenders, fitted to `train` when a task needs them, and their scores of `test`.
 
-    left_out        (task, contender, reason) where one could not be fitted
-    network_curves  of each task the loss of the network by passes: of the training users, of the validation users
+    left_out        (task, contender, reason) of contenders that could not be fitted
+    network_curves  for each task the network's loss per epoch: on training users, on validation users
     """
 
     def __init__(self, train: Table, test: Table, priced: bool, seed: int) -> None:
@@ -264,11 +263,11 @@ class _Contenders:
         self.left_out: list[tuple[str, str, str]] = []
         self.network_curves: dict[str, dict[str, list[float]]] = {}
 
-    def chances(self, task: Task) -> dict[str, Scored]:
-        """By name, as they answer the task.
+    def chances(self, task: Task) -> dict[str, Predictions]:
+        """Predictions for a task by contender.
 
-        Of a horizon that too few labels settle the regressions, trees and networks learn the longest one that is
-        settled, and then only rank. BG/NBD foretells any horizon.
+        If too few labels settle the horizon, regressions, trees and networks learn the longest settled one, and then
+        only rank. BG/NBD predicts any horizon.
         """
         answers = {}
         for name, contender in purchase_contenders(self._seed).items():
@@ -288,13 +287,13 @@ class _Contenders:
             except UsageError as error:
                 self.left_out.append((task.name, name, error.problem))
                 continue
-            scored = Scored(self._scores[key], contender.is_chance and taught == task.horizon)
-            answers[name] = scored.turned_round() if task.churn else scored
+            scored = Predictions(self._scores[key], contender.is_chance and taught == task.horizon)
+            answers[name] = scored.complement() if task.churn else scored
         return answers
 
     def spend(self, horizon: int) -> dict[str, np.ndarray]:
-        """By name, within a horizon. Of one that too few labels settle trees and networks learn the longest one that is
-        settled, and foretell as if it went on like that."""
+        """Spend forecasts by contender. If too few labels settle the horizon, trees and networks learn the longest
+        settled one and extrapolate."""
         answers = {}
         for name, contender in spend_contenders(self._seed).items():
             learner = isinstance(contender, SpendTrees | SpendNetwork)
@@ -306,12 +305,12 @@ class _Contenders:
                 self.left_out.append((f'spend_{HORIZON_DAYS[horizon]}d', name, error.problem))
         return answers
 
-    def tiers(self, edges: np.ndarray) -> dict[str, Scored]:
-        """By name, of the tier of the next 90 days' spend."""
-        answers = {PAST_TIER: Scored(past_tier(self._test, edges), False)}
+    def tiers(self, edges: np.ndarray) -> dict[str, Predictions]:
+        """Predictions of the tier of the next 90 days' spend, by contender."""
+        answers = {PAST_TIER: Predictions(past_tier(self._test, edges), False)}
         try:
             contender = TierRegression(self._seed, edges).fit(self._train, SPEND)
-            answers['logistic regression'] = Scored(contender.predict(self._test), True)
+            answers['logistic regression'] = Predictions(contender.predict(self._test), True)
         except UsageError as error:
             self.left_out.append(('tier', 'logistic regression', error.problem))
         return answers
@@ -324,18 +323,18 @@ class _Contenders:
 # ---- 4 scoring ------------------------------------------------------------------------------------------------------
 
 def _model_chances(fitted: Fitted, purchase: np.ndarray, test: Examples, tasks: list[Task],
-                   ) -> dict[str, dict[str, Scored]]:
-    """By task: the model's chances as they are served, `purchase` [n, horizons], and how each branch alone ranks."""
+                   ) -> dict[str, dict[str, Predictions]]:
+    """By task: the served probabilities, `purchase` [n, horizons], and the scores of each branch alone."""
     window = window_logits(fitted.model, test, np.arange(len(test))).numpy()
     with torch.no_grad():
         counters = fitted.model.counters(torch.from_numpy(test.inputs.counters)).numpy()
     answers = {}
     for task in tasks:
         source = int(fitted.model.told_from[task.horizon])
-        by_name = {MODEL: Scored(purchase[:, task.horizon], True),
-                   WINDOW: Scored(window[:, source].astype(float), False),
-                   COUNTERS: Scored(counters[:, source].astype(float), False)}
-        answers[task.name] = {name: scored.turned_round() if task.churn else scored
+        by_name = {MODEL: Predictions(purchase[:, task.horizon], True),
+                   WINDOW: Predictions(window[:, source].astype(float), False),
+                   COUNTERS: Predictions(counters[:, source].astype(float), False)}
+        answers[task.name] = {name: scored.complement() if task.churn else scored
                               for name, scored in by_name.items()}
     return answers
 
@@ -343,7 +342,7 @@ def _model_chances(fitted: Fitted, purchase: np.ndarray, test: Examples, tasks: 
 # ---- 5 figures ------------------------------------------------------------------------------------------------------
 
 def _questions(cutoff: Cutoff, found: list[FoldScores], options: CompareOptions) -> Iterator[tuple]:
-    """(name, what judges it, its arguments) of each question about a cut-off, all parts together."""
+    """(name, judge, its arguments) of each question about a cut-off, all folds together."""
     asked = cutoff.asked
     order = np.argsort(np.concatenate([scores.user for scores in found]))       # the order of `asked`
     drawn = options.resamples, options.seed
@@ -372,14 +371,14 @@ def _questions(cutoff: Cutoff, found: list[FoldScores], options: CompareOptions)
         yield 'tier', judge_tiers, (tiers, np.concatenate([scores.tier for scores in found])[order], *drawn)
 
 
-def _together(parts: list[dict[str, Scored]], rows: np.ndarray) -> dict[str, Scored]:
-    """Whoever answered in each part, by name; `rows` of all parts."""
-    return {name: Scored(np.concatenate([part[name].scores for part in parts])[rows],
+def _together(parts: list[dict[str, Predictions]], rows: np.ndarray) -> dict[str, Predictions]:
+    """The contenders that scored every fold, by name; `rows` of all folds."""
+    return {name: Predictions(np.concatenate([part[name].scores for part in parts])[rows],
                          all(part[name].is_chance for part in parts)) for name in _in_all(parts)}
 
 
 def _in_all(parts: Sequence[Mapping[Any, Any]]) -> list[Any]:
-    """The keys that are in each part, in their order."""
+    """The keys that every part has, in order."""
     return [name for name in parts[0] if all(name in part for part in parts)]
 
 

@@ -1,8 +1,8 @@
-"""Scores of the model and its contenders, and what happened, become figures that are ready for JSON.
+"""Judge predictions of the model and its contenders against what happened; figures are ready for JSON.
 
-An interval is [value, low, high], see `stream.learn.judging.quality`. `model_less` of a contender is the model's figure
-less the contender's, over the same resamples of users: only where the interval of a difference lies on one side of 0
-is one of them said to be better.
+An interval is [value, low, high], see `stream.learn.judging.quality`. A contender's `model_less` is the model's figure
+less the contender's, over the same resamples of users. One of them is called better only if the interval of the
+difference lies on one side of 0.
 """
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from stream.learn.dataset import SPEND_DAYS
-from stream.learn.judging.curves import curves
 from stream.learn.judging.quality import (
     AMOUNT,
     BINARY,
@@ -37,34 +36,38 @@ RULES = ('recency rule', 'past rate', 'past spend', 'spend of 90 days')     # wh
 LEAST_ERROR = 'LightGBM'     # trained for a small mean error of spend
 SPEND_BINS = 10
 _TINY = 1e-6
+POINTS = 100            # of a curve
+LIFT_FROM = 0.01
 TOP = 10
 POPULAR, RECENT, OWN, BOUGHT, SASREC = (
     'popularity', 'popularity of 30 days', 'own past', 'own purchases', 'SASRec')
 
+Curve = tuple[list[float], list[float]]     # x, y
+
 
 @dataclass(frozen=True)
-class Scored:
-    """A contender's scores of some rows, float64 [n] or of each class [n, classes]: more is likelier. `is_chance`: they
-    are probabilities."""
+class Predictions:
+    """A contender's scores of some rows, float64 [n], or [n, classes]: higher is likelier. `is_chance`: the scores are
+    probabilities."""
 
     scores: np.ndarray
     is_chance: bool
 
-    def turned_round(self) -> 'Scored':
-        """Of the opposite."""
-        return Scored(1 - self.scores if self.is_chance else -self.scores, self.is_chance)
+    def complement(self) -> 'Predictions':
+        """Predictions of the opposite."""
+        return Predictions(1 - self.scores if self.is_chance else -self.scores, self.is_chance)
 
 
-def judge_chances(by_name: Mapping[str, Scored], truth: np.ndarray, segments: Mapping[str, np.ndarray], count: int,
+def judge_chances(by_name: Mapping[str, Predictions], truth: np.ndarray, segments: Mapping[str, np.ndarray], count: int,
                   seed: int, rivals: Sequence[str] = REFERENCES, threshold: float = 0.5) -> dict:
-    """Figures of a question with yes or no.
+    """Figures of a yes-or-no question.
 
-    by_name   with MODEL among them, all of the same rows, one row a user
-    truth     float [n], 0 or 1
-    segments  bool [n] each
-    count     of the bootstrap
-    rivals    the best of them is whom the model has to beat
-    threshold of calling somebody, beside the share of those for whom it came true
+    by_name     predictions, MODEL among them, all for the same rows, one row per user
+    truth       float [n], 0 or 1
+    segments    bool [n] each
+    count       bootstrap resamples
+    rivals      the model must beat the best of these
+    threshold   probability that counts as positive; the base rate is used as another threshold
     """
     base_rate = float(truth.mean())
     samples = resamples(np.arange(len(truth)), count, seed)
@@ -92,7 +95,7 @@ def judge_chances(by_name: Mapping[str, Scored], truth: np.ndarray, segments: Ma
 
 
 def _called(scores: np.ndarray, truth: np.ndarray, samples: list[np.ndarray], threshold: float) -> dict:
-    """The confusion matrix of calling whoever reaches a threshold, and the shares made of it as intervals."""
+    """The confusion matrix at a threshold, with accuracy, precision, recall and F1 as intervals."""
     drawn = [at_threshold(scores[rows], truth[rows], threshold) for rows in samples]
     shares = {name: interval(np.array([found[name] for found in drawn]))
               for name in ('accuracy', 'precision', 'recall', 'f1')}
@@ -100,17 +103,17 @@ def _called(scores: np.ndarray, truth: np.ndarray, samples: list[np.ndarray], th
 
 
 def spend_forecasts(served: Mapping[str, np.ndarray], days: int, horizon_days: Sequence[int]) -> dict[str, np.ndarray]:
-    """What a graph's outputs foretell of spend within so many days, by name, float64 [n] each; LIKELIEST only ranks.
+    """Forecasts of spend within so many days from a graph's outputs, by name, float64 [n] each; LIKELIEST only ranks.
 
-    The outputs are of SPEND_DAYS. Of other days there is as much more spend as orders: whoever buys at a steady rate
-    buys nothing with a chance of exp(-orders), see `stream.learn.calibrate`.
+    The outputs cover SPEND_DAYS. For other days spend is scaled by the expected orders: at a steady rate, the
+    probability of no order is exp(-orders), see `stream.learn.calibrate`.
 
     horizon_days  those of the output `purchase`, `days` and SPEND_DAYS among them
     """
     column = {told: served['purchase'][:, place].astype(float) for place, told in enumerate(horizon_days)}
     orders, orders_told = (-np.log1p(-np.clip(column[within], _TINY, 1 - _TINY)) for within in (days, SPEND_DAYS))
     found = {MODEL: served['expected_spend'][:, 0] * (orders / orders_told)}
-    if 'typical_spend' in served:       # older graphs do not tell it
+    if 'typical_spend' in served:       # older graphs lack it
         found[TYPICAL] = served['typical_spend'][:, 0] * (orders / orders_told)
     return found | {LIKELIEST: column[days]}
 
@@ -135,10 +138,10 @@ def judge_spend(by_name: Mapping[str, np.ndarray], truth: np.ndarray, count: int
     }
 
 
-def judge_tiers(by_name: Mapping[str, Scored], truth: np.ndarray, count: int, seed: int) -> dict:
+def judge_tiers(by_name: Mapping[str, Predictions], truth: np.ndarray, count: int, seed: int) -> dict:
     """Figures of the tier: scores by name, float64 [n, tiers], MODEL among them, and the tier it was, int64 [n].
 
-    `confusion[i][j]`: rows of tier i that the model held likeliest to be of tier j.
+    `confusion[i][j]`: rows of tier i for which the model's likeliest tier was j.
     """
     samples = resamples(np.arange(len(truth)), count, seed)
     model = by_name[MODEL].scores
@@ -170,6 +173,50 @@ def intervals(drawn: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict]:
 
 
 def _verdict(difference: list[float]) -> str:
-    """Of an interval of the model's AUROC less another one's."""
+    """The verdict from the interval of the model's AUROC less a contender's."""
     _, low, high = difference
     return 'better' if low > 0 else 'worse' if high < 0 else 'no difference shown'
+
+
+def curves(scores: np.ndarray, truth: np.ndarray) -> dict[str, Curve]:
+    """What happens as more and more rows are called, the highest scores first: the points of the usual curves by name.
+
+    roc               x: share of the negatives called, y: share of the positives called
+    precision_recall  x: share of the positives called, y: share of the called rows that are positive
+    gain              x: share of all rows called, y: share of the positives called
+    lift              x: share of all rows called, y: share of positives among them over that among all rows; from
+                      LIFT_FROM on, since a handful of rows is chance
+
+    Rows of equal score are called together; between two scores a curve is straight, as if the rows in between were
+    called in any order. A curve is thinned to about POINTS points, both ends included: it is for the eye, not for an
+    area.
+
+    truth   holds 0 and 1. If it holds only one of them, every curve is empty.
+    """
+    positives, rows = int((truth > 0).sum()), len(truth)
+    if positives in (0, rows):
+        return {'roc': ([], []), 'precision_recall': ([], []), 'gain': ([], []), 'lift': ([], [])}
+    called, hits = _cumulative(scores, truth)
+    share, recall = called / rows, hits / positives
+    precision = hits[1:] / called[1:]
+    far = share[1:] >= LIFT_FROM
+    return {
+        'roc': _thinned((called - hits) / (rows - positives), recall),
+        'precision_recall': _thinned(recall[1:], precision),
+        'gain': _thinned(share, recall),
+        'lift': _thinned(share[1:][far], precision[far] / (positives / rows)),
+    }
+
+
+def _cumulative(scores: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [distinct scores + 1] each: how many rows, and how many positives, reach each score; 0 and 0 at first."""
+    order = np.argsort(-scores, kind='stable')
+    last = np.append(scores[order][1:] != scores[order][:-1], True)
+    return (np.append(0, np.flatnonzero(last) + 1), np.append(0, np.cumsum(truth[order] > 0)[last]))
+
+
+def _thinned(x: np.ndarray, y: np.ndarray) -> Curve:
+    """Some of the points of a curve whose x never falls: spread evenly both along it and over the points."""
+    along = np.searchsorted(x, np.linspace(x[0], x[-1], POINTS // 2))
+    kept = np.unique(np.concatenate([along, np.linspace(0, len(x) - 1, POINTS // 2).round().astype(np.int64)]))
+    return x[kept].tolist(), y[kept].tolist()

@@ -1,7 +1,9 @@
-"""How good scores are: pure functions of scores and what happened, and bootstrap intervals over users.
+"""Metrics of scores against what happened, and bootstrap intervals over users.
 
 An interval is [value, low, high]: the middle 95 % of a bootstrap over users, since the rows of one user are not
 independent. Two contenders are compared over the same resamples.
+
+Plain NumPy, since `stream evaluate` runs without the packages of training. The tests compare it with scikit-learn.
 """
 from collections.abc import Callable
 
@@ -68,8 +70,8 @@ def ece(scores: np.ndarray, truth: np.ndarray) -> float:
 
 
 def ece_if_true(scores: np.ndarray, count: int, seed: int) -> list[float]:
-    """The ECE that chances [n] would still be seen to have if they were exactly right: the mean and the middle 95 % of
-    `count` draws of what happens. Few rows have a large one; no model can be told to be better than that."""
+    """The ECE of perfectly calibrated probabilities [n]: the mean and the middle 95 % over `count` simulated outcomes.
+    It is large for few rows. No model can be shown to be better than this."""
     rng = np.random.default_rng(seed)
     drawn = np.array([ece(scores, (rng.random(len(scores)) < scores).astype(float)) for _ in range(count)])
     return [float(drawn.mean()), *map(float, np.quantile(drawn, (0.025, 0.975)))]
@@ -107,12 +109,12 @@ def mean_absolute_error(scores: np.ndarray, truth: np.ndarray) -> float:
 
 
 def total_ratio(scores: np.ndarray, truth: np.ndarray) -> float:
-    """All that was foretold, over all that came."""
+    """The sum of the forecasts over the sum of what happened."""
     return float(scores.sum() / max(truth.sum(), _TINY))
 
 
 def accuracy(scores: np.ndarray, truth: np.ndarray) -> float:
-    """Share of rows whose likeliest class it was; scores [n, classes]."""
+    """Share of rows whose likeliest class was right; scores [n, classes]."""
     return float((scores.argmax(1) == truth).mean())
 
 
@@ -122,8 +124,7 @@ def within_one(scores: np.ndarray, truth: np.ndarray) -> float:
 
 
 def at_threshold(scores: np.ndarray, truth: np.ndarray, threshold: float) -> dict[str, float]:
-    """The confusion matrix of calling whoever reaches a threshold, and accuracy, precision, recall, F1; NaN where a
-    share is of nothing."""
+    """The confusion matrix at a threshold, with accuracy, precision, recall and F1; NaN for a share of nothing."""
     called, is_so = scores >= threshold, truth > 0
     hits, alarms = float((called & is_so).sum()), float((called & ~is_so).sum())
     missed, quiet = float((~called & is_so).sum()), float((~called & ~is_so).sum())

@@ -1,12 +1,12 @@
-"""What another shop's model is worth here: the cross-shop curve of `stream compare --pretrained-on`.
+"""What another shop's model is worth here: the learning curve of `stream compare --pretrained-on`.
 
-    1 shares   1, 5, 10 and 100 % of the users that a part of the comparison is taught by; several draws of a few users
+    1 shares   1, 5, 10 and 100 % of the training users of a fold; several draws where the users are few
     2 starts   the same fit on the same users, once from scratch, once from the other shop's backbone
-    3 scores   the part's users as of the cut-off, whom neither fit has seen
-    4 figures  the mean AUROC over parts and draws; intervals from resamples of the users and of the draws
+    3 scores   the fold's users as of the cut-off, whom neither fit has seen
+    4 figures  the mean AUROC over folds and draws, with intervals from resamples of the users and of the draws
 
-The branch of the counters starts from scratch in both and learns the same: only the window's branch can gain. Of few
-users a pass has few steps: there are more passes then, so that a start from scratch has the steps that it needs.
+The counters branch starts from scratch in both and learns the same: only the window branch can gain. With few users an
+epoch has few steps, so there are more epochs: otherwise a start from scratch would have too few steps.
 """
 import math
 from collections.abc import Callable, Sequence
@@ -23,17 +23,16 @@ from threadpoolctl import threadpool_limits
 from stream.core.layout import DAY_MS
 from stream.errors import UsageError
 from stream.learn.dataset import Examples, History, at_time, part_of
-from stream.learn.fit import FitOptions, fit, window_logits
-from stream.learn.fit import check as check_fit
+from stream.learn.fit import FitOptions, check_fit, fit, window_logits
 from stream.learn.judging.compare import CompareOptions, fold_of, runner
 from stream.learn.judging.judge import COUNTERS, MODEL, SCRATCH, TRANSFERRED, WINDOW
 from stream.learn.judging.quality import auc, interval
-from stream.learn.judging.questions import Cutoff, Task, day_of, known_until, truth_of
+from stream.learn.judging.tasks import Cutoff, Task, day_of, known_until, truth_of
 
 SHARES = (0.01, 0.05, 0.1, 1.0)
 _DRAWS_MAX = 3
 _DRAWN_USERS = 200          # as many draws of a share as bring so many users together, at most _DRAWS_MAX
-_MORE_PASSES_MAX = 4
+_MORE_EPOCHS_MAX = 4
 _SMALL_BATCH_ROWS = 32
 
 
@@ -81,20 +80,20 @@ def transfer(history: History, at_ms: int, source: Path, options: CompareOptions
     }
 
 
-def check(source: Path, options: CompareOptions) -> None:
-    """Whether the comparison's models can start from it. Errors: as of `transfer`."""
+def check_source(source: Path, options: CompareOptions) -> None:
+    """Check that the models can start from this checkpoint. Errors: as in `transfer`."""
     check_fit(replace(options.fit, start_from=str(source)))
 
 
 # ---- 1 shares -------------------------------------------------------------------------------------------------------
 
 def draws_of(users: int) -> int:
-    """How many times so many users are drawn: chance is large where they are few."""
+    """How often this many users are drawn: more often if they are few."""
     return min(_DRAWS_MAX, math.ceil(_DRAWN_USERS / users))
 
 
 def drawn(user_ids: Sequence[str], users: Sequence[int], share: float, draw: int, options: FitOptions) -> list[int]:
-    """A share of the users, of those who train and of those who validate alike, at least one each."""
+    """A share of the training users and of the validation users, at least one of each."""
     validates = np.array([part_of(user_ids[user], (options.validation_share,), options.seed) == 0 for user in users])
     rng = np.random.default_rng([options.seed, draw])
     chosen = [rng.permutation(np.array(users)[group])[:max(1, round(share * group.sum()))]
@@ -103,9 +102,9 @@ def drawn(user_ids: Sequence[str], users: Sequence[int], share: float, draw: int
 
 
 def few_users(options: FitOptions, users: int, days: float) -> FitOptions:
-    """The fit with more passes of smaller batches where so many users of so many days give less than a pass."""
+    """The fit with more epochs of smaller batches, if so many users and days give less than an epoch."""
     moments = users * (min(options.examples.cutoffs_per_user, days) + options.examples.moments_per_user)
-    more = min(_MORE_PASSES_MAX, round(options.rows_per_epoch / moments))
+    more = min(_MORE_EPOCHS_MAX, round(options.rows_per_epoch / moments))
     if more <= 1:
         return options
     return replace(options, epochs=more * options.epochs, patience=more * options.patience,
@@ -116,7 +115,7 @@ def few_users(options: FitOptions, users: int, days: float) -> FitOptions:
 
 def score_share(history: History, at_ms: int, part: int, share: float, source: Path, options: CompareOptions,
                 ) -> ShareScores:
-    """Train on a share of the users of the other parts as it was just before a cut-off; score those of this one."""
+    """Train on a share of the users of the other folds, on events before the cut-off; score the users of this fold."""
     with threadpool_limits(1):
         known = history.before(at_ms)
         learners = [user for user, user_id in enumerate(known.user_ids) if fold_of(user_id, options) != part]
@@ -186,7 +185,7 @@ def judge_share(task: Task, parts: Sequence[tuple[ShareScores, np.ndarray]], opt
 
 
 def _sign(scores: np.ndarray, task: Task) -> np.ndarray:
-    """As scores of what the task asks: churn is the opposite of a purchase."""
+    """The scores of the task: churn is the opposite of a purchase."""
     return -scores if task.churn else scores
 
 

@@ -1,0 +1,1 @@
+"""What a user buys next: items and categories, ranked."""

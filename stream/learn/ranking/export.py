@@ -1,4 +1,4 @@
-"""The ranking of what is bought next, as a graph of its own beside the scores'.
+"""Export the ranking of what is bought next, as a graph of its own beside the scores'.
 
     <repository>/<name>_next/config.pbtxt             Triton's configuration, ONNX Runtime backend
     <repository>/<name>_next/<version>/model.onnx
@@ -8,11 +8,11 @@ Of each column that it ranks ('item', 'category'):
 
     own_item, item_numbers    in: see stream.learn.ranking.past_items
     candidates                in: int32 [rows, c], buckets of the first column, 0 for none
-    item_scores               out: the chance that a purchase of the next days is of a bucket, [rows, buckets]
-    own_item_scores           out: that it is of each of the user's own, which is in its bucket's too, [rows, m]
-    candidate_scores          out: those of the candidates, [rows, c]
+    item_scores               out: probability that a purchase of the next days is of a bucket, [rows, buckets]
+    own_item_scores           out: probability of each of the user's own items, part of its bucket's, [rows, m]
+    candidate_scores          out: probabilities of the candidates, [rows, c]
 
-Not in the scores' graph: it needs more than a window's slots, and onnxruntime computes every output, asked for or not.
+Why a graph of its own: see stream.learn.ranking.ranker.
 """
 import json
 import tempfile
@@ -26,9 +26,10 @@ import torch
 
 from stream.errors import ModelError
 from stream.learn.dataset import NEXT_DAYS
+from stream.learn.inference import run
+from stream.learn.ranking.next_items import CANDIDATES, ROWS_MAX, ranking_dir, score_names, tensor_names
 from stream.learn.ranking.past_items import BUCKETS, OWN_NUMBERS
 from stream.learn.ranking.ranker import Recommender
-from stream.learn.ranking.served import CANDIDATES, ROWS_MAX, ranking_dir, score_names, tensor_names
 from stream.scoring.artefact import WEIGHTS, sha256
 from stream.scoring.repository import CONFIG_FILE, RANKING_MANIFEST, Served, Tensor, triton_config
 
@@ -85,7 +86,7 @@ def write_ranking(recommender: Recommender, path: Path) -> None:
     with warnings.catch_warnings():
         # As in stream.learn.export.
         warnings.filterwarnings('ignore', category=DeprecationWarning)
-        warnings.filterwarnings('ignore', category=torch.jit.TracerWarning)
+        warnings.filterwarnings('ignore', category=torch.jit.TracerWarning)    # pyright: ignore[reportPrivateImportUsage]
         torch.onnx.export(
             recommender, tuple(example.values()), path, dynamo=False, opset_version=OPSET, input_names=list(asked),
             output_names=list(outputs(recommender)),
@@ -94,10 +95,10 @@ def write_ranking(recommender: Recommender, path: Path) -> None:
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
     for rows, length in ((_ROWS, _LENGTH), (1, 1), (3, 200)):
         feed = _some(recommender, rows, length)
-        got = session.run(None, {name: part.numpy() for name, part in feed.items()})
+        got = run(session, None, {name: part.numpy() for name, part in feed.items()})
         with torch.no_grad():
-            wanted = recommender(*feed.values())
-        worst = max(float(np.abs(mine - theirs.numpy()).max()) for mine, theirs in zip(got, wanted, strict=True))
+            expected = recommender(*feed.values())
+        worst = max(float(np.abs(mine - theirs.numpy()).max()) for mine, theirs in zip(got, expected, strict=True))
         if not worst <= TOLERANCE:
             raise ModelError(f'The exported ranking and torch differ by {worst:.1e}, at most {TOLERANCE:.0e} is '
                              'allowed.', do='use the releases that pyproject.toml names.')

@@ -1,14 +1,14 @@
-"""What somebody had to do with items, or with categories, before a moment: what their ranking is made of.
+"""A user's own items, or categories, before a time: the input of the ranking.
 
-The slots of a window name one item each, and the lines of a basket share a slot; here each of the user's newest
-EVENTS_MAX events counts, whatever the window holds.
+A window's slot names one item, and the lines of a basket share a slot. Here each of the user's newest EVENTS_MAX events
+counts, whatever the window holds.
 
-    own       int32   [rows, m]               buckets of the items that these events name; 0 is padding, at the end
-    numbers   float32 [rows, m, OWN_NUMBERS]  log(1 + how often), by kind of event (the last: any) and by how
-                                              fast it is forgotten
+    own       int32   [rows, m]               buckets of the items in these events; 0 is padding, at the end
+    numbers   float32 [rows, m, OWN_NUMBERS]  log(1 + decayed count), by group of event types (the last: all) and by
+                                              decay
 
-Of items there are more buckets than the scores' features have: here each has a name to be called by. Two items of one
-bucket have a place each all the same. Training and serving both come through here. Needs no torch.
+There are more buckets of items than in the scores' features, since each bucket stands for one item by name. Two items
+of one bucket still have a place each. Training and serving both use this module. Needs no torch.
 """
 import math
 from collections.abc import Iterable
@@ -19,21 +19,21 @@ import numpy as np
 from stream.core.events import EventType
 from stream.core.features import CATEGORY_BUCKETS, buckets
 from stream.core.layout import DAY_MS, TYPES
-from stream.learn.dataset import Examples, History, Kind
+from stream.learn.dataset import Examples, History, SnapshotKind
 
 BUCKETS = {'item': 32_768, 'category': CATEGORY_BUCKETS}    # by the attribute of an event
 EVENTS_MAX = 2_000
 DECAY_DAYS = (1.0, 3.0, 10.0, 30.0, 90.0, math.inf)         # an event's weight falls to 1/e in so many days
-_BOUGHT, _WANTED, _UNDONE, _LOOKED = range(4)               # kinds of events
-_KINDS = 4
-_ANY = _LOOKED          # of the numbers: all kinds together, in the place of the looks
+_BOUGHT, _CHOSEN, _UNDONE, _VIEWED = range(4)               # groups of event types
+_GROUPS = 4
+_ANY = _VIEWED          # in the numbers, all groups together take the place of the views
 _HASH_BITS = 32
-OWN_NUMBERS = _KINDS * len(DECAY_DAYS)
+OWN_NUMBERS = _GROUPS * len(DECAY_DAYS)
 UNDONE_NUMBERS = slice(_UNDONE * len(DECAY_DAYS), (_UNDONE + 1) * len(DECAY_DAYS))
-_KIND_OF_TYPE = np.full(TYPES + 1, _LOOKED)
-_KIND_OF_TYPE[EventType.PURCHASE] = _BOUGHT
-_KIND_OF_TYPE[[EventType.ADD_TO_CART, EventType.FAVORITE, EventType.FOLLOW]] = _WANTED
-_KIND_OF_TYPE[[EventType.REMOVE_FROM_CART, EventType.REFUND]] = _UNDONE
+_GROUP_OF_TYPE = np.full(TYPES + 1, _VIEWED)
+_GROUP_OF_TYPE[EventType.PURCHASE] = _BOUGHT
+_GROUP_OF_TYPE[[EventType.ADD_TO_CART, EventType.FAVORITE, EventType.FOLLOW]] = _CHOSEN
+_GROUP_OF_TYPE[[EventType.REMOVE_FROM_CART, EventType.REFUND]] = _UNDONE
 
 
 @dataclass(frozen=True)
@@ -46,22 +46,22 @@ class Named:
 
     @staticmethod
     def of(history: History, user: int, column: str) -> 'Named':
-        """Of one user; a repeat counts once."""
+        """The events of one user; a repeat counts once."""
         found = sorted({event.key: (event.ts_ms, getattr(event, column), int(event.type))
                         for event in history.events[user] if getattr(event, column)}.values())
         return Named(*np.array(found, np.int64).reshape(-1, 3).T)
 
-    def until(self, as_of_ms: int, kind: Kind) -> 'Named':
-        """What is known at a moment: what is at the very time of a cut-off is not."""
-        end = int(np.searchsorted(self.ts_ms, as_of_ms, side='left' if kind == Kind.CUTOFF else 'right'))
+    def until(self, as_of_ms: int, kind: SnapshotKind) -> 'Named':
+        """The events known at a time. An event at the time of a cut-off is not known."""
+        end = int(np.searchsorted(self.ts_ms, as_of_ms, side='left' if kind == SnapshotKind.CUTOFF else 'right'))
         known = slice(max(0, end - EVENTS_MAX), end)
         return Named(self.ts_ms[known], self.hashes[known], self.types[known])
 
 
 @dataclass(frozen=True)
 class Past:
-    """Of N rows, ragged: `starts[i]:starts[i + 1]` are the items of row i, ascending by hash. The last one belongs to
-    nobody: all 0, it is what padding is made of."""
+    """The own items of N rows, ragged: `starts[i]:starts[i + 1]` are the items of row i, ascending by hash. The last
+    entry is all 0 and belongs to no row: it is the padding."""
 
     hashes: np.ndarray      # int64 [pairs + 1]
     own: np.ndarray         # int32 [pairs + 1]
@@ -69,7 +69,7 @@ class Past:
     starts: np.ndarray      # int64 [N + 1]
 
     def padded(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`own` and `numbers` of some rows, as many places as the longest of them needs, one at least."""
+        """`own` and `numbers` of some rows, padded to the longest of them, at least 1."""
         ends = self.starts[rows + 1]
         length = max(1, int((ends - self.starts[rows]).max(initial=0)))
         places = self.starts[rows][:, None] + np.arange(length)
@@ -78,9 +78,9 @@ class Past:
 
 
 def past(history: History, examples: Examples, rows: np.ndarray, column: str) -> Past:
-    """Of some rows of the examples, in their order; `column` is 'item' or 'category'."""
+    """The own items of some rows of the examples, in order; `column` is 'item' or 'category'."""
     named = {user: Named.of(history, user, column) for user in np.unique(examples.user[rows]).tolist()}
-    parts = [named[int(examples.user[row])].until(int(examples.as_of_ms[row]), Kind(examples.kind[row]))
+    parts = [named[int(examples.user[row])].until(int(examples.as_of_ms[row]), SnapshotKind(examples.kind[row]))
              for row in rows]
     owner = np.repeat(np.arange(len(rows)), [len(part.ts_ms) for part in parts])
     empty = np.zeros(0, np.int64)
@@ -88,11 +88,11 @@ def past(history: History, examples: Examples, rows: np.ndarray, column: str) ->
                             for name in ('ts_ms', 'hashes', 'types'))
     age_days = (examples.as_of_ms[rows][owner] - ts_ms) / DAY_MS
     pairs, pair_of = np.unique(owner << _HASH_BITS | hashes, return_inverse=True)
-    cell = pair_of * _KINDS + _KIND_OF_TYPE[types]
-    numbers = np.zeros((len(pairs) + 1, _KINDS, len(DECAY_DAYS)), np.float32)
+    cell = pair_of * _GROUPS + _GROUP_OF_TYPE[types]
+    numbers = np.zeros((len(pairs) + 1, _GROUPS, len(DECAY_DAYS)), np.float32)
     for place, days in enumerate(DECAY_DAYS):
-        often = np.bincount(cell, np.exp(-age_days / days), minlength=len(pairs) * _KINDS)
-        counts = often.reshape(-1, _KINDS)
+        often = np.bincount(cell, np.exp(-age_days / days), minlength=len(pairs) * _GROUPS)
+        counts = often.reshape(-1, _GROUPS)
         counts[:, _ANY] = counts.sum(1)
         numbers[:-1, :, place] = np.log1p(counts)
     own = np.append(pairs & (1 << _HASH_BITS) - 1, 0)

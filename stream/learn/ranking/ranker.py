@@ -1,25 +1,25 @@
-"""What is bought next: items and categories ranked for a user, beside the scores and after them.
+"""Rank the items and categories that a user buys next.
 
     the user's own items: how often, how lately, of what kind; and buyers -> a weight each --+
                                                                                              +-> one softmax
     something new: one logit for all of it -> shared out by how many bought each ------------+
 
-Two simple rules, what the user bought most often and what the user dealt with lately, are weights of this: which of
-them is right differs from shop to shop, so that the weights are learnt. More dealings never mean a smaller chance.
-What nobody has ever bought has a weight of its own: else that of popularity has to tell it from what one person bought,
-gets too steep, and ranks new bestsellers above the user's own items.
+Two simple rules, "most often bought" and "most recently seen", are special cases of these weights. Which rule is
+right differs from shop to shop, so the weights are learned. More events never lower a probability. An item that
+nobody has bought has its own weight. Otherwise the weight of popularity would have to separate it from an item with
+one buyer, would become too steep, and would rank new bestsellers above the user's own items.
 
-Learnt last, from what `past_items` makes of the user's events: the other scores are the same with it and
-without. It is a graph of its own beside the scores', because it needs what their inputs do not hold (a slot names one
-item, a basket may have dozens, and buckets are shared), and because onnxruntime computes outputs that nobody asks for:
-thousands of chances a row would slow the worker. b rows, m own items, p pairs of a row and an own item, v buckets.
+The ranking is learned last and does not change the other scores. It has its own graph for two reasons. It needs more
+than their inputs hold (a slot names one item, a basket may have dozens, and buckets are shared). And onnxruntime
+computes all outputs, asked for or not: thousands of probabilities per row would slow the worker. b rows, m own items,
+p pairs of a row and an own item, v buckets.
 
-A network instead of weights, and embeddings of the items, made the ranking worse on the recordings that we have; see
-LOG.md.
+A network instead of weights, and item embeddings, ranked worse on our recordings; see LOG.md.
 """
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import numpy as np
 import torch
@@ -28,12 +28,12 @@ from torch.nn.functional import softplus
 
 from stream.core.features import buckets
 from stream.core.layout import DAY_MS
-from stream.learn.bounds import CountOrNone, NotNegative
 from stream.learn.dataset import NEXT_DAYS, Examples, History, bought_next
+from stream.learn.options import CountOrNone, NotNegative
 from stream.learn.ranking.past_items import BUCKETS, OWN_NUMBERS, UNDONE_NUMBERS, past, popular
 
-ROWS_MIN = 100          # fewer settled moments that are followed by a purchase teach nothing
-STEPS_MAX = 150         # of L-BFGS: it has come to rest by then
+ROWS_MIN = 100          # fewer settled snapshots followed by a purchase teach nothing
+STEPS_MAX = 150         # of L-BFGS: it has converged by then
 _EVER_DAYS = 36_500.0
 _WEEK_MS = 7 * DAY_MS
 _POPULARITY_NUMBERS = 3
@@ -45,8 +45,8 @@ _HIDDEN = -1e4          # the logit of what nobody can buy: no chance
 class RankerOptions:
     """How to learn what is bought next.
 
-    rows_max   moments, drawn from all that are followed by a purchase; 0: nothing is ranked
-    ridge      nats that a weight of 1 costs: there are few users, with many moments each
+    rows_max   most snapshots, drawn from all that are followed by a purchase; 0: no ranking
+    ridge      penalty of a weight of 1, in nats: there are few users, with many snapshots each
     """
 
     rows_max: CountOrNone = 4_000
@@ -55,6 +55,8 @@ class RankerOptions:
 
 class Ranker(nn.Module):
     """Of items, or of categories."""
+
+    popularity: Tensor
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -119,14 +121,14 @@ class Recommender(nn.Module):
 
         inputs   of each column `own` and `numbers`; then candidates, int [b, c], buckets of the first column
         """
-        chances = [part for place, ranker in enumerate(self.rankers.values())
+        chances = [part for place, ranker in enumerate(cast(Iterable[Ranker], self.rankers.values()))
                    for part in ranker.chances(*inputs[2 * place:2 * place + 2])]
         return *chances, chances[0].gather(1, inputs[-1].long())
 
 
 def fit_recommender(history: History, told: History, users: Iterable[int], data: Examples, known_until_ms: int,
                     options: RankerOptions, seed: int) -> Recommender | None:
-    """Of what the purchases name; None where they name nothing, too few moments are followed by one, or it is off.
+    """A ranking; None if purchases name nothing, too few snapshots are followed by one, or it is switched off.
 
     told       the same users, with the purchases that are learned from; what a user had to do is told by `history`
     users      whose purchases are counted as popularity

@@ -1,16 +1,16 @@
-"""What is known of the items beside the events: their texts, or vectors made elsewhere.
+"""An item catalogue: texts and vectors of the items, beside the events.
 
 A catalogue is a file of JSON lines, or a Parquet file (.parquet), with the columns
 
     item_id     as in the events
-    text        optional: what the item is, in words
-    embedding   optional: a vector of numbers, as long for every item that has one
-    category    optional: as in the events; text backbones then call the category by its name
+    text        optional: a description of the item
+    embedding   optional: a vector, of the same length for every item that has one
+    category    optional: as in the events; text backbones then write the category's name
 
-Each item becomes a vector: its embedding and its text's, side by side. A text is embedded by the text backbone where
-there is one, else as a hashed bag of words. Events carry an item's bucket, so that the items of a bucket share the
-mean of their vectors. Beside a backbone (`WithItems`), the mean over the window's slots goes through a linear layer and
-is added to the state: late, so that no backbone has to know of it.
+An item's vector is its embedding and the vector of its text, side by side. The text backbone embeds the text if there
+is one, else the text becomes a hashed bag of words. Events carry an item's bucket, so the items of a bucket share the
+mean of their vectors. `WithItems` adds the mean over the window's slots, through a linear layer, to a backbone's
+state. It is added late, so that no backbone has to know of it.
 
 Source: Weinberger et al. (2009), "Feature Hashing for Large Scale Multitask Learning", arXiv 0902.2206, for signed
 hashing.
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from stream.core.events import hash16, hash32
 from stream.core.features import CATEGORY_BUCKETS, ITEM_BUCKETS, buckets
 from stream.errors import InputError
+from stream.learn.model import Backbone
 
 WORD_COLUMNS = 256          # of the hashed bag of words
 
@@ -158,16 +159,19 @@ def _spread(items: int, places: np.ndarray, vectors: Tensor) -> Tensor:
     return even.new_zeros(items, vectors.shape[1]).index_copy(0, torch.from_numpy(places), even)
 
 
-class WithItems(nn.Module):
+class WithItems(Backbone):
     """A backbone, and what the catalogue says of the window's items.
 
     table   float32 [ITEM_BUCKETS, d], a bucket that is all 0 is not known
     """
 
-    def __init__(self, backbone: nn.Module, table: Tensor) -> None:
+    table: Tensor
+    known: Tensor
+
+    def __init__(self, backbone: Backbone, table: Tensor) -> None:
         super().__init__()
         self.backbone = backbone
-        self.width: int = backbone.width
+        self.width = backbone.width
         self.register_buffer('table', table)
         self.register_buffer('known', (table != 0).any(1))
         self.linear = nn.Linear(table.shape[1], self.width)

@@ -1,23 +1,23 @@
-"""Pretrained readers of text on windows written as text: BERT, DistilBERT, the encoder of T5, GPT-2.
+"""Pretrained text models on windows written as text: BERT, DistilBERT, the encoder of T5, GPT-2.
 
     categories, numbers -> which words each slot has -> their token ids, packed -> the pretrained model -> one state
 
-Serving sends the same tensors as to any other backbone, so the writing happens inside the graph: every word that a slot
-can have is tokenised once, when the pretrained model is loaded, into tables that the graph looks up. They are buffers:
-a checkpoint holds them, and needs no tokenizer. What is written, oldest slot first, is
+Serving sends the same tensors as to any other backbone, so the graph itself writes the text. Every word that a slot can
+have is tokenised once, when the pretrained model is loaded, into tables that the graph looks up. The tables are
+buffers: a checkpoint holds them, and needs no tokenizer. The text, oldest slot first, is
 
     history: {slot} {slot} .. {slot} {now}
 
     slot    {after 3 days} {add to cart} {category 17} {price 20} {3 lines} {rated 4}
             the time since the slot before, the type, the category, the amount in the configured currency, the lines of
             its basket, the rating: each only where there is any
-    now     {now}, or {then 5 days silence}: the time from the newest slot until the moment of the question
+    now     {now}, or {then 5 days silence}: the time from the newest slot to the time of the snapshot
 
 with the tokenizer's special tokens around it. Numbers are rounded to the marks below. A category is called by its
-bucket, or by its name where a catalogue gives one (catalogue.py). The oldest slots are left out where the
-whole would be longer than the model's input.
+bucket, or by its name where a catalogue gives one (catalogue.py). If the text is
+longer than the model's input, the oldest slots are left out.
 
-The state is the mean over all tokens that are no padding, and of GPT-2, which reads from left to right, the last one.
+The state is the mean over all tokens without padding; for GPT-2, which reads from left to right, the last token's.
 
 Sources: Devlin et al. (2018), arXiv 1810.04805; Sanh et al. (2019), arXiv 1910.01108; Raffel et al. (2019), arXiv
 1910.10683; Radford et al. (2019), GPT-2; all from Hugging Face `transformers`.
@@ -30,13 +30,14 @@ from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 from transformers.utils import logging
 
 from stream.core.events import TYPE_NAMES
 from stream.core.features import CATEGORY_BUCKETS, SLOT_NUMBER_NAMES
 from stream.errors import UsageError
+from stream.learn.model import Backbone
 
 TextName = Literal['bert', 'distilbert', 't5', 'gpt2']
 TEXT_BACKBONES: tuple[TextName, ...] = get_args(TextName)
@@ -108,7 +109,7 @@ def _bucket(values: Tensor, edges: Tensor) -> Tensor:
     return (values[..., None] >= edges.to(values.device)).sum(-1)
 
 
-class TextBackbone(nn.Module):
+class TextBackbone(Backbone):
     """A pretrained model on the window's text.
 
     reader           the pretrained model; stream.learn.text.tuning puts what is tuned into it
@@ -117,12 +118,16 @@ class TextBackbone(nn.Module):
     tokens_max       the longest text, special tokens included
     """
 
-    def __init__(self, name: str, reader: PreTrainedModel, tables: Mapping[str, Tensor],
+    opening: Tensor
+    closing: Tensor
+    tokens_now: Tensor
+
+    def __init__(self, name: TextName, reader: PreTrainedModel, tables: Mapping[str, Tensor],
                  category_names: Mapping[int, str], tokens_max: int) -> None:
         super().__init__()
-        self.name = name
-        self.reader = reader
-        self.width: int = reader.config.hidden_size
+        self.name: TextName = name
+        self.reader: Any = reader       # or peft's model around it
+        self.width = reader.config.hidden_size
         self.tokens_max = tokens_max
         self.category_names = dict(category_names)
         self.words = slot_words(category_names)
@@ -248,7 +253,8 @@ def load_text_backbone(name: TextName, source: str, category_names: Mapping[int,
             if kind != name:
                 raise UsageError(f'{source!r} holds a {kind}, not a {name}.',
                                  do='name the backbone that it holds, or another folder.')
-            reader, found = (T5EncoderModel if name == 't5' else AutoModel).from_pretrained(
+            loader: Any = T5EncoderModel if name == 't5' else AutoModel     # the hints of from_pretrained lack options
+            reader, found = loader.from_pretrained(
                 source, attn_implementation=ATTENTION, dtype=torch.float32, output_loading_info=True,
                 **READER_OPTIONS.get(name, {}))
             tokenizer = AutoTokenizer.from_pretrained(source)
@@ -266,7 +272,7 @@ def load_text_backbone(name: TextName, source: str, category_names: Mapping[int,
 
 def untrained_reader(name: str, config: Mapping[str, Any]) -> PreTrainedModel:
     """A model of that configuration whose weights are to come; `config` as from its `to_diff_dict`."""
-    given = AutoConfig.for_model(**{**config, 'model_type': name}, attn_implementation=ATTENTION)
+    given: Any = AutoConfig.for_model(**{**config, 'model_type': name}, attn_implementation=ATTENTION)
     with _quiet():
         return (T5EncoderModel(given) if name == 't5' else
                 AutoModel.from_config(given, dtype=torch.float32, **READER_OPTIONS.get(name, {})))

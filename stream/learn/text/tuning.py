@@ -1,14 +1,14 @@
-"""Which weights of a pretrained text backbone move while the heads are trained.
+"""Which weights of a pretrained text backbone are trained beside the heads.
 
     full                        all of them
-    frozen                      none: only what is ours learns
+    frozen                      none: only the heads learn
     freeze:embeddings,layers=N  all but those of the named parts: the embeddings, the first N layers; either or both
     lora                        low-rank additions to the attention's projections
     ia3                         factors of keys, values and the feed-forward's units
     prefix                      keys and values that come before the text in every layer
 
-The last three are those of Hugging Face `peft`. LoRA and IA3 are multiplied into the weights before the model is
-exported (`merged`), so that serving pays nothing for them; a prefix stays what it is.
+The last three are those of Hugging Face `peft`. LoRA and IA3 are merged into the weights before the model is
+exported (`merged`), so they cost nothing in serving. A prefix stays as it is.
 
 Sources: Hu et al. (2021), LoRA, arXiv 2106.09685. Liu et al. (2022), IA3, arXiv 2205.05638. Li, Liang (2021), prefix
 tuning, arXiv 2101.00190.
@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import nn
 
@@ -52,7 +52,7 @@ _PARTS = {
 
 
 def learning_rate(tuning: str) -> float:
-    """The peak rate that suits the pretrained weights that move."""
+    """The default peak learning rate of the pretrained weights."""
     return _LEARNING_RATES[tuning.partition(':')[0]]
 
 
@@ -64,11 +64,12 @@ def pretrained(backbone: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def tune(backbone: TextBackbone, tuning: str) -> None:
-    """Let move what `tuning` says, and nothing else of the pretrained model.
+    """Make the weights of `tuning` trainable, and freeze the rest of the pretrained model.
 
     Errors   UsageError where there is no such tuning, or not for this backbone.
     """
-    parts = [_PART.fullmatch(part) for part in tuning.removeprefix('freeze:').split(',')]
+    named = tuning.removeprefix('freeze:').split(',')
+    parts = [part for part in map(_PART.fullmatch, named) if part]
     if tuning == 'frozen':
         backbone.reader.requires_grad_(False)
     elif tuning in ('lora', 'ia3'):
@@ -79,7 +80,7 @@ def tune(backbone: TextBackbone, tuning: str) -> None:
                 f'A prefix cannot be put before a {backbone.name}: it takes no keys and values from outside.',
                 do=f'use lora or ia3, or one of {", ".join(PREFIX_BACKBONES)}.')
         put_prefix(backbone, PREFIX_TOKENS)
-    elif tuning.startswith('freeze:') and all(parts):
+    elif tuning.startswith('freeze:') and len(parts) == len(named):
         for part in parts:
             _freeze(backbone, bool(part[1]), int(part[2] or 0))
     elif tuning != 'full':
@@ -103,7 +104,7 @@ def prefix_tokens(backbone: TextBackbone) -> int:
 
 
 def merged(model: Model) -> Model:
-    """A copy in which LoRA and IA3 have become part of the weights that they change; a model without them as it is."""
+    """A copy with LoRA and IA3 merged into the weights; the model itself if it has neither."""
     if not _mergeable(model):
         return model
     model = deepcopy(model)
@@ -119,7 +120,7 @@ def _mergeable(model: nn.Module) -> list[TextBackbone]:
 
 def _freeze(backbone: TextBackbone, embeddings: bool, layers: int) -> None:
     parts = _PARTS[backbone.name]
-    there = backbone.reader.get_submodule(parts.layers)
+    there = cast(nn.ModuleList, backbone.reader.get_submodule(parts.layers))
     if layers > len(there):
         raise UsageError(f'This {backbone.name} has {len(there)} layers, not {layers}.', do='freeze fewer layers.')
     for name in parts.embeddings if embeddings else ():

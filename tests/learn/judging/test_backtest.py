@@ -16,13 +16,13 @@ from stream.core.events import EventRules
 from stream.core.layout import DAY_MS
 from stream.errors import ModelError, UsageError
 from stream.learn.dataset import read
+from stream.learn.inference import score
 from stream.learn.judging import backtest as backtesting
 from stream.learn.judging.backtest import SEEN, UNKNOWN, UNSEEN, BacktestOptions, backtest, learned
-from stream.learn.judging.backtest_report import doubts, render_report
 from stream.learn.judging.judge import LIKELIEST, MODEL, PAST_TIER, TYPICAL
 from stream.learn.judging.quality import auc
-from stream.learn.judging.questions import Cutoff, default_cutoffs, truth_of
-from stream.learn.served import score
+from stream.learn.judging.report import doubts, evaluation_page
+from stream.learn.judging.tasks import Cutoff, default_cutoffs, truth_of
 from stream.scoring.artefact import load_artefact
 
 SHIPPED = Path(__file__).parents[3] / 'triton_models' / 'shopper' / '1'
@@ -139,8 +139,8 @@ def test_a_new_model_says_up_to_when_it_has_learned(checkpoint, history, cut_ms,
 
 def test_the_page_says_what_the_figures_say(figures):
     about = {'sources': ['<b>'], 'format': 'events', 'currency': 'EUR', 'warnings': ['Mind the gap.']}
-    html = render_report({'about': about} | figures)
-    assert html == render_report(orjson.loads(orjson.dumps({'about': about} | figures)))
+    html = evaluation_page({'about': about} | figures)
+    assert html == evaluation_page(orjson.loads(orjson.dumps({'about': about} | figures)))
     for words in ('Evaluation report', 'Mind the gap.', 'too good', 'Best rule', 'recency rule', '&lt;b&gt;',
                   'Tier of spend', f'{asked(figures, "purchase_30d")["contenders"][MODEL]["metrics"]["auc"][0]:.3f}'):
         assert words in html, words

@@ -12,7 +12,7 @@ from stream.core.features import COUNTERS, Snapshots, features
 from stream.core.layout import DAY_MS, WindowLimits
 from stream.core.user import pack_header
 from stream.errors import UsageError
-from stream.learn.dataset import HORIZON_DAYS, SPEND, moments, tier_of
+from stream.learn.dataset import HORIZON_DAYS, SPEND, scoring_times, tier_of
 from stream.learn.judging.baselines import (
     BuyTillYouDie,
     BuyTillYouDieSpend,
@@ -42,7 +42,7 @@ def table_of(values: list[bytes]) -> Table:
     rows = []
     for number, events in enumerate(by_user.values()):
         rows += [(number, as_of_ms, pack_header(user), bytes(user.days), bytes(user.rows))
-                 for _, as_of_ms, user in moments(events, WindowLimits(), events[-1].ts_ms)]
+                 for _, as_of_ms, user in scoring_times(events, WindowLimits(), events[-1].ts_ms)]
     user, as_of_ms, *parts = zip(*rows, strict=True)
     snapshots = Snapshots.join(*parts, as_of_ms)
     unknown = np.full((len(rows), len(HORIZON_DAYS)), np.nan)

@@ -18,7 +18,6 @@ from stream.learn.dataset import HORIZON_DAYS, SPEND, ExampleOptions, History, h
 from stream.learn.fit import FitOptions
 from stream.learn.judging import compare as comparing
 from stream.learn.judging.compare import CompareOptions, FoldScores, compare, fold_of, score_fold
-from stream.learn.judging.compare_report import CONTENDERS, difference, interval, question, render_report
 from stream.learn.judging.judge import (
     BOUGHT,
     COMMONEST,
@@ -33,9 +32,10 @@ from stream.learn.judging.judge import (
     TYPICAL,
     WINDOW,
 )
-from stream.learn.judging.questions import Task, day_of, default_cutoffs
-from stream.learn.ranking.recommend import ASKED_MIN
-from stream.learn.ranking.sasrec import SasRecOptions
+from stream.learn.judging.ranking import ASKED_MIN
+from stream.learn.judging.report import CONTENDERS, comparison_page, difference, interval, question
+from stream.learn.judging.sasrec import SasRecOptions
+from stream.learn.judging.tasks import Task, day_of, default_cutoffs
 from tests.outline import Outline
 
 FIT = FitOptions(encoder=EncoderOptions(hidden=16, layers=1, heads=2, intermediate=32), epochs=2, rows_per_epoch=100,
@@ -58,7 +58,7 @@ def cut_ms(history) -> int:
 
 @pytest.fixture(scope='module')
 def first_part(history, cut_ms) -> FoldScores:
-    """Scored in this process."""
+    """Predictions in this process."""
     return score_fold(history, cut_ms, 0, TASKS, OPTIONS)
 
 
@@ -79,7 +79,7 @@ def test_next_items_and_categories_are_ranked_beside_the_others(figures):
         for scored in part['contenders'].values():
             for value, low, high in scored['metrics'].values():
                 assert 0 <= low <= value <= high <= 1
-    page = render_report({'about': {'sources': ['a'], 'format': 'events', 'currency': 'EUR'}} | figures)
+    page = comparison_page({'about': {'sources': ['a'], 'format': 'events', 'currency': 'EUR'}} | figures)
     assert 'Next items, within 30 days' in page and 'Next categories, within 30 days' in page and 'SASRec' in page
 
 
@@ -214,7 +214,7 @@ def told(figures) -> dict:
 
 @pytest.fixture(scope='module')
 def html(told) -> str:
-    return render_report(told)
+    return comparison_page(told)
 
 
 def test_the_page_says_what_the_figures_say(told, html, cut_ms):
@@ -234,7 +234,7 @@ def test_the_page_says_what_was_cleaned(told, html):
     removed = {'step': 'duplicates', 'lines': 7, 'users': 2, 'money': 3.5, 'money_share': 0.012, 'bound': ''}
     cutoff, = told['cutoffs']
     first, *others = cutoff['training']
-    page = Outline(render_report(told | {
+    page = Outline(comparison_page(told | {
         'protocol': told['protocol'] | {'cleaning': ['duplicates']},
         'cutoffs': [cutoff | {'tasks': [], 'training': [first | {'removed': [removed]}, *others]}]}))
     assert 'What everybody learns from was cleaned first (duplicates)' in page.text
@@ -255,7 +255,7 @@ def test_the_page_needs_nothing_and_runs_nothing(told, html):
 
 
 def test_the_page_is_made_of_the_written_figures_and_the_same_each_time(told, html):
-    assert render_report(orjson.loads(orjson.dumps(told))) == html
+    assert comparison_page(orjson.loads(orjson.dumps(told))) == html
 
 
 def test_words_of_figures():
@@ -322,7 +322,7 @@ def test_the_command_shows_what_another_shop_brings(run, tmp_path, monkeypatch, 
     monkeypatch.setattr('stream.learn.judging.transfer.transfer', curve)
     done, compared = run('--pretrained-on', str(checkpoint))
     assert isinstance(done.exception, ModelError) and not compared      # other sizes, seen before hours of work
-    monkeypatch.setattr('stream.learn.judging.transfer.check', lambda source, options: None)
+    monkeypatch.setattr('stream.learn.judging.transfer.check_source', lambda source, options: None)
     done, compared = run('--pretrained-on', str(checkpoint), '--out', 'there')
     assert done.exit_code == 0, done.output
     assert asked == [(compared[0][1][0], checkpoint, compared[0][2])]

@@ -2,20 +2,27 @@
 import numpy as np
 import pytest
 
-pytest.importorskip('scipy', reason='scipy is not installed: pip install stream-scoring[train]')
+pytest.importorskip('sklearn', reason='scikit-learn is not installed: pip install stream-scoring[train]')
+
+from sklearn.metrics import precision_recall_curve, roc_curve
 
 from stream.learn.judging.judge import (
     LEAST_ERROR,
+    LIFT_FROM,
     LIKELIEST,
     MODEL,
+    POINTS,
     TYPICAL,
-    Scored,
+    Predictions,
+    curves,
     judge_chances,
     judge_spend,
     judge_tiers,
     spend_forecasts,
 )
+from stream.learn.judging.quality import auc
 
+A = np.array
 RNG = np.random.default_rng(1)
 CHANCE = RNG.beta(1, 2, 1500)
 TRUTH = (RNG.random(1500) < CHANCE).astype(float)
@@ -24,7 +31,7 @@ NOBODY: dict[str, np.ndarray] = {}
 
 
 def judged(model: np.ndarray, **others: np.ndarray) -> dict:
-    by_name = {MODEL: Scored(model, True)} | {name.replace('_', ' '): Scored(scores, False)
+    by_name = {MODEL: Predictions(model, True)} | {name.replace('_', ' '): Predictions(scores, False)
                                               for name, scores in others.items()}
     return judge_chances(by_name, TRUTH, NOBODY, 200, seed=3)
 
@@ -69,15 +76,15 @@ def test_only_chances_are_judged_as_chances():
 
 
 def test_turned_round_is_the_opposite():
-    scored = Scored(CHANCE, True).turned_round()
+    scored = Predictions(CHANCE, True).complement()
     assert scored.is_chance
     assert scored.scores == pytest.approx(1 - CHANCE)
-    assert Scored(CHANCE, False).turned_round().scores == pytest.approx(-CHANCE)
+    assert Predictions(CHANCE, False).complement().scores == pytest.approx(-CHANCE)
 
 
 def test_thresholds_and_segments_by_a_recount():
     half = np.arange(1500) < 750
-    figures = judge_chances({MODEL: Scored(CHANCE, True)}, TRUTH, {'the first half': half}, 20, seed=3)
+    figures = judge_chances({MODEL: Predictions(CHANCE, True)}, TRUTH, {'the first half': half}, 20, seed=3)
     assert (figures['rows'], figures['positives'], figures['base_rate']) == (1500, TRUTH.sum(), TRUTH.mean())
     at = figures['thresholds'][MODEL]['base rate']
     assert at['threshold'] == TRUTH.mean()
@@ -116,9 +123,49 @@ def test_spend_and_tiers_by_hand():
     assert [row['spent'] for row in spend['bins']] == spent.tolist()
 
     chances = np.array([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]])
-    tiers = judge_tiers({MODEL: Scored(chances, True), 'a choice': Scored(np.eye(3)[[0, 1, 1, 1]], False)},
+    tiers = judge_tiers({MODEL: Predictions(chances, True), 'a choice': Predictions(np.eye(3)[[0, 1, 1, 1]], False)},
                         np.array([0, 1, 2, 2]), 20, seed=3)
     assert tiers['confusion'] == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
     assert tiers['contenders'][MODEL]['metrics']['accuracy'][0] == 0.75
     assert set(tiers['contenders']['a choice']['metrics']) == {'accuracy', 'within_one_tier'}      # it gives no chances
     assert tiers['contenders']['a choice']['model_less']['accuracy'][0] == 0.25
+
+
+def test_curves_by_hand():
+    found = curves(A([0.9, 0.8, 0.8, 0.1]), A([1.0, 1, 0, 0]))
+    assert found['roc'] == ([0, 0, 0.5, 1], [0, 0.5, 1, 1])
+    assert found['gain'] == ([0, 0.25, 0.75, 1], [0, 0.5, 1, 1])
+    assert found['lift'] == ([0.25, 0.75, 1], [2, pytest.approx(4 / 3), 1])
+    assert found['precision_recall'] == ([0.5, 1, 1], [1, pytest.approx(2 / 3), 0.5])
+
+
+def test_of_one_class_there_is_nothing_to_draw():
+    for truth in (np.zeros(4), np.ones(4)):
+        assert set(curves(np.arange(4.0), truth)) == {'roc', 'precision_recall', 'gain', 'lift'}
+        assert all(curve == ([], []) for curve in curves(np.arange(4.0), truth).values())
+
+
+@pytest.mark.parametrize('ties', [False, True])
+def test_points_of_a_curve_are_those_of_scikit_learn(ties):
+    rng = np.random.default_rng(1)
+    scores = rng.beta(1, 3, 5000)
+    truth = (rng.random(5000) < scores).astype(float)
+    scores = np.round(scores, 1) if ties else scores
+    found = curves(scores, truth)
+    assert all(len(x) == len(y) <= POINTS + 2 for x, y in found.values())
+
+    x, y = found['roc']
+    false_alarms, hits, _ = roc_curve(truth, scores, drop_intermediate=False)
+    assert set(zip(x, y, strict=True)) <= set(zip(false_alarms.tolist(), hits.tolist(), strict=True))
+    assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
+    assert np.trapezoid(y, x) == pytest.approx(auc(scores, truth), abs=0.003)
+
+    precision, recall, _ = precision_recall_curve(truth, scores)
+    real = set(zip(recall.round(9).tolist(), precision.round(9).tolist(), strict=True))
+    assert {(round(a, 9), round(b, 9)) for a, b in zip(*found['precision_recall'], strict=True)} <= real
+
+    assert found['lift'][0][0] >= LIFT_FROM
+    for share, times in zip(*found['lift'], strict=True):       # the lift is the gain by the share that was called
+        place = np.searchsorted(np.sort(-scores), np.sort(-scores)[round(share * 5000) - 1], side='right')
+        best = np.argsort(-scores, kind='stable')[:place]
+        assert times == pytest.approx(truth[best].mean() / truth.mean())

@@ -16,15 +16,15 @@ from stream.learn.dataset import ExampleOptions, part_of, read
 from stream.learn.fit import FitOptions
 from stream.learn.judging import transfer as transferring
 from stream.learn.judging.compare import CompareOptions, fold_of
-from stream.learn.judging.compare_report import render_report
 from stream.learn.judging.judge import COUNTERS, MODEL, WINDOW
 from stream.learn.judging.quality import auc
-from stream.learn.judging.questions import Task, default_cutoffs
+from stream.learn.judging.report import comparison_page
+from stream.learn.judging.tasks import Task, default_cutoffs
 from stream.learn.judging.transfer import (
     SCRATCH,
     TRANSFERRED,
     ShareScores,
-    check,
+    check_source,
     drawn,
     draws_of,
     few_users,
@@ -107,9 +107,9 @@ def test_who_can_teach_nothing_is_left_out_with_the_reason(shop, checkpoint, mon
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_at_once(checkpoint):
-    check(checkpoint, OPTIONS)
+    check_source(checkpoint, OPTIONS)
     with pytest.raises(ModelError, match='other sizes'):
-        check(checkpoint, CompareOptions())
+        check_source(checkpoint, CompareOptions())
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------
@@ -171,8 +171,8 @@ def test_the_page_shows_the_curve(curve):
                'protocol': {'folds': 2, 'seed': 3, 'resamples': 8, 'contender_rows_max': 9, 'active_days': 90,
                             'cleaning': ()},
                'cutoffs': []}
-    without = render_report(figures)
-    page = render_report(figures | {'transfer': orjson.loads(orjson.dumps(curve))})
+    without = comparison_page(figures)
+    page = comparison_page(figures | {'transfer': orjson.loads(orjson.dumps(curve))})
     assert 'another shop’s model' not in without.lower()
     assert 'What another shop’s model brings' in page
     task = curve['tasks'][0]
@@ -181,5 +181,5 @@ def test_the_page_shows_the_curve(curve):
     assert page.count('<svg class="plot') == 2 * len(curve['tasks'])
     bare = {**curve, 'tasks': [{**task, 'shares': [None] * 2} for task in curve['tasks']],
             'shares': [{**share, 'failed': ['Nobody buys <b>.']} for share in curve['shares']]}
-    nothing = render_report(figures | {'transfer': bare})
+    nothing = comparison_page(figures | {'transfer': bare})
     assert 'No share of the users taught anything' in nothing and 'Nobody buys &lt;b&gt;.' in nothing

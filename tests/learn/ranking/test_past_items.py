@@ -8,7 +8,7 @@ from stream.core.events import EventRules, hash16, hash32
 from stream.core.features import CATEGORY_BUCKETS, buckets
 from stream.core.layout import DAY_MS, WindowLimits
 from stream.learn.dataset import NEXT_DAYS, ExampleOptions, at_time, bought_next, history_of, read, sample
-from stream.learn.ranking.item_names import Names, Ranked, Texts
+from stream.learn.ranking.next_items import Names, Ranked, Texts
 from stream.learn.ranking.past_items import BUCKETS, DECAY_DAYS, OWN_NUMBERS, Named, past, popular
 
 START_MS = 1_700_006_400_000

@@ -22,9 +22,9 @@ from stream.learn.checkpoint import RANKING_FILE, load
 from stream.learn.dataset import ExampleOptions, at_time, history_of, sample
 from stream.learn.export import export
 from stream.learn.fit import fit
+from stream.learn.ranking.next_items import CANDIDATES, ranking_dir, rankings, score_names, tensor_names, verified
 from stream.learn.ranking.past_items import BUCKETS, OWN_NUMBERS, UNDONE_NUMBERS, past
 from stream.learn.ranking.ranker import Ranker, RankerOptions, fit_recommender
-from stream.learn.ranking.served import CANDIDATES, ranking_dir, rankings, score_names, tensor_names, verified
 from stream.scoring.artefact import load_artefact, sha256
 from stream.scoring.repository import RANKING_MANIFEST, write_repository
 

@@ -13,11 +13,11 @@ from rich.console import Console
 
 from stream.core.layout import WindowLimits
 from stream.errors import StateError, UsageError
-from stream.learn import passes
+from stream.learn import epochs
+from stream.learn.epochs import Run, device, mixed_precision, run_epochs
 from stream.learn.fit import fit
-from stream.learn.passes import Course, device, improve, mixed_precision
 from stream.learn.pretrain import PretrainOptions
-from stream.learn.training_log import Journal
+from stream.learn.training_log import TrainingLog
 
 
 class Cut(Exception):       # noqa: N818 (an event rather than a mistake)
@@ -40,29 +40,29 @@ def quiet() -> Console:
     return Console(file=io.StringIO())
 
 
-def course(validations: list[float], **changes) -> tuple[torch.nn.Linear, Course]:
-    """One weight pulled towards 10, a step a pass, and a judge who says what is wanted."""
+def run(validations: list[float], **changes) -> tuple[torch.nn.Linear, Run]:
+    """One weight pulled towards 10, one step an epoch, and validation losses as given."""
     module = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(module.weight)
     told = iter(validations)
-    return module, Course(**{
+    return module, Run(**{
         'name': 'toy', 'title': 'pass', 'module': module, 'weights': [(0.5, 0.0, list(module.parameters()))],
-        'draw': lambda rng: [np.arange(2)], 'loss': lambda rows: (module.weight - 10).square().mean(),
-        'judge': lambda: {'validation': next(told), 'weight': module.weight.item()}, 'passes': 6, 'steps': 6,
+        'batches': lambda rng: [np.arange(2)], 'loss': lambda rows: (module.weight - 10).square().mean(),
+        'validate': lambda: {'validation': next(told), 'weight': module.weight.item()}, 'epochs': 6, 'steps': 6,
         'warmup_share': 0.0, 'clip_norm': 1.0, 'patience': 2, 'seed': 1} | changes)
 
 
-def test_the_best_pass_is_kept_and_the_third_worse_one_is_not_made():
-    module, toy = course([3.0, 2.0, 2.5, 2.6, 0.1])
-    epochs, best_epoch = improve(toy, Journal(), quiet())
+def test_the_best_epoch_is_kept_and_the_third_worse_one_is_not_run():
+    module, toy = run([3.0, 2.0, 2.5, 2.6, 0.1])
+    epochs, best_epoch = run_epochs(toy, TrainingLog(), quiet())
     assert (len(epochs), best_epoch) == (4, 2)
     assert module.weight.item() == pytest.approx(epochs[1]['weight']) != epochs[3]['weight']
     assert [epoch['validation'] for epoch in epochs] == [3.0, 2.0, 2.5, 2.6]
 
 
 def test_rates_rise_and_fall():
-    _, toy = course([6, 5, 4, 3, 2, 1], warmup_share=0.5)
-    epochs, _ = improve(toy, Journal(), quiet())
+    _, toy = run([6, 5, 4, 3, 2, 1], warmup_share=0.5)
+    epochs, _ = run_epochs(toy, TrainingLog(), quiet())
     steps = np.diff([0, *(epoch['weight'] for epoch in epochs)])
     assert steps[:3] == pytest.approx([0.5 / 3, 1 / 3, 0.5], rel=0.01)      # Adam's first steps are as long as the rate
     assert steps[3] > steps[4] > steps[5] > 0
@@ -81,14 +81,14 @@ def whole(history, tiny_fit):
 
 @pytest.mark.parametrize('words', ['pretraining 1/2', 'pretraining 2/2', 'epoch 2/3', 'epoch 3/3'])
 def test_gone_on_after_a_cut_is_as_without_it(history, tiny_fit, whole, tmp_path, words):
-    def trained(journal: Journal, console: Console):
+    def trained(log: TrainingLog, console: Console):
         return fit(history, range(len(history.user_ids)), history.end_ms, small(tiny_fit), WindowLimits(), console,
-                   journal)
+                   log)
 
     with pytest.raises(Cut):
-        trained(Journal(tmp_path), CutAt(words))
+        trained(TrainingLog(tmp_path), CutAt(words))
     said = quiet()
-    after = trained(Journal(tmp_path, resume=True), said)
+    after = trained(TrainingLog(tmp_path, resume=True), said)
     assert f'going on after epoch {words.split()[1][0]}' in said.file.getvalue()
     assert (after.pretraining, after.epochs, after.best_epoch) == (whole.pretraining, whole.epochs, whole.best_epoch)
     for name, tensor in whole.model.state_dict().items():
@@ -96,23 +96,23 @@ def test_gone_on_after_a_cut_is_as_without_it(history, tiny_fit, whole, tmp_path
 
 
 def saved(folder) -> None:
-    _, toy = course([3.0, 2.0], passes=2)
-    improve(toy, Journal(folder), quiet())
+    _, toy = run([3.0, 2.0], epochs=2)
+    run_epochs(toy, TrainingLog(folder), quiet())
 
 
 def test_another_training_does_not_go_on_from_it(tmp_path):
     saved(tmp_path)
-    for journal, start in ((Journal(tmp_path, True).of('other data'), 0.0), (Journal(tmp_path, True), 1.0)):
-        module, toy = course([1.0])
+    for log, start in ((TrainingLog(tmp_path, True).of('other data'), 0.0), (TrainingLog(tmp_path, True), 1.0)):
+        module, toy = run([1.0])
         torch.nn.init.constant_(module.weight, start)
         with pytest.raises(UsageError, match='other data'):
-            improve(toy, journal, quiet())
+            run_epochs(toy, log, quiet())
 
 
 def test_without_being_asked_it_begins_anew(tmp_path):
     saved(tmp_path)
-    _, toy = course([3.0, 2.0, 1.0], passes=1)
-    assert len(improve(toy, Journal(tmp_path), quiet())[0]) == 1
+    _, toy = run([3.0, 2.0, 1.0], epochs=1)
+    assert len(run_epochs(toy, TrainingLog(tmp_path), quiet())[0]) == 1
 
 
 def test_a_state_that_was_cut_short_says_what_to_do(tmp_path):
@@ -122,7 +122,7 @@ def test_a_state_that_was_cut_short_says_what_to_do(tmp_path):
     for size in (0, 10, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
         with pytest.raises(StateError, match='Do: train without --resume'):
-            improve(course([1.0])[1], Journal(tmp_path, True), quiet())
+            run_epochs(run([1.0])[1], TrainingLog(tmp_path, True), quiet())
 
 
 def test_a_cut_while_the_state_is_written_leaves_the_one_before(tmp_path, monkeypatch):
@@ -150,7 +150,7 @@ def test_a_gpu_multiplies_in_bfloat16_if_it_can(monkeypatch, able):
     asked = []
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda: able)
-    monkeypatch.setattr(passes.torch, 'autocast', lambda *arguments: asked.append(arguments) or nullcontext())
+    monkeypatch.setattr(epochs.torch, 'autocast', lambda *arguments: asked.append(arguments) or nullcontext())
     assert device() == torch.device('cuda')
     mixed_precision(device())
     assert asked == ([('cuda', torch.bfloat16)] if able else [])
@@ -160,8 +160,8 @@ def test_a_gpu_multiplies_in_bfloat16_if_it_can(monkeypatch, able):
 
 def test_curves_of_each_pass(tmp_path):
     accumulating = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
-    _, toy = course([3.0, 2.0], passes=2)
-    epochs, _ = improve(toy, Journal(curves=tmp_path).part('refit'), quiet())
+    _, toy = run([3.0, 2.0], epochs=2)
+    epochs, _ = run_epochs(toy, TrainingLog(curves=tmp_path).part('refit'), quiet())
     curves = accumulating.EventAccumulator(str(tmp_path / 'refit' / 'toy'))
     curves.Reload()
     for name in ('train', 'validation', 'weight'):
@@ -172,4 +172,4 @@ def test_curves_of_each_pass(tmp_path):
 def test_curves_without_tensorboard_say_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
     with pytest.raises(UsageError, match='pip install tensorboard'):
-        improve(course([1.0])[1], Journal(curves=tmp_path), quiet())
+        run_epochs(run([1.0])[1], TrainingLog(curves=tmp_path), quiet())

@@ -1,10 +1,10 @@
-"""What can be asked of everybody as of a day of a recording, and what the answers turned out to be.
+"""What to predict for every user as of a day of a recording, and what happened.
 
-    default_cutoffs   days that leave enough before and after them
-    Cutoff            everybody who was seen before a day, and which questions about them are settled
-    Task, truth_of    a question with yes or no, and its answers
-    spend_horizons    of how many days the spend is asked for
-    segments          kinds of users, for whom scores may be better or worse
+    default_cutoffs   days that leave enough events before and after them
+    Cutoff            all users seen before a day, and the tasks that are settled for them
+    Task, truth_of    a yes-or-no task, and its outcome
+    spend_horizons    the horizons for which spend is predicted
+    segments          groups of users for which scores may be better or worse
 """
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ SPEND_HORIZONS = (SPEND, len(HORIZON_DAYS) - 1)
 
 @dataclass(frozen=True)
 class Task:
-    """A question with yes or no. `churn`: whether nothing is bought, asked of whoever is active."""
+    """A yes-or-no task: a purchase within a horizon. `churn`: no purchase, for active users only."""
 
     horizon: int
     churn: bool = False
@@ -41,7 +41,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Cutoff:
-    """A cut-off, everybody who was seen before it, and what can be asked of them, or cannot, with the reason."""
+    """A cut-off: the users seen before it, the tasks that can be judged, and those that cannot, with the reason."""
 
     at_ms: int
     asked: Examples
@@ -69,18 +69,18 @@ class Cutoff:
 
 
 def truth_of(asked: Examples, task: Task) -> np.ndarray:
-    """float64 [n], 1: it came to be; NaN: not asked of this user."""
+    """float64 [n], 1: it happened; NaN: not a task for this user."""
     bought = asked.labels.bought[:, task.horizon].astype(float)
     return np.where(asked.active, 1 - bought, np.nan) if task.churn else bought
 
 
 def spend_horizons(asked: Examples) -> list[int]:
-    """Those of which the spend is asked for: indices into HORIZON_DAYS, settled for everybody."""
+    """Horizons for which spend is judged: indices into HORIZON_DAYS, settled for all users."""
     return [horizon for horizon in SPEND_HORIZONS if not np.isnan(asked.labels.spent[:, horizon]).any()]
 
 
 def segments(asked: Examples) -> dict[str, np.ndarray]:
-    """Kinds of users, bool [n] each."""
+    """Groups of users, bool [n] each."""
     orders, active = asked.snapshots.headers['orders'], asked.active
     return {'never ordered': orders == 0, 'ordered once': orders == 1,
             'ordered 2 to 4 times': (orders > 1) & (orders < 5), 'ordered 5 times or more': orders > 4,
@@ -89,8 +89,11 @@ def segments(asked: Examples) -> dict[str, np.ndarray]:
 
 
 def default_cutoffs(history: History) -> list[int]:
-    """Midnights (UTC) so long before the last day that a horizon is settled, where enough of the recording lies before
-    them; at most CUTOFFS_MAX, the longest horizons. Errors: UsageError where there is none."""
+    """Midnights (UTC) that settle a horizon and leave enough of the recording before them.
+
+    Returns  at most CUTOFFS_MAX, those of the longest horizons
+    Errors   UsageError where there is none
+    """
     last_ms = history.end_ms // DAY_MS * DAY_MS
     past_ms = PAST_SHARE_MIN * (history.end_ms - history.start_ms)
     fitting = [last_ms - days * DAY_MS for days in CUTOFF_DAYS if last_ms - days * DAY_MS - history.start_ms >= past_ms]
@@ -102,7 +105,7 @@ def default_cutoffs(history: History) -> list[int]:
 
 
 def known_until(history: History) -> int:
-    """The end of the last day, ms: nobody knows what comes later."""
+    """The end of the last day, ms: nothing is known after it."""
     return (history.end_ms // DAY_MS + 1) * DAY_MS
 
 

@@ -1,4 +1,4 @@
-"""SASRec: causal self-attention over a user's items foretells the next one; a contender of the ranking.
+"""SASRec: causal self-attention over a user's items predicts the next one; a contender of the ranking.
 
     items so far -> embeddings + places -> blocks of attention and feed-forward -> state . embedding of each item
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from stream.learn.passes import reproducible
+from stream.learn.epochs import reproducible
 
 NEGATIVES = 256
 
@@ -112,11 +112,11 @@ def _loss(model: SasRec, sequences: Sequence[np.ndarray], rng: np.random.Generat
     told = torch.from_numpy(np.stack(cuts))
     now, following = told[:, :-1], told[:, 1:]
     asked = (now > 0) & (following > 0)
-    states, wanted = model(now)[asked], following[asked]                    # [p, h], [p]
+    states, target = model(now)[asked], following[asked]                    # [p, h], [p]
     drawn = torch.from_numpy(rng.integers(1, items + 1, NEGATIVES))
-    right = (states * model.items(wanted)).sum(-1, keepdim=True)
-    others = (states @ model.items(drawn).T).masked_fill(drawn == wanted[:, None], -1e9)
-    return cross_entropy(torch.cat([right, others], 1), torch.zeros(len(wanted), dtype=torch.long))
+    right = (states * model.items(target)).sum(-1, keepdim=True)
+    others = (states @ model.items(drawn).T).masked_fill(drawn == target[:, None], -1e9)
+    return cross_entropy(torch.cat([right, others], 1), torch.zeros(len(target), dtype=torch.long))
 
 
 def _padded(part: np.ndarray, length: int) -> np.ndarray:

@@ -1,14 +1,14 @@
-"""What is bought next, ours beside simple rankings: who names the right items, or categories, among the first TOP.
+"""Judge the ranking of what is bought next beside simple ones: which names the right items in the first TOP.
 
     popularity               how many training users ever bought it
-    popularity of 30 days    in the days before the moment
-    own past                 what the user had to do with most, newer events counting more, then popularity
+    popularity of 30 days    in the days before
+    own past                 what the user dealt with most, newer events counting more, then popularity
     own purchases            what the user bought most often, then popularity
-    SASRec                   self-attention over the sequence of the user's items (stream.learn.ranking.sasrec)
+    SASRec                   self-attention over the sequence of the user's items (stream.learn.judging.sasrec)
 
-All rank what was seen in training or by the user, by its hash of 32 bits (16 for categories), not by its bucket: of the
-buckets that our ranking gives, each names one (item_names). Asked of whoever buys something with a name
-within NEXT_DAYS. Everything is learnt from training users, before the moment.
+All rank the items seen in training or by the user, by their 32-bit hash (16 for categories), not by bucket: each bucket
+of our ranking stands for one item (stream.learn.ranking.next_items). Users who buy a named item within NEXT_DAYS count.
+Everything is learned from training users, from earlier events.
 
     ndcg     normalised discounted cumulative gain at TOP, each thing bought counts the same
     recall   share of the things bought that are among the first TOP
@@ -21,12 +21,12 @@ import numpy as np
 
 from stream.core.events import EventType
 from stream.core.layout import DAY_MS
-from stream.learn.dataset import NEXT_DAYS, Examples, History, Kind, bought_next
+from stream.learn.dataset import NEXT_DAYS, Examples, History, SnapshotKind, bought_next
 from stream.learn.judging.judge import BOUGHT, MODEL, OWN, POPULAR, RECENT, SASREC, TOP, intervals
 from stream.learn.judging.quality import resamples
-from stream.learn.ranking.item_names import Names, Ranked
+from stream.learn.judging.sasrec import SasRecOptions, fit_sasrec
+from stream.learn.ranking.next_items import Names, Ranked
 from stream.learn.ranking.past_items import Named
-from stream.learn.ranking.sasrec import SasRecOptions, fit_sasrec
 
 ASKED_MIN = 10          # of fewer users nothing is said
 _OWN_DAYS = 30.0        # an event's weight falls to 1/e in so many days
@@ -41,8 +41,8 @@ def measured(best: np.ndarray, bought: Sequence[np.ndarray]) -> Measured:
     """Of n lists int [n, TOP], or fewer where there are no more to name, best first, -1: none. `bought`: what it should
     have been, each once, not empty."""
     discounts = 1 / np.log2(np.arange(TOP) + 2)
-    hits = np.stack([np.isin(row, wanted) for row, wanted in zip(best, bought, strict=True)])
-    counts = np.array([len(wanted) for wanted in bought])
+    hits = np.stack([np.isin(row, expected) for row, expected in zip(best, bought, strict=True)])
+    counts = np.array([len(expected) for expected in bought])
     ideal = np.cumsum(discounts)[np.minimum(counts, TOP) - 1]
     return {'ndcg': (hits * discounts[:hits.shape[1]]).sum(1) / ideal, 'recall': hits.sum(1) / counts}
 
@@ -78,8 +78,8 @@ def rank(known: History, learners: Sequence[int], history: History, test: Exampl
         if not by_row:
             continue
         rows, bought = np.array(list(by_row), np.int64), [hashes for hashes, _ in by_row.values()]
-        past = [Named.of(history, int(test.user[row]), column).until(int(test.as_of_ms[row]), Kind(test.kind[row]))
-                for row in rows]
+        past = [Named.of(history, int(test.user[row]), column).until(
+            int(test.as_of_ms[row]), SnapshotKind(test.kind[row])) for row in rows]
         ours = np.full((len(rows), TOP), -1, np.int64)
         for place, (_, best) in enumerate(by_row.values()):
             ours[place, :len(best)] = best

@@ -10,10 +10,10 @@ torch = pytest.importorskip('torch', reason='torch is not installed: pip install
 from stream.core.layout import WindowLimits
 from stream.learn.dataset import at_time, bought_next
 from stream.learn.judging.judge import BOUGHT, MODEL, OWN, POPULAR, RECENT, SASREC, TOP
-from stream.learn.ranking.item_names import Ranked
+from stream.learn.judging.ranking import judge_ranking, measured, rank, top
+from stream.learn.judging.sasrec import SasRec, SasRecOptions, fit_sasrec
+from stream.learn.ranking.next_items import Ranked
 from stream.learn.ranking.past_items import BUCKETS
-from stream.learn.ranking.recommend import judge_ranking, measured, rank, top
-from stream.learn.ranking.sasrec import SasRec, SasRecOptions, fit_sasrec
 
 SMALL = SasRecOptions(hidden=16, blocks=1, length=12, epochs=20, batch_users=8, learning_rate=1e-2)
 

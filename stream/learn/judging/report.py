@@ -1,4 +1,4 @@
-"""The figures of a comparison as one HTML page; nothing is computed here but places on paper."""
+"""The figures of `stream compare` and `stream evaluate` as one HTML page."""
 import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from stream.learn.clean import in_words
+from stream.learn.judging.backtest import SEEN, UNKNOWN
 from stream.learn.judging.judge import (
     BOUGHT,
     COMMONEST,
@@ -76,18 +77,44 @@ CONTENDERS = {
 }
 
 
-def render_report(figures: Mapping[str, Any]) -> str:
+def comparison_page(figures: Mapping[str, Any]) -> str:
     """The page as text.
 
     figures  of `stream.learn.judging.compare.compare`, and `about`: sources (file names), format, currency; if it was
              asked for `transfer`, of `stream.learn.judging.transfer.transfer`
     Promise  the same figures give the same bytes (with the same release of matplotlib).
     """
-    return rendered('compare.html.j2', figures, REFERENCES, 'Best of the three')
+    return _rendered('compare.html.j2', figures, REFERENCES, 'Best of the three')
 
 
-def rendered(template: str, figures: Mapping[str, Any], rivals: Sequence[str], rival_title: str, **more: Any) -> str:
-    """A page of judged cut-offs. `rivals`: of whom the best is set beside the model; `more`: what a template wants."""
+def evaluation_page(figures: Mapping[str, Any]) -> str:
+    """The page as text.
+
+    figures  of `stream.learn.judging.backtest.backtest`, and `about`: sources (file names), format, currency, warnings
+    Promise  the same figures give the same bytes (with the same release of matplotlib).
+    """
+    warnings = [*figures['about']['warnings'], *doubts(figures)]
+    return _rendered('backtest.html.j2', figures, RULES, 'Best rule', served=figures['model'], warnings=warnings)
+
+
+def doubts(figures: Mapping[str, Any]) -> list[str]:
+    """Reasons why the figures may be too good, one sentence each."""
+    model, found = figures['model'], []
+    if seen := _days(figures['cutoffs'], SEEN):
+        found.append(f'The model has learned from days up to {day(model["known_until_ms"])}, after {seen}: if they '
+                     'were days of this shop, it knows answers, and its figures are too good.')
+    if _days(figures['cutoffs'], UNKNOWN):
+        found.append('Up to when the model has learned is not known: if it was from this recording, its figures are '
+                     'too good.')
+    return found
+
+
+def _days(cutoffs: Sequence[Mapping[str, Any]], learned: str) -> str:
+    return ', '.join(day(cutoff['at_ms']) for cutoff in cutoffs if cutoff['learned'] == learned)
+
+
+def _rendered(template: str, figures: Mapping[str, Any], rivals: Sequence[str], rival_title: str, **more: Any) -> str:
+    """A page of judged cut-offs. `rivals`: the best of them is shown beside the model; `more`: for the template."""
     return render('stream.learn.judging', template, {
         'number': lambda value: f'{value:,}', 'day': day, 'share': partial(_plain, '{:.1%}'),
         'figure': partial(_plain, '{:,.3f}'), 'amount': partial(_plain, '{:,.2f}'),
@@ -236,7 +263,7 @@ def _curves(figure: Figure, curves: Mapping[str, Any], labels: tuple[str, str], 
             as_share: bool) -> None:
     axes = figure.add_subplot()
     axes.plot(*chance, color=_CHANCE, linestyle='--', linewidth=1)
-    for name, (x, y) in reversed(curves.items()):       # the model on top
+    for name, (x, y) in reversed(list(curves.items())):       # the model on top
         axes.plot(x, y, color=_COLOURS[name], linewidth=2 if name == MODEL else 1.3)
     _share_axis(axes, 'x')
     if as_share:
@@ -252,7 +279,7 @@ def _reliability(figure: Figure, by_name: Mapping[str, Sequence[Mapping[str, flo
     axes = figure.add_subplot()
     top = max(max(row['score'], row['rate']) for rows in by_name.values() for row in rows) * 1.05
     axes.plot([0, top], [0, top], color=_CHANCE, linestyle='--', linewidth=1)
-    for name, rows in reversed(by_name.items()):
+    for name, rows in reversed(list(by_name.items())):
         axes.plot([row['score'] for row in rows], [row['rate'] for row in rows], marker='o', markersize=4,
                   color=_COLOURS[name], linewidth=1.6 if name == MODEL else 1)
     for axis in (axes.xaxis, axes.yaxis):

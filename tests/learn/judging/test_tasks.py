@@ -6,8 +6,8 @@ from stream.core.events import EventRules, EventType
 from stream.core.layout import DAY_MS, WindowLimits
 from stream.errors import UsageError
 from stream.learn.dataset import HORIZON_DAYS, History, read
-from stream.learn.judging import questions
-from stream.learn.judging.questions import Cutoff, day_of, default_cutoffs, known_until, segments, truth_of
+from stream.learn.judging import tasks
+from stream.learn.judging.tasks import Cutoff, day_of, default_cutoffs, known_until, segments, truth_of
 from stream.replay.recording import Recording
 
 LIMITS = WindowLimits()
@@ -74,7 +74,7 @@ def test_answers_equal_a_recount_of_the_events(history, cutoff):
 
 
 def test_rare_answers_are_not_asked_for(history, monkeypatch, cutoff):
-    monkeypatch.setattr(questions, 'POSITIVES_MIN', 10_000)
+    monkeypatch.setattr(tasks, 'POSITIVES_MIN', 10_000)
     rare = Cutoff.of(history, cutoff.at_ms, LIMITS)
     assert rare.tasks == []
     assert any('users on one side, 10000 are asked for' in reason for _, reason in rare.skipped)

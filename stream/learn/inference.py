@@ -1,5 +1,7 @@
-"""An exported graph, asked for all of its outputs: what evaluation and `stream predict` score with. Needs no torch."""
+"""Run an exported graph for all its outputs: for evaluation and `stream predict`. Needs no torch."""
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnxruntime
@@ -15,13 +17,19 @@ def session_of(graph: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(graph, options, providers=['CPUExecutionProvider'])
 
 
+def run(session: onnxruntime.InferenceSession, names: Sequence[str] | None, feed: Mapping[str, np.ndarray],
+        ) -> list[np.ndarray]:
+    """The named outputs, all of them for None, in their order. Every output of our graphs is a plain tensor."""
+    return cast(list[np.ndarray], session.run(names, feed))
+
+
 def score(graph: Path, inputs: Features, rows_max: int = ROWS_MAX) -> dict[str, np.ndarray]:
     """All outputs of a model.onnx by name, rows in the order of `inputs`, at most `rows_max` of them at once."""
     session = session_of(graph)
     names = [output.name for output in session.get_outputs()]
     answers, rows = [], []
     for batch in batches(inputs, rows_max):
-        answers.append(session.run(names, {
+        answers.append(run(session, names, {
             'categories': batch.categories, 'numbers': batch.numbers, 'counters': batch.counters,
             'row_id': batch.row_id}))
         rows.append(batch.row_id[:, 0])
