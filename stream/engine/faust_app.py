@@ -77,7 +77,7 @@ def create_app(settings: Settings, partitions: int, consumer: BlockConsumer, sto
         web_enabled=False,
         canonical_url=f'http://{settings.instance_id or settings.group}',
         topic_disable_leader=True,
-        topic_allow_declare=False,      # topics are made and checked before; Faust would start a producer for this
+        topic_allow_declare=False,      # topics are created before the start; Faust would start a producer to do it
         stream_wait_empty=True,         # has Faust call the consumer's `wait_empty`, which is bounded
         broker_commit_interval=settings.commit_interval_ms / 1000,
         broker_session_timeout=settings.session_timeout_ms / 1000,
@@ -184,7 +184,7 @@ class Consumer(FaustConsumer):
     # Never called. Faust's base class requires them for its own loop and recovery, which are not used.
 
     async def create_topic(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError('topics are made and checked before the app starts')
+        raise NotImplementedError('topics are created and checked before the app starts')
 
     async def position(self, tp: TP) -> int | None:
         raise NotImplementedError('positions are those of the block consumer')
