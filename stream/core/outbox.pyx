@@ -104,8 +104,13 @@ cdef class Message:
                  dict content=None):
         if PyBytes_GET_SIZE(message_id) != ID_HEX_BYTES:
             raise ValueError(f'an id has {ID_HEX_BYTES} hex digits, not {message_id!r}')
-        self.kind, self.message_id, self.key, self.as_of_ms = kind, message_id, key, as_of_ms
+        memcpy(self.id_hex, PyBytes_AS_STRING(message_id), ID_HEX_BYTES)
+        self.kind, self.key, self.as_of_ms = kind, key, as_of_ms
         self.value, self.content = value, content
+
+    @property
+    def message_id(self):
+        return PyBytes_FromStringAndSize(self.id_hex, ID_HEX_BYTES)
 
     def __eq__(self, other):
         return (isinstance(other, Message) and self.value == (<Message> other).value
@@ -186,17 +191,30 @@ cdef int put_string(Buffer* into, str text) except -1:
 
 
 cdef int put_hex(Buffer* into, const char* data, Py_ssize_t size) except -1:
-    cdef Py_ssize_t i
-    cdef const char* digits = PyBytes_AS_STRING(HEX)
     reserve(into, 2 * size)
-    for i in range(size):
-        into.data[into.size + 2 * i] = digits[<uint8_t> data[i] >> 4]
-        into.data[into.size + 2 * i + 1] = digits[<uint8_t> data[i] & 15]
+    write_hex(into.data + into.size, data, size)
     into.size += 2 * size
     return 0
 
 
+cdef void write_hex(char* into, const char* data, Py_ssize_t size) noexcept:
+    cdef Py_ssize_t i
+    cdef const char* digits = PyBytes_AS_STRING(HEX)
+    for i in range(size):
+        into[2 * i] = digits[<uint8_t> data[i] >> 4]
+        into[2 * i + 1] = digits[<uint8_t> data[i] & 15]
+
+
 # ---- the outbox -----------------------------------------------------------------------------------------------------
+
+def split_scores(messages):
+    """Decisions and scores apart, each in order: they go to different topics."""
+    cdef list decisions = [], scores = []
+    cdef Message message
+    for message in messages:
+        (scores if message.kind is SCORES else decisions).append(message)
+    return decisions, scores
+
 
 def pack_messages(messages):
     """Pack the messages of decisions into the form that the outbox stores."""
@@ -390,13 +408,11 @@ cdef Message render_one(User user, bytes key, ScoresItem* item, const uint16_t* 
     put_hex(&NAME, item.sha256, sizeof(item.sha256))
     put(&NAME, b'"]', 2)
     identity = xxh3_128_digest(PyBytes_FromStringAndSize(NAME.data, NAME.size))
-    NAME.size = 0
-    put_hex(&NAME, PyBytes_AS_STRING(identity), PyBytes_GET_SIZE(identity))
-    message.message_id = PyBytes_FromStringAndSize(NAME.data, NAME.size)
+    write_hex(message.id_hex, PyBytes_AS_STRING(identity), ID_HEX_BYTES // 2)
 
     TEXT.size = 0
     put(&TEXT, b'{"id":"', 7)
-    put_bytes(&TEXT, message.message_id)
+    put(&TEXT, message.id_hex, ID_HEX_BYTES)
     put(&TEXT, b'","type":"scores.updated","user_id":', 36)
     put_string(&TEXT, user.user_id)
     put(&TEXT, b',"as_of_ms":', 12)

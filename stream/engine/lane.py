@@ -32,7 +32,7 @@ from stream.core.decide import Kind
 from stream.core.driver import Scored, Step, StepDriver
 from stream.core.events import Decoder, Event, Refusal, Source
 from stream.core.journal import EventsEntry, RecoveredEntry, TimersEntry, encode_entry
-from stream.core.outbox import Message, unpack_outbox
+from stream.core.outbox import Message, split_scores, unpack_outbox
 from stream.core.partitioners import PartitionerName, misrouted
 from stream.core.rules import StepRules
 from stream.core.scorer import Scorer
@@ -94,7 +94,7 @@ class Tools:
     budget: Budget
 
 
-class Outgoing(msgspec.Struct):
+class StepOutput(msgspec.Struct):
     """Everything that one step sends and writes.
 
     number     number of the step
@@ -381,7 +381,7 @@ class Lane:
         for source, stop in (done or {}).items():
             positions[source] = stop
         lane = LaneRecord(number, self._generation, positions, list(self._stream_ms), number - 1)
-        outgoing = Outgoing(number, changes, scored.messages, letters, lane, journal, oldest_ms, done)
+        outgoing = StepOutput(number, changes, scored.messages, letters, lane, journal, oldest_ms, done)
         self._publishing = asyncio.create_task(self._publish(outgoing), name=f'lane {self.number} step {number}')
         self._publishing.add_done_callback(lambda _: self._wake.set())
         if done is not None:
@@ -428,7 +428,7 @@ class Lane:
             publishing, self._publishing = self._publishing, None
             await publishing
 
-    async def _publish(self, step: Outgoing) -> None:
+    async def _publish(self, step: StepOutput) -> None:
         stage, clock = self._tools.metrics.stage, time.perf_counter
         times = [clock()]
         if step.journal:
@@ -446,7 +446,7 @@ class Lane:
         stage('write', times[3] - times[2])
         self._done(step)
 
-    async def _send_changelog(self, step: Outgoing) -> int:
+    async def _send_changelog(self, step: StepOutput) -> int:
         """Send the users' records, and the lane's own record last; return the changelog offset after it."""
         if not step.changes:
             return self.store.meta.changelog
@@ -454,7 +454,7 @@ class Lane:
         records.append((LANE_KEY, msgspec.json.encode(step.lane), []))
         return await self._send(self._rules.changelog, records)
 
-    async def _send_outputs(self, step: Outgoing) -> None:
+    async def _send_outputs(self, step: StepOutput) -> None:
         sends = []
         if step.messages:
             sends.append(self._send_messages(step.messages))
@@ -465,8 +465,7 @@ class Lane:
     async def _send_messages(self, messages: Sequence[Message]) -> None:
         """Send decisions to the alerts topic and scores to the scores topic. A user's messages keep their order."""
         rules, metrics = self._rules, self._tools.metrics
-        decisions = [message for message in messages if message.kind is not Kind.SCORES]
-        scores = [message for message in messages if message.kind is Kind.SCORES]
+        decisions, scores = split_scores(messages)
         send = self._tools.publisher.send_messages
         await asyncio.gather(send(rules.alerts, self.number, decisions, self._source),
                              send(rules.scores, self.number, scores, self._source))
@@ -477,12 +476,12 @@ class Lane:
     async def _send(self, topic: str, records: list[Record]) -> int:
         return await self._tools.publisher.send(topic, self.number, records)
 
-    async def _write(self, step: Outgoing, changelog: int) -> None:
+    async def _write(self, step: StepOutput, changelog: int) -> None:
         """Write the step to the store."""
         if step.changes:
             await in_thread(self.store.write, step.changes, Meta(changelog, step.lane, step.number, []))
 
-    def _done(self, step: Outgoing) -> None:
+    def _done(self, step: StepOutput) -> None:
         self._users.trim(step.number)
         for source, stop in (step.done or {}).items():
             self.done[source] = stop

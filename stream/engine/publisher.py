@@ -11,7 +11,7 @@ from aiokafka.errors import MessageSizeTooLargeError
 from stream.config import Settings
 from stream.core.outbox import Message
 from stream.errors import KafkaError
-from stream.kafka.batch import Batch
+from stream.kafka.batch import RecordBatch
 from stream.kafka.clients import client_arguments
 
 BATCH_BYTES_MAX = 900_000       # below 1 MiB, the broker's default limit for one batch
@@ -65,7 +65,7 @@ class Publisher:
         return await self._send(topic, partition, len(messages),
                                 lambda batch, at: batch.add_messages(messages, at, source))
 
-    async def _send(self, topic: str, partition: int, count: int, add: Callable[[Batch, int], int]) -> int:
+    async def _send(self, topic: str, partition: int, count: int, add: Callable[[RecordBatch, int], int]) -> int:
         if not count:
             return 0
         try:
@@ -73,7 +73,7 @@ class Publisher:
             now_ms = int(time.time() * 1000)
             sent, at = [], 0
             while at < count:
-                batch = Batch(BATCH_BYTES_MAX, now_ms)
+                batch = RecordBatch(BATCH_BYTES_MAX, now_ms)
                 at = add(batch, at)
                 sent.append((batch.record_count(), await self._hand_over(batch, topic, partition)))
             acknowledged = await asyncio.gather(*(future for _, future in sent))

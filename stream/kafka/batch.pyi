@@ -4,7 +4,7 @@ from stream.core.outbox import Message
 
 SOURCE_HASH: str
 
-class Batch:
+class RecordBatch:
     def __init__(self, bytes_max: int, timestamp_ms: int) -> None: ...
     def add_records(
         self, records: Sequence[tuple[bytes | None, bytes | None, Sequence[tuple[str, bytes | None]]]], at: int,

@@ -135,7 +135,7 @@ cdef void put_time(char* at, int64_t ms) noexcept:
 
 
 @cython.final
-cdef class Batch:
+cdef class RecordBatch:
     """Records of one topic partition, in order.
 
     bytes_max     of the whole batch; its first record is taken whatever its size
@@ -224,7 +224,7 @@ cdef class Batch:
 
     cdef bint _add_message(self, Message message, bytes source) except -1:
         """Add a message with its CloudEvents headers; False where it does not fit any more."""
-        cdef Py_ssize_t type_size, id_size = PyBytes_GET_SIZE(message.message_id), key_size = PyBytes_GET_SIZE(message.key)
+        cdef Py_ssize_t type_size, id_size = sizeof(message.id_hex), key_size = PyBytes_GET_SIZE(message.key)
         cdef const char* kind = PyUnicode_AsUTF8AndSize(message.kind, &type_size)
         cdef Py_ssize_t body = (
             1 + PyBytes_GET_SIZE(SPEC_VERSION) + PyBytes_GET_SIZE(ID_NAME) + varint_size(id_size) + id_size
@@ -236,8 +236,9 @@ cdef class Batch:
             return False
         at = varint(at, HEADERS)
         at = copied(at, SPEC_VERSION)
-        at = copied(varint(copied(at, ID_NAME), id_size), message.message_id)
-        at = varint(copied(at, TYPE_NAME), type_size)
+        at = varint(copied(at, ID_NAME), id_size)
+        memcpy(at, message.id_hex, id_size)
+        at = varint(copied(at + id_size, TYPE_NAME), type_size)
         memcpy(at, kind, type_size)
         at = copied(at + type_size, source)
         at = varint(copied(at, TIME_NAME), TIME_SIZE)
@@ -298,5 +299,5 @@ cdef inline char* copied(char* at, bytes data) noexcept:
 
 
 def source_header(str source not None):
-    """The header `ce_source` as `Batch.add_messages` takes it."""
+    """The header `ce_source` as `RecordBatch.add_messages` takes it."""
     return sized(b'ce_source') + sized(source.encode())

@@ -5,9 +5,8 @@ from typing import IO
 import msgspec
 
 from stream.core.dead_letters import DeadLetter
-from stream.core.decide import Kind
 from stream.core.driver import Scored
-from stream.core.outbox import Message
+from stream.core.outbox import Message, split_scores
 from stream.core.user import User
 from stream.replay.statistics import Statistics
 
@@ -40,7 +39,7 @@ class Account:
 
     def add_step(self, scored: Scored, messages: Sequence[Message]) -> None:
         """Add the result of a step. `messages` are the messages of `scored` that took effect."""
-        decisions = [message for message in messages if message.kind is not Kind.SCORES]
+        decisions, _ = split_scores(messages)
         self.counts.scored += len(scored.rows) - scored.refused
         self.counts.alerts += len(decisions)
         self.refused_scores += scored.refused

@@ -25,7 +25,7 @@ from stream.core.outbox import Message, pack_messages
 from stream.engine import lane as lane_module
 from stream.engine import worker
 from stream.engine.blocks import Block
-from stream.engine.lane import Lane, Outgoing
+from stream.engine.lane import Lane, StepOutput
 
 JOB, APP, EVENTS = os.environ['JOB'], os.environ['APP_ID'], int(os.environ['EVENTS'])
 NO_ID = b'0' * 32       # the peers' message has none
@@ -42,7 +42,7 @@ class TellingLane(Lane):
         self.tell('first')
         super().admit(block)
 
-    def _done(self, step: Outgoing) -> None:
+    def _done(self, step: StepOutput) -> None:
         before = sum(self.done)
         super()._done(step)
         TellingLane.handled += sum(self.done) - before

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 from stream.core.decide import Kind
 from stream.core.outbox import Message
-from stream.kafka.batch import Batch, source_header
+from stream.kafka.batch import RecordBatch, source_header
 
 NAME = st.text(st.characters(exclude_categories=['Cs']), max_size=9)
 BYTES = st.none() | st.binary(max_size=300)
 
 
-def read(batch: Batch) -> tuple[Any, list[Any]]:
+def read(batch: RecordBatch) -> tuple[Any, list[Any]]:
     records = MemoryRecords(bytes(batch._build()))
     assert records.has_next()
     first = records.next_batch()
@@ -30,7 +30,7 @@ def message(user_id: str, as_of_ms: int = 1_700_000_000_123, kind: Kind = Kind.S
 
 @given(st.lists(st.tuples(BYTES, BYTES, st.lists(st.tuples(NAME, BYTES), max_size=3)), min_size=1, max_size=200))
 def test_records_come_back(records: list[tuple[bytes | None, bytes | None, list[tuple[str, bytes | None]]]]):
-    batch = Batch(1 << 20, 1_700_000_000_000)
+    batch = RecordBatch(1 << 20, 1_700_000_000_000)
     assert batch.add_records(records, 0) == len(records)
     assert batch.record_count() == len(records)
     batch._set_producer_state(2**40, 3, 77)
@@ -43,18 +43,18 @@ def test_records_come_back(records: list[tuple[bytes | None, bytes | None, list[
 
 
 def test_without_a_producer_of_its_own_it_says_so():
-    batch = Batch(1000, 0)
+    batch = RecordBatch(1000, 0)
     batch.add_records([(b'k', b'v', [])], 0)
     first, _ = read(batch)
     assert (first.producer_id, first.producer_epoch) == (-1, -1)
 
 
 def test_a_full_batch_takes_nothing_more_but_the_first_record_always():
-    batch = Batch(1000, 0)
+    batch = RecordBatch(1000, 0)
     assert batch.add_records([(b'k', bytes(5000), []), (b'k', b'', [])], 0) == 1
     assert batch.closed()
     assert batch.record_count() == 1
-    batch = Batch(1000, 0)
+    batch = RecordBatch(1000, 0)
     records: list[Any] = [(b'key', bytes(50), [])] * 100
     added = batch.add_records(records, 50) - 50
     assert added == batch.record_count() < 50
@@ -67,7 +67,7 @@ def test_a_full_batch_takes_nothing_more_but_the_first_record_always():
     (4_102_444_799_999, b'2099-12-31T23:59:59.999Z'), (100_000_000_000, b'1973-03-03T09:46:40.000Z'),
 ])
 def test_a_message_gets_cloudevents_headers(as_of_ms: int, time: bytes):
-    batch = Batch(1 << 20, 0)
+    batch = RecordBatch(1 << 20, 0)
     assert batch.add_messages([message('u1', as_of_ms, Kind.CHURN)], 0, source_header('/shop/scoring')) == 1
     _, (record,) = read(batch)
     assert (record.key, record.value) == (b'u1', b'{"tier":1}')
@@ -79,7 +79,7 @@ def test_a_message_gets_cloudevents_headers(as_of_ms: int, time: bytes):
 
 @given(st.text(st.characters(exclude_categories=['Cs']), min_size=1, max_size=256))
 def test_whatever_the_user_is_called(user_id: str):
-    batch = Batch(1 << 20, 0)
+    batch = RecordBatch(1 << 20, 0)
     assert batch.add_messages([message(user_id)], 0, source_header('s')) == 1
     _, (record,) = read(batch)
     headers = dict(record.headers)
