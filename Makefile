@@ -34,8 +34,8 @@ demo: .venv/base
 up: .venv/base
 	@$(BIN)/python -m deploy.local.stack up
 
-# Stopping needs no install: where nothing was ever installed, nothing runs.
-down:
+# Stopping installs nothing, unless something runs and .venv is gone.
+down: $(if $(wildcard .venv/base),,$(if $(wildcard build/local),.venv/base))
 	@if [ -e .venv/base ]; then $(BIN)/python -m deploy.local.stack down; else echo 'Nothing is up.'; fi
 
 # Two processes, each with a Kafka and a Triton of its own. A file stays in one of them, so its fixtures are made once.
