@@ -34,14 +34,16 @@ demo: .venv/base
 up: .venv/base
 	@$(BIN)/python -m deploy.local.stack up
 
-# Stopping needs no install: where nothing was ever installed, nothing runs.
-down:
+# Stopping installs nothing, unless something runs and .venv is gone.
+down: $(if $(wildcard .venv/base),,$(if $(wildcard build/local),.venv/base))
 	@if [ -e .venv/base ]; then $(BIN)/python -m deploy.local.stack down; else echo 'Nothing is up.'; fi
 
 # Two processes, each with a Kafka and a Triton of its own. A file stays in one of them, so its fixtures are made once.
+# If one crashes, the run fails and names the test. A replacement may wait for ever: pytest-xdist deals out files that
+# are done already (github.com/pytest-dev/pytest-xdist/issues/1378).
 test: .venv/test
 	@$(BIN)/python -m deploy.local.stack install
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 chaos: .venv/test
 	@$(BIN)/python -m tests.chaos.run --publish both --scorer mix $(if $(SEED),--seed $(SEED)) $(CHAOS)

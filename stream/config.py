@@ -75,7 +75,8 @@ class Settings(BaseSettings):
         '127.0.0.1:9092', min_length=1, description='Kafka bootstrap servers: host:port, separated by commas')
     group: Name = Field('stream', description="consumer group; the changelog topic's name begins with it")
     instance_id: str = Field(
-        '', description='name of this worker for static group membership; it must survive restarts; empty: none')
+        '', description='name for static group membership; no other worker may have it, or both take the same '
+                        'partitions in turn; it must survive restarts; empty: none')
     clicks_topic: Name = Field('clicks', description='input topic')
     carts_topic: Name = Field('carts', description='input topic, with as many partitions as the other')
     alerts_topic: Name = Field('alerts', description='output topic of decisions; kept for a time, never compacted')

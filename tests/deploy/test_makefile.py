@@ -99,6 +99,12 @@ def test_down_stops_what_runs_though_a_module_is_missing(installed: Path):
     assert INSTALLS not in commands
 
 
+def test_down_stops_what_runs_though_the_environment_is_gone(fresh: Path):
+    put(fresh, 'build/local/state.json', 1_000)
+    commands = made(fresh, '-n', 'down')
+    assert '--editable .' in commands.partition('-m deploy.local.stack down')[0]
+
+
 def test_the_help_names_every_target_and_fits_80_columns(fresh: Path):
     lines = made(fresh, 'help').splitlines()
     assert all(len(line) <= 80 for line in lines)
