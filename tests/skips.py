@@ -20,7 +20,7 @@ LACKS = {
     'real data': Lack(
         'no real shopping data in REAL_DATA, nor in shared/data beside the checkout',
         ('tests/learn/judging/test_bgnbd.py::test_the_published_parameters_of_cdnow',
-         'tests/learn/judging/test_questions.py::test_cdnow_as_published')),
+         'tests/learn/judging/test_tasks.py::test_cdnow_as_published')),
     'docker-compose': Lack(
         'docker-compose is not installed (Debian: apt-get install docker-compose)',
         ('tests/deploy/test_docker.py::test_compose_accepts_it',
