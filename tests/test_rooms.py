@@ -1,6 +1,9 @@
-"""Which package imports which, where `make check` cannot look: import-linter reads no compiled module."""
+"""Imports that `make check` does not see: those of compiled modules, and those outside of the package."""
+import ast
+import importlib.util
 import re
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,3 +42,51 @@ def test_the_contracts_name_every_package():
         left = packages - {module.removeprefix('stream.') for module in found[name]}
         # The command line stands above all packages, and the core has a contract of its own.
         assert left - {'cli', 'core'} == knowing - {'cli', 'core'}, name
+
+
+OUTSIDE = sorted(path for folder in ('tests', 'deploy') for path in (ROOT / folder).rglob('*.py'))
+
+
+@pytest.mark.parametrize('path', OUTSIDE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_tests_benches_and_local_parts_import_what_exists(path: Path):
+    """Nothing is run: a bench may need hours, or a model of its own."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or '').split('.')[0] in ('stream', 'tests', 'deploy'):
+            for name in node.names:
+                assert _has(str(node.module), name.name), f'{path}:{node.lineno} imports {name.name} of {node.module}'
+
+
+def _has(module: str, name: str) -> bool:
+    """Whether a module has this name, or a package this module. Of a compiled module the stub says what it has."""
+    spec = _spec(module)
+    if spec is None:
+        return False
+    if spec.submodule_search_locations and _spec(f'{module}.{name}'):
+        return True
+    if spec.origin is None:
+        return False
+    source = Path(spec.origin)
+    if source.suffix != '.py':
+        source = source.with_name(f'{module.rpartition(".")[2]}.pyi')
+    return name in _names(source)
+
+
+@cache
+def _names(source: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.alias):
+            found.add(node.asname or node.name)
+    return found
+
+
+@cache
+def _spec(module: str):
+    try:
+        return importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        return None

@@ -335,7 +335,8 @@ cdef Message read_decision(User user, bytes key, bytes value):
     try:
         facts = decode_facts(value)
         return Message(facts.type, facts.id.encode(), key, facts.as_of_ms, value)
-    except (msgspec.DecodeError, ValueError) as error:      # ValueError: invalid UTF-8, or an id of another length
+    # ValueError: invalid UTF-8, or an id of another length. OverflowError: a time beyond 64 bits.
+    except (msgspec.DecodeError, ValueError, OverflowError, RecursionError) as error:
         raise damaged(user) from error
 
 

@@ -35,8 +35,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import onnxruntime
 from rich.console import Console
-from stream.scoring.step import PADDING_SLOTS_MAX
 
+from stream.core.driver import PADDING_SLOTS_MAX
 from stream.core.events import EventRules
 from stream.core.features import LENGTHS, SLOTS_MAX, Batch, Features, batches, padded
 from stream.core.layout import DAY_MS, WindowLimits

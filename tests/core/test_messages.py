@@ -71,7 +71,9 @@ def test_a_message_carries_what_its_json_says():
 
 
 @pytest.mark.parametrize('value', [b'', b'{}', b'{"id":"ab","type":"churn.alert","as_of_ms":1}', b'\xff',
-                                   b'{"id":"%s","type":"no.kind","as_of_ms":1}' % (b'ab' * 16)])
+                                   b'{"id":"%s","type":"no.kind","as_of_ms":1}' % (b'ab' * 16),
+                                   b'{"id":"%s","type":"churn.alert","as_of_ms":1%s}' % (b'ab' * 16, b'0' * 30),
+                                   b'{"x":' + 5_000 * b'['])
 def test_an_outbox_with_something_else_than_decisions_is_refused(value: bytes):
     user = shopper()
     user.outbox = len(value).to_bytes(4, 'little') + value
