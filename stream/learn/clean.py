@@ -68,10 +68,10 @@ class Cleaned:
 
 
 def steps_of(names: str) -> tuple[str, ...]:
-    """Cleaning steps from a comma-separated list, in their order. Errors: UsageError where a name is no step."""
+    """Cleaning steps from a comma-separated list, in their order. Errors: UsageError if a name is not a step."""
     asked = {name.strip() for name in names.split(',') if name.strip()}
     if unknown := asked - STEPS.keys():
-        raise UsageError(f'{", ".join(sorted(unknown))} is no step of cleaning.', do=f'choose from {", ".join(STEPS)}.')
+        raise UsageError(f'{", ".join(sorted(unknown))} is not a cleaning step.', do=f'choose from {", ".join(STEPS)}.')
     return tuple(step for step in STEPS if step in asked)
 
 

@@ -65,7 +65,7 @@ def export(checkpoint: Path, repository: Path, name: str = NAME, version: int = 
     Promise  the same checkpoint gives the same bytes with the same releases of torch and onnx.
     """
     if version < 1 or not name.replace('_', '').replace('-', '').isalnum():
-        raise UsageError(f'{name!r} version {version} is no name for Triton.',
+        raise UsageError(f'{name!r} version {version} is not a name for Triton.',
                          do='use letters, digits, - and _, and a version of 1 or more.')
     _refuse_another(repository / name, version, precision)
     kept = load(checkpoint)

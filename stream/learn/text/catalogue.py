@@ -103,7 +103,7 @@ def _lines(path: Path) -> list[_Row]:
                 if line.strip():
                     rows.append(decode(line))
             except msgspec.MsgspecError as error:
-                raise InputError(f'Line {number} of the catalogue {path} is no item: {error}',
+                raise InputError(f'Line {number} of the catalogue {path} is not an item: {error}',
                                  do='write one JSON object a line, with item_id, and text or embedding.') from error
     return rows
 

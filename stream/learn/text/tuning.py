@@ -84,7 +84,7 @@ def tune(backbone: TextBackbone, tuning: str) -> None:
         for part in parts:
             _freeze(backbone, bool(part[1]), int(part[2] or 0))
     elif tuning != 'full':
-        raise UsageError(f'{tuning!r} is no way to tune a backbone.',
+        raise UsageError(f'{tuning!r} is not a way to tune a backbone.',
                          do='use full, frozen, freeze:embeddings, freeze:layers=N, lora, ia3 or prefix.')
 
 
