@@ -176,7 +176,7 @@ def _licence(config: dict) -> str:
 
 
 def _heads(model: ShopperModel) -> str:
-    """How many attention heads each layer has, after those that were cut out."""
+    """How many attention heads each layer still has after pruning."""
     heads = [layer.self.num_attention_heads for layer in attentions(model).values()]
     return f'{" and ".join(map(str, heads))} heads' if len(set(heads)) > 1 else f'{heads[0]} heads'
 
@@ -206,7 +206,7 @@ def _cleaning(removed: list[dict]) -> str:
 
 
 def _searched(trials: list[dict]) -> str:
-    """What was tried, and what came of it."""
+    """The trials of the search and their results."""
     if not trials:
         return ''
     names = list(trials[0]['settings'])
@@ -230,7 +230,7 @@ def _kept(config: dict) -> str:
 
 
 def _ceiling(ceiling: dict) -> str:
-    """What could at best be known, for a simulated shop."""
+    """The best possible AUC, for a simulated shop."""
     if not ceiling:
         return ''
     lines = ['\n### The ceiling\n', "AUC on some of the test's moments. The posterior is the exact probability, "
@@ -299,7 +299,7 @@ def _defeats(test: dict) -> str:
 
 
 def _unjudged(test: dict) -> str:
-    """What the model tells of purchases and spend, and nothing above says how well."""
+    """Outputs of the model whose quality was not measured."""
     asked = [f'purchase within {days} d' for days in HORIZON_DAYS] + [
         f'churn within {days} d, active' for days in (HORIZON_DAYS[CHURN], SPEND_DAYS)] + [
         f'{what} in {SPEND_DAYS} d' for what in ('tier of spend', 'spend', 'typical spend')]

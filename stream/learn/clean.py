@@ -1,4 +1,4 @@
-"""Cleaning of what a model learns from. Each step is switched on by name; they run in this order.
+"""Cleaning of the training data. Each step is switched on by name. The steps run in this order.
 
     duplicates     of identical purchases or refunds of a user at one time, only the first counts (an event that is read
                    twice counts once in any case, by its key)
@@ -136,7 +136,7 @@ def cancellations(history: History, users: list[int]) -> tuple[History, list[int
 
 
 def outliers(history: History, users: list[int]) -> tuple[History, list[int], Removed]:
-    """Cut amounts above the bound to it."""
+    """Reduce amounts above the bound to the bound."""
     amounts = np.array([event.amount for user in users for event in history.events[user]
                         if event.type == EventType.PURCHASE and event.amount > 0])
     bound = _bound(amounts)

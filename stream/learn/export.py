@@ -99,7 +99,7 @@ def export(checkpoint: Path, repository: Path, name: str = NAME, version: int = 
 
 
 def _refuse_another(model_dir: Path, version: int, precision: Precision) -> None:
-    """Errors: UsageError where the export would overwrite the configuration and card of another model or version."""
+    """Errors: UsageError if the export would overwrite the configuration and card of another model or version."""
     version_dir = model_dir / str(version)
     if (version_dir / RANKING_MANIFEST).is_file():
         raise UsageError(f'{version_dir} is the ranking of another model.',
