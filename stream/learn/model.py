@@ -166,7 +166,7 @@ class ShopperModel(nn.Module):
         return out.bought.sigmoid() * log_mean.exp()
 
     def typical_spend(self, out: Logits, bought: Tensor) -> Tensor:
-        """Median spend of such users, if they buy, [b]; 0 if a purchase is less likely than not. Its mean error is below
+        """Median spend of such users, if they buy, [b]; 0 if a purchase is less likely than not. Its error is below
         that of the expected spend, since a few large spenders move it little. `bought` [b]: the probability of a
         purchase within the days of the spend."""
         return torch.where(bought > 0.5, torch.minimum(out.mu, self.log_spend_max).exp(), 0.0)

@@ -135,7 +135,7 @@ class GammaGamma:
         return GammaGamma(p, 1 + q_less_one, gamma * unit)
 
     def value(self, orders: np.ndarray, mean_order_value: np.ndarray) -> np.ndarray:
-        """Expected value of an order: between the customer's own mean and the mean of all. More orders, more weight to the own."""
+        """Expected value of an order: the customer's own mean, drawn towards the mean of all if orders are few."""
         return self.p * (self.gamma + orders * mean_order_value) / (self.p * orders + self.q - 1)
 
 

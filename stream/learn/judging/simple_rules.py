@@ -116,7 +116,7 @@ class RecencyRule:
 
 
 class PastRate:
-    """Orders per day since the first one. A day is added, because the first hours after the first order do not make a rate."""
+    """Orders per day since the first one. A day is added: the first hours after the first order make no rate."""
 
     is_chance = False
 
