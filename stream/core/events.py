@@ -92,8 +92,8 @@ class EventRecord(msgspec.Struct, gc=False):
     category: Annotated[Name, Meta(description="The item's category.")] | None = None
     price: Annotated[float, Meta(ge=0, le=PRICE_MAX, description='Price of one unit.')] | None = None
     quantity: Annotated[float, Meta(gt=0, le=QUANTITY_MAX, description='Number of units. Default: 1.')] | None = None
-    currency: Annotated[str, Meta(min_length=3, max_length=3, description='ISO 4217 code. Default: the setting `currency`.')] \
-        | None = None
+    currency: Annotated[str, Meta(
+        min_length=3, max_length=3, description='ISO 4217 code. Default: the setting `currency`.')] | None = None
     order_id: Annotated[Name, Meta(description='Lines that share it are one basket.')] | None = None
     session_id: Annotated[Name, Meta(description='Accepted, but not used.')] | None = None
     rating: Annotated[float, Meta(ge=0, le=RATING_MAX, description='Stars or points.')] | None = None

@@ -91,7 +91,7 @@ class Run:
 # ---- servers ---------------------------------------------------------------------------------------------------------
 
 def identity_triton(folder: Path) -> Triton:
-    """A Triton whose model answers constants and the row ids. Its folder differs from the shipped one in the weights."""
+    """A Triton whose model answers constants and the row ids. Its folder differs from the shipped one in weights."""
     version_dir = folder / 'identity' / '1'
     version_dir.mkdir(parents=True)
     shutil.copyfile(SHIPPED.parent / LABELS_FILE, version_dir.parent / LABELS_FILE)
