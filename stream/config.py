@@ -260,7 +260,7 @@ def _complaint(item: Any) -> str:
     name = '.'.join(map(str, item['loc'])) or 'settings'
     if item['type'] == 'extra_forbidden' and len(item['loc']) == 1:
         near = get_close_matches(name, Settings.model_fields, 1)
-        return f'there is no setting {name}' + (f', did you mean {near[0]}?' if near else '')
+        return f'there is no setting {name}' + (f' (did you mean {near[0]}?)' if near else '')
     return f'{name}: {item["msg"]}'
 
 

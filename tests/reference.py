@@ -198,8 +198,8 @@ def commands_page() -> str:
     shared = {identity for identity, count in used.items() if count >= 3}
     by_identity = {_identity(option): option for command in group.commands.values() for option in _options(command)}
     lines = ['# Commands', '', _words(group.help), '',
-             '`stream` is `.venv/bin/stream`, or the command of the Docker image. `stream COMMAND --help` prints the same '
-             'for one command.', '',
+             '`stream` is `.venv/bin/stream`, or the command of the Docker image. `stream COMMAND --help` prints the '
+             'same for one command.', '',
              '## Exit codes', '', '| Code | Meaning |', '|---|---|',
              *(_row(str(code), text) for code, text in exit_codes()), '',
              '## Options of several commands', '',

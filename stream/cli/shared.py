@@ -112,9 +112,10 @@ def written(path: Path) -> Iterator[IO[bytes]]:
 
 
 def progress_bar() -> Progress:
-    """Rows done, of how many, and how fast, on standard error; gone when it is done."""
+    """Rows done, of how many, and how fast, on standard error; gone when it is done. Nothing without a terminal."""
+    console = Console(stderr=True)
     return Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TextColumn('rows'), _Rate(),
-                    TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+                    TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
 
 
 class _Rate(ProgressColumn):

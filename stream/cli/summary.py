@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 TABLE_COLUMNS_MIN = 132     # of a terminal: with less, the table's reasons break after every third word
 _SCORE_OF: dict[str, str] = {Kind.INTENT: 'purchase_intent', Kind.CHURN: 'churn'}
-_TITLE = 'The newest alerts of each kind. Reasons: "+" raised the score, "-" lowered it.'
+_TITLE = 'The newest alerts of each kind. Reasons: "+" raised the score, "-" lowered it. Tier 0: no spend likely.'
 # What a message says, in the singular and in the plural: by its type and, where it has one, its state.
 _ALERT_WORDS: dict[str, tuple[str, str]] = {
     f'{Kind.POWER}': ('new spend tier', 'new spend tiers'),
@@ -69,8 +69,9 @@ def print_summary(outcome: Outcome) -> None:
     """The account of the replay, and where its files are."""
     counts = outcome.counts
     account = [f'{counts.read:,} rows in {outcome.seconds:.1f} s: {counts.applied:,} applied, '
-               f'{counts.duplicate:,} duplicate, {counts.late:,} late, {counts.dead:,} dead. '
-               f'{counts.users:,} users, {counts.scored:,} scored windows, {counts.alerts:,} alerts.']
+               f'{counts.duplicate:,} duplicate, {counts.late:,} late, {counts.dead:,} dead letters. '
+               f'{counts.users:,} user{"s" * (counts.users != 1)}, {counts.scored:,} scores, '
+               f'{counts.alerts:,} alert{"s" * (counts.alerts != 1)}.']
     if outcome.refused_scores:
         account.append(f'{outcome.refused_scores:,} scores were refused (not numbers in range): check the model.')
     if 2 * counts.dead > counts.read:
