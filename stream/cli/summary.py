@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 TABLE_COLUMNS_MIN = 132     # of a terminal: with less, the table's reasons break after every third word
 _SCORE_OF: dict[str, str] = {Kind.INTENT: 'purchase_intent', Kind.CHURN: 'churn'}
-_TITLE = 'The newest alerts of each kind. Reasons: "+" raised the score, "-" lowered it. Tier 0: no spend likely.'
+_TITLE = 'The newest alerts of each kind. Reasons: "+" raised the score, "-" lowered it.'
 # What a message says, in the singular and in the plural: by its type and, where it has one, its state.
 _ALERT_WORDS: dict[str, tuple[str, str]] = {
     f'{Kind.POWER}': ('new spend tier', 'new spend tiers'),
