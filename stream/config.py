@@ -53,122 +53,133 @@ class Settings(BaseSettings):
     scorer: Literal['embedded', 'triton', 'constant'] = Field(
         'embedded', description='embedded: onnxruntime in this process; triton: Triton Inference Server; '
                                 'constant: the same scores for every user')
-    scorer_threads: int = Field(1, ge=1, description='threads of one run of the embedded model')
-    batch_rows_max: int = Field(256, ge=1, le=256, description='most windows in one request to the model')
+    scorer_threads: int = Field(1, ge=1, description='number of threads with which the embedded model scores a batch')
+    batch_rows_max: int = Field(256, ge=1, le=256, description='maximum number of windows in one request to the model')
     triton: Address = Field('127.0.0.1:8001', description="host:port of Triton's gRPC service")
-    triton_timeout_ms: Milliseconds = Field(10_000, description='time limit of one batch, with all its retries')
-    triton_in_flight_max: int = Field(16, ge=1, le=64, description='most requests in flight to Triton at once')
+    triton_timeout_ms: Milliseconds = Field(10_000, description='time limit for scoring one batch, including retries')
+    triton_in_flight_max: int = Field(16, ge=1, le=64, description='maximum number of requests in flight to Triton')
     fallback: Literal['hold', 'embedded'] = Field(
         'hold', description='while Triton is unavailable: hold the events, or score with an embedded copy of the model')
     publish: Publish = Field(
-        'changes', description='changes: decisions only; all: also the scores of every user scored; '
+        'changes', description='changes: decisions only; all: also the scores of every scored user; '
                                'events: also one output per event, with the scores at the end of its step')
     state: Literal['memory', 'rocksdb'] = Field('memory', description="where a replay keeps the users' records")
     block_events_max: int = Field(
         _REPLAY.block_events_max, ge=1, le=100_000,
-        description='most events in one step; a shopper is scored once, at the end of the step')
+        description='maximum number of events in one step; a shopper is scored once, at the end of the step')
     block_span_minutes_max: int = Field(
         _REPLAY.block_span_ms_max // MINUTE_MS, ge=1, le=3 * 1440,
-        description='most event time in one step of a replay; a smaller value scores more states and takes longer')
+        description='maximum event time that one step of a replay spans; a smaller value scores shoppers more often '
+                                               'and takes longer')
 
     brokers: str = Field(
         '127.0.0.1:9092', min_length=1, description='Kafka bootstrap servers: host:port, separated by commas')
     group: Name = Field('stream', description="consumer group; the changelog topic's name begins with it")
     instance_id: str = Field(
-        '', description='name for static group membership; no other worker may have it, or both take the same '
-                        'partitions in turn; it must survive restarts; empty: none')
+        '', description='name of this worker for static group membership, the same after each restart; no other worker '
+                        'may have it, or both take the same partitions in turn; empty: none')
     clicks_topic: Name = Field('clicks', description='input topic')
     carts_topic: Name = Field('carts', description='input topic, with as many partitions as the other')
-    alerts_topic: Name = Field('alerts', description='output topic of decisions; kept for a time, never compacted')
+    alerts_topic: Name = Field('alerts', description='output topic of decisions; deleted by age, never compacted')
     scores_topic: Name = Field(
         'scores', description="output topic of each user's newest scores, compacted; not used if publish is `changes`")
     dead_letters_topic: Name = Field(
-        'dead-letters', description='output topic of records that could not be read, unchanged, with the reason')
+        'dead-letters', description='output topic of records that are not valid events, unchanged, with the reason')
     journal_topic: str = Field(
         '', description='topic with one record per step, so that a replay can repeat the same steps; empty: none')
-    partitions: int = Field(8, ge=1, le=10_000, description='partitions of topics that are created')
-    replication: int = Field(1, ge=1, le=10, description='replication factor of topics that are created')
+    partitions: int = Field(8, ge=1, le=10_000, description='number of partitions of the topics that stream creates')
+    replication: int = Field(1, ge=1, le=10, description='replication factor of the topics that stream creates')
     alerts_retention_days: Days = Field(
-        7, description='retention of topics that are created: alerts, dead letters, journal')
+        7, description='retention of the topics of alerts, dead letters and the journal, if stream creates them')
     partitioner: PartitionerName = Field(
         'murmur2', description="how the producers of the inputs choose a partition (murmur2: Java, crc32: librdkafka's "
                                'consistent_random, fnv1a: librdkafka and Sarama); a record on another partition '
                                'becomes a dead letter; none: do not check')
-    session_timeout_ms: Milliseconds = Field(10_000, description='time after which the group gives up a silent worker')
+    session_timeout_ms: Milliseconds = Field(
+        10_000, description='time without a heartbeat after which Kafka removes a worker from the group')
     max_poll_interval_ms: Milliseconds = Field(
-        300_000, description='time after which a worker that does not poll leaves the group')
+        300_000, description='time without a poll after which a worker leaves the group')
     commit_interval_ms: Milliseconds = Field(1_000, description='time between two commits of offsets')
     send_timeout_ms: Milliseconds = Field(
-        120_000, description='time for a record to be acknowledged; after it the worker exits')
+        120_000, description='time limit for Kafka to acknowledge a record; then the worker exits')
     drain_timeout_ms: Milliseconds = Field(
-        20_000, description='time for steps in flight to end when partitions are revoked or the worker stops')
+        20_000, description='time limit for finishing steps in flight when partitions are revoked or the worker stops')
     recovery_timeout_ms: Milliseconds = Field(
-        1_800_000, description='time to restore the state of a partition; after it the worker exits')
+        1_800_000, description='time limit for restoring the state of a partition; then the worker exits')
     stuck_timeout_ms: Milliseconds = Field(
-        60_000, description='time without a step while events wait and the scorer answers; after it the worker exits')
+        60_000, description='time limit without a step while events wait and the scorer answers; then the worker exits')
     standbys: int = Field(
-        0, ge=0, le=10, description='workers that keep a copy of a partition ready, in addition to its owner')
+        0, ge=0, le=10, description='number of other workers that keep a copy of each partition\'s state')
     merge_wait_ms: Milliseconds = Field(
-        500, description='how long events of one topic wait for earlier events of the other that are still to come')
+        500, description='how long events of one topic wait for earlier events of the other topic')
     clock: Literal['events', 'wall'] = Field(
         'events', description='what fires silence timers: event times only, or also wall-clock time once all events '
-                              'are read')
+                              'have been read')
     clock_grace_ms: Milliseconds = Field(
         60_000, description='with `clock = wall`: how far the timers stay behind wall-clock time')
     clock_idle_ms_max: Milliseconds = Field(
-        3_600_000, description='with `clock = wall`: wall-clock time counts only if the newest event is not older')
-    blocks_ahead_max: int = Field(2, ge=1, le=100, description='most blocks of a topic partition that wait in memory')
+        3_600_000, description='with `clock = wall`: wall-clock time counts only while the newest event is not '
+                               'older than this')
+    blocks_ahead_max: int = Field(
+        2, ge=1, le=100, description='maximum number of blocks of a topic partition that wait in memory')
     events_in_flight_max: int = Field(
-        16_000, ge=1, description='most events of steps in flight, over all partitions; one step is always admitted')
-    sweep_users_max: int = Field(500, ge=1, le=100_000, description='most silence timers fired in one step')
+        16_000, ge=1, description='maximum number of events in unfinished steps, over all partitions; one step is '
+                                  'always admitted')
+    sweep_users_max: int = Field(
+        500, ge=1, le=100_000, description='maximum number of silence timers fired in one step')
     state_dir: Path = Field(Path('state'), description="folder of the worker's RocksDB databases")
     users_cached_mib: int = Field(
-        64, ge=0, description='memory for decoded users, over all partitions, in addition to steps in flight')
+        64, ge=0, description='memory for decoded users, over all partitions; steps in flight take more')
     rocksdb_cache_mib: int = Field(128, ge=8, description='block cache of RocksDB, over all partitions')
     rocksdb_write_buffers_mib: int = Field(128, ge=8, description='write buffers of RocksDB, over all partitions')
-    admin_host: str = Field('127.0.0.1', description='address on which health and metrics are served')
-    admin_port: int = Field(9108, ge=0, le=65_535, description='port of health and metrics; 0: any free port')
+    admin_host: str = Field('127.0.0.1', description='address of the health pages and metrics')
+    admin_port: int = Field(9108, ge=0, le=65_535, description='port of the health pages and metrics; 0: any free port')
 
     currency: Currency = Field(_EVENTS.currency, description='ISO 4217 code of all amounts')
     currency_rates: dict[Currency, Rate] = Field(
-        default_factory=dict, description='units of `currency` for one unit of another currency; an event in a '
-                                          'currency without a rate is a dead letter')
+        default_factory=dict, description='value of one unit of another currency, in `currency`; an event in a '
+                                          'currency without a rate becomes a dead letter')
     clock_ahead_ms_max: Milliseconds = Field(
         _EVENTS.clock_ahead_ms_max, description="how far an event's time may be ahead of its Kafka record's time")
-    record_bytes_max: int = Field(_EVENTS.record_bytes_max, ge=64, description='a larger record is a dead letter')
+    record_bytes_max: int = Field(
+        _EVENTS.record_bytes_max, ge=64, description='maximum size of a record; a larger one becomes a dead letter')
 
-    window_events_max: int = Field(_LIMITS.events_max, ge=1, le=65_535, description='most events kept per user')
+    window_events_max: int = Field(
+        _LIMITS.events_max, ge=1, le=65_535, description='maximum number of events kept per user')
     window_span_days: Days = Field(
-        _LIMITS.span_ms // DAY_MS, description="how much older than a user's newest event a kept event may be")
+        _LIMITS.span_ms // DAY_MS, description="maximum age of a kept event, counted from the user's newest event")
     silence_days: list[Days] = Field(
         default_factory=lambda: [delay_ms // DAY_MS for delay_ms in _LIMITS.silence_ms], max_length=255,
-        description='numbers of days without an event, after each of which a user is scored again')
+        description='a user without events is scored again after each of these numbers of days')
 
     tier_margin: Annotated[float, Field(ge=0, le=0.5)] = Field(
-        _POLICY.tier_margin, description='by how much the probability beyond the old tier must exceed one half')
+        _POLICY.tier_margin, description='the tier changes only if spend lies beyond the published tier with a '
+                                         'probability of at least 0.5 plus this margin')
     power_move_min: Share = Field(
-        _POLICY.power_move_min, description='least change of purchase power for a new tier')
+        _POLICY.power_move_min, description='minimum change of purchase power for a new tier')
     tier_events_min: int = Field(
-        _POLICY.tier_events_min, ge=1, description='least events of a user before the first tier is published')
-    intent_raise: Share = Field(_POLICY.intent_raise, description='purchase intent from which an alert is raised')
+        _POLICY.tier_events_min, ge=1,
+        description='minimum number of events of a user before the first tier is published')
+    intent_raise: Share = Field(
+        _POLICY.intent_raise, description='an intent alert is raised at this purchase intent or above')
     intent_clear: Share = Field(
-        _POLICY.intent_clear, description='purchase intent down to which it must fall before the next alert')
-    churn_raise: Share = Field(_POLICY.churn_raise, description='churn from which an alert is raised')
+        _POLICY.intent_clear, description='purchase intent must fall to this before the next alert can be raised')
+    churn_raise: Share = Field(_POLICY.churn_raise, description='a churn alert is raised at this churn score or above')
     churn_clear: Share = Field(
-        _POLICY.churn_clear, description='churn down to which it must fall for the alert to be cleared')
+        _POLICY.churn_clear, description='a churn alert is cleared when the churn score falls to this')
     churn_orders_min: int = Field(
-        _POLICY.churn_orders_min, ge=0, description='least orders of a shopper for a churn alert')
+        _POLICY.churn_orders_min, ge=0, description='minimum number of orders of a shopper for a churn alert')
     power_cooldown_ms: Milliseconds = Field(
-        _POLICY.power_cooldown_ms, description='least time between two tier changes of one user')
+        _POLICY.power_cooldown_ms, description='minimum time between two tier changes of one user')
     intent_cooldown_ms: Milliseconds = Field(
-        _POLICY.intent_cooldown_ms, description='least time between two intent alerts of one user')
+        _POLICY.intent_cooldown_ms, description='minimum time between two intent alerts of one user')
     churn_cooldown_ms: Milliseconds = Field(
-        _POLICY.churn_cooldown_ms, description='least time between two churn alerts of one user')
+        _POLICY.churn_cooldown_ms, description='minimum time between two churn alerts of one user')
     power_ttl_ms: Milliseconds = Field(_POLICY.power_ttl_ms, description='time after which a tier change expires')
     intent_ttl_ms: Milliseconds = Field(_POLICY.intent_ttl_ms, description='time after which an intent alert expires')
     churn_ttl_ms: Milliseconds = Field(_POLICY.churn_ttl_ms, description='time after which a churn alert expires')
     reasons_rows_max: int = Field(
-        _REPLAY.reasons_rows_max, ge=0, description='most model rows spent on the reasons of one step')
+        _REPLAY.reasons_rows_max, ge=0, description='maximum number of model rows spent on the reasons of one step')
     actions: list[Action] = Field(
         default_factory=lambda: [Action(**msgspec.structs.asdict(rule)) for rule in _POLICY.actions],
         description='actions to propose; the first rule that matches is used')
@@ -249,7 +260,7 @@ def _complaint(item: Any) -> str:
     name = '.'.join(map(str, item['loc'])) or 'settings'
     if item['type'] == 'extra_forbidden' and len(item['loc']) == 1:
         near = get_close_matches(name, Settings.model_fields, 1)
-        return f'there is no setting {name}' + (f', did you mean {near[0]}?' if near else '')
+        return f'there is no setting {name}' + (f' (did you mean {near[0]}?)' if near else '')
     return f'{name}: {item["msg"]}'
 
 

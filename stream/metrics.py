@@ -41,7 +41,8 @@ class Metrics:
         self.events_duplicate = Counter(
             'stream_events_duplicate_total', 'Events whose id was already in the window.', registry=at)
         self.events_late = Counter(
-            'stream_events_late_total', 'Events that were older than a full window or its span.', registry=at)
+            'stream_events_late_total',
+            'Events older than a full window, or older than the time it spans. They change nothing.', registry=at)
         self.events_redelivered = Counter(
             'stream_events_redelivered_total',
             'Events skipped because the state already contained them, e.g. after a restart.', registry=at)
@@ -62,17 +63,17 @@ class Metrics:
         self.timers_fired = Counter(
             'stream_timers_fired_total', 'Silence timers fired.', registry=at)
         self.reseeks = Counter(
-            'stream_reseeks_total', 'Blocks that did not follow the one before, so that the partition was read again.',
+            'stream_reseeks_total', 'How often a partition was read again because a block was missing.',
             registry=at)
         self.stage_seconds = Histogram(
-            'stream_stage_seconds', 'Time that one step spent in a stage. For decode: time of one block.', ['stage'],
+            'stream_stage_seconds', 'Time that one step spends in a stage. For decode: time for one block.', ['stage'],
             buckets=_STAGE_BUCKETS_S, registry=at)
         self.event_to_output_seconds = Histogram(
             'stream_event_to_output_seconds',
             "Time from the Kafka timestamp of a step's oldest event to the acknowledgement of the step's outputs.",
             buckets=_OUTPUT_BUCKETS_S, registry=at)
         self.in_flight_blocks = Gauge(
-            'stream_in_flight_blocks', 'Blocks that were fetched and are not done.', registry=at)
+            'stream_in_flight_blocks', 'Blocks that were fetched and are not finished.', registry=at)
         self.lane_clock_seconds = Gauge(
             'stream_lane_clock_seconds', 'Event time (Unix) up to which the timers of a lane have fired.',
             ['partition'], registry=at)

@@ -50,7 +50,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     'id': ('string', 'Identifies the message. The same decision always has the same id and the same bytes.'),
     'type': ('string', 'The kind of message; also the CloudEvents type.'),
     'user_id': ('string', 'The shopper; also the Kafka key.'),
-    'as_of_ms': ('integer', 'The event time for which the scores hold, in Unix milliseconds.'),
+    'as_of_ms': ('integer', 'The event time at which the scores are valid, in Unix milliseconds.'),
     'events_seen': ('integer', 'How many events of this shopper have been applied so far.'),
     'cause': ('object', 'What led to this message.'),
     'cause.clicks_offset': ('integer', "The first offset of the clicks topic that is not yet in the shopper's state. "
@@ -74,7 +74,7 @@ FIELDS: dict[str, tuple[str, str]] = {
                                 '`null` until the shopper has `tier_events_min` events.'),
     'previous_tier': ('integer or null', 'The tier before this change; `null` if there was none.'),
     'reasons': ('array or null', 'Up to three things that moved the score most, strongest first. `null` for a first '
-                                 'tier, or if the step had spent `reasons_rows_max`.'),
+                                 'tier, or if the step had used up `reasons_rows_max`.'),
     'reasons[].name': ('string', 'An event type, or one of `silence`, `history`, `orders`, `activity`.'),
     'reasons[].text': ('string', 'The same in words.'),
     'reasons[].ts_ms': ('integer', 'When it happened. Only for events.'),
@@ -82,7 +82,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     'reasons[].effect': ('number', 'The score minus the score without this thing: positive raised the score.'),
     'action': ('string or null', 'What the `actions` setting proposes for this occasion; `null` if nothing fits.'),
     'expires_at_ms': ('integer', 'Do not act on the message after this time, in Unix milliseconds.'),
-    'previous_id': ('string or null', "The id of the shopper's decision before this one; `null` for the first."),
+    'previous_id': ('string or null', "The id of the shopper's previous decision; `null` for the first."),
 }
 
 REASONS: dict[str, str] = {
@@ -96,13 +96,13 @@ REASONS: dict[str, str] = {
     Reason.INVALID_FIELD: 'A field has the wrong type, or a value out of range.',
     Reason.TS_UNREADABLE: '`ts` is text, but not RFC 3339 with an offset.',
     Reason.TS_NOT_POSITIVE: '`ts` is zero or negative.',
-    Reason.TS_IN_SECONDS: '`ts` is before 1973, as a time in seconds would be. Send milliseconds.',
+    Reason.TS_IN_SECONDS: '`ts` is before 1973: it is probably in seconds. Send milliseconds.',
     Reason.TS_OUT_OF_RANGE: '`ts` is after 2100-01-01.',
     Reason.TS_AHEAD_OF_CLOCK: "`ts` is further ahead of the Kafka record's timestamp than `clock_ahead_ms_max`.",
     Reason.UNKNOWN_CURRENCY: '`currency` is not the configured one, and `currency_rates` has no rate for it.',
     Reason.NULL_KEY: 'The Kafka record has no key.',
     Reason.KEY_MISMATCH: 'The Kafka key is not the `user_id`.',
-    MISROUTED: 'The key is on a partition that the `partitioner` setting would not choose.',
+    MISROUTED: 'The record is on another partition than the `partitioner` setting gives for its key.',
 }
 
 
@@ -127,7 +127,7 @@ def settings_page() -> str:
              'A setting is read from `stream.toml`, then from its environment variable, then from `--set NAME=VALUE` '
              'or its own flag. The later one wins. In the environment and with `--set`, lists and tables are JSON. '
              '`stream config` prints the settings in effect. A variable '
-             '`STREAM_...` that is no setting causes a warning.']
+             '`STREAM_...` that is not a setting causes a warning.']
     for name, field in Settings.model_fields.items():
         if name in PARTS:
             lines += ['', f'## {PARTS[name]}', '', '| Setting | Type | Default | Meaning |', '|---|---|---|---|']
@@ -198,7 +198,8 @@ def commands_page() -> str:
     shared = {identity for identity, count in used.items() if count >= 3}
     by_identity = {_identity(option): option for command in group.commands.values() for option in _options(command)}
     lines = ['# Commands', '', _words(group.help), '',
-             '`stream COMMAND --help` prints the same for one command.', '',
+             '`stream` is `.venv/bin/stream`, or the command of the Docker image. `stream COMMAND --help` prints the '
+             'same for one command.', '',
              '## Exit codes', '', '| Code | Meaning |', '|---|---|',
              *(_row(str(code), text) for code, text in exit_codes()), '',
              '## Options of several commands', '',
@@ -268,7 +269,7 @@ def _option_default(option: TyperOption) -> str:
 def messages_page() -> str:
     """The fields of events and messages, and why a record becomes a dead letter."""
     lines = ['# Events and messages', '',
-             'How to read them is told in [the guide beside this page](README.md).', '', '## Fields of an event', '',
+             '[The guide](README.md) explains how to read them.', '', '## Fields of an event', '',
              '| Field | Type | Required | Meaning |', '|---|---|---|---|']
     schema = json_schema()
     event = schema['$defs'][schema['$ref'].rsplit('/', 1)[1]]
@@ -290,7 +291,7 @@ def messages_page() -> str:
     if wrong := holders.keys() ^ FIELDS.keys():
         raise KeyError(f'FIELDS and the messages differ in: {", ".join(sorted(wrong))}')
     lines += ['', '## Fields of a message', '',
-              'The column "In" names the messages that have a field; where it is empty, all have it.', '',
+              'The column "In" names the messages that have a field. If it is empty, all messages have the field.', '',
               '| Field | Type | In | Meaning |', '|---|---|---|---|']
     for path in FIELDS:
         inside = [] if len(holders[path]) == len(kinds) or '.' in path else holders[path]

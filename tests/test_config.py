@@ -78,5 +78,5 @@ def test_secrets_are_masked():
 
 
 def test_a_setting_that_does_not_exist_is_named_with_its_neighbour():
-    with pytest.raises(UsageError, match=r'there is no setting brokres, did you mean brokers\?'):
+    with pytest.raises(UsageError, match=r'there is no setting brokres \(did you mean brokers\?\)\.'):
         load_settings(brokres='x')

@@ -136,6 +136,12 @@ def test_every_link_of_a_guide_leads_somewhere(path: Path):
             assert anchor in {re.sub(r'[^\w\- ]', '', heading).replace(' ', '-') for heading in headings}, target
 
 
+def test_every_picture_of_the_readme_exists_and_is_told_in_words():
+    pictures = re.findall(r'(?:src|srcset)="([^"]+)"', README)
+    assert len(pictures) == 4 and all((ROOT / name).exists() for name in pictures)
+    assert all(re.search(r'alt="[^"]{40,}"', tag) for tag in re.findall(r'<img [^>]*>', README))
+
+
 def test_a_command_that_does_not_exist_is_noticed():
     for command in ('make nothing', 'stream nothing', 'stream replay --nothing', 'python -m tests.nothing',
                     'stream worker --set nothing=1'):

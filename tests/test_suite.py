@@ -1,22 +1,10 @@
-"""The suite itself: its list of skips, and how its processes end."""
-import ast
+"""How the processes of the suite end."""
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from tests.skips import LACKS
-
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.mark.parametrize('name', [name for lack in LACKS.values() for name in lack.tests])
-def test_every_test_that_may_skip_exists(name: str):
-    path, _, test = name.partition('::')
-    assert (ROOT / path).exists(), f'{path} has moved'
-    assert test in {getattr(node, 'name', '') for node in ast.parse((ROOT / path).read_text()).body}
 
 
 def test_a_crash_of_a_process_ends_the_run_and_names_the_test(tmp_path: Path):

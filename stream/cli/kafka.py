@@ -74,13 +74,13 @@ def topics(
 
 @app.command()
 def check(
-    as_json: Annotated[bool, typer.Option('--json', help='Print the results as JSON, one a line.')] = False,
+    as_json: Annotated[bool, typer.Option('--json', help='Print the results as JSON, one per line.')] = False,
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
     """Check settings, brokers, topics, partitioner, group, model, Triton and this machine, and say what to do.
 
-    The exit code is that of the first problem. Nothing is changed.
+    Changes nothing. The exit code is that of the first problem.
     """
     from stream.engine.preflight import problem, run_checks
 
@@ -160,10 +160,10 @@ def record(
     out: Annotated[Path, typer.Option(
         metavar='FILE', help='File to write: .jsonl, .jsonl.gz or .jsonl.zst.')] = Path('recorded.jsonl.zst'),
     follow: Annotated[bool, typer.Option(
-        '--follow/--until-now', help='Record until stopped (Ctrl-C), or up to where the topics end now.')] = False,
+        '--follow/--until-now', help='Record until stopped (Ctrl-C), or up to the present end of the topics.')] = False,
     start: Annotated[str, typer.Option(
-        '--from', metavar='beginning|OFFSET|TIME', help='Where to start: at the oldest record, at an offset of '
-                                                        'every partition, or at a time of the records.',
+        '--from', metavar='beginning|OFFSET|TIME', help='Where to start: at the oldest record, at an offset in '
+                                                        'every partition, or at a record time.',
     )] = 'beginning',
     as_json: AsJson = False,
     config: ConfigFile = None,

@@ -77,7 +77,7 @@ def train(
     pretrained: Pretrained = '',
     tuning: Tuning = 'full',
     catalogue: CatalogueFile = None,
-    tiers: Annotated[int, typer.Option(help='Number of spend tiers; the lowest is no spend.')] = 5,
+    tiers: Annotated[int, typer.Option(help='Number of spend tiers. The lowest means no spend.')] = 5,
     refund_head: Annotated[bool, typer.Option(
         help='Also predict refunds and cancelled orders: a hint for customer service, never for a credit '
              'decision.')] = True,
@@ -104,7 +104,7 @@ def train(
     settings = effective_settings(config, **parsed(overrides))
     learning = _learning('stream.learn.train')
     if bool(files) == bool(simulated):
-        raise UsageError('Nothing to learn from, or two things.', 'name recorded files, or --simulate SHOPPERS.')
+        raise UsageError('Give either recorded files or --simulate.', 'name recorded files, or --simulate SHOPPERS.')
     if simulated:
         options = learning.simulated(simulated, days, seed)
     else:
@@ -168,7 +168,7 @@ def compare(
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Compare the model with simpler ones: trained on the same events, judged on users and days none has seen."""
+    """Compare the model with simpler ones, all trained on the same events, on users and days that none has seen."""
     settings = effective_settings(config, **parsed(overrides))
     comparing, reporting = _learning('stream.learn.judging.compare'), _learning('stream.learn.judging.report')
     _refuse_a_file(out)
@@ -207,7 +207,7 @@ def evaluate(
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Judge an exported model on a recording, beside rules that need no training. Nothing is trained."""
+    """Judge an exported model on a recording, and compare it with rules that need no training. Trains nothing."""
     settings = effective_settings(config, **parsed(overrides))
     _refuse_a_file(out)
     times_ms = _times_ms(at)
@@ -237,14 +237,14 @@ def predict(
     format_name: FormatName = 'events',
     model: ModelFolder = None,
     items: Annotated[int, typer.Option(
-        min=0, metavar='K', help='Also list the K items and categories most likely to be bought next, of those in the '
-                                 'files. The model must rank them.')] = 0,
+        min=0, metavar='K', help='Also list the K items and categories of the files that are most likely to be bought '
+                                 'next. Needs a model that ranks them.')] = 0,
     candidates: Annotated[Path | None, typer.Option(
         metavar='FILE', help='Rank only these items: one item id per line. Needs --items.')] = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Score every user seen before a time: one JSON line each, with purchase, churn, tier and spend."""
+    """Score every user who was seen before a time. Writes one JSON line per user: purchase, churn, tier and spend."""
     from stream.learn import dataset
     from stream.learn.predict import predict as predicted
     from stream.learn.ranking.next_items import Texts, read_candidates
@@ -284,7 +284,7 @@ def time_ms(text: str) -> int:
     """Unix ms of the start of a day, or of a time with a zone. Errors: UsageError where the text is neither."""
     found = parse_rfc3339_ms(f'{text}T00:00:00Z' if re.fullmatch(r'\d{4}-\d{2}-\d{2}', text) else text)
     if found is None:
-        raise UsageError(f'{text} is no time.', f'give {TIME}.')
+        raise UsageError(f'{text} is not a time.', f'give {TIME}.')
     return found
 
 
@@ -299,7 +299,7 @@ def version_of(folder: Path) -> Path:
         return folder
     found = [*folder.glob(f'*/{MANIFEST}'), *folder.glob(f'{MODEL_REPOSITORY}/*/*/{MANIFEST}')]
     if len(found) != 1:
-        raise UsageError(f'{folder} is no model version, and holds {f"{len(found)}, not one" if found else "none"}.',
+        raise UsageError(f'{folder} is not a model version, and holds {len(found) or "none"}.',
                          'name what `stream train --out` wrote, or <repository>/<name>, or its version.')
     return found[0].parent
 
@@ -371,8 +371,8 @@ def _standing(figures: dict[str, Any]) -> Table:
     """AUROC of each contender with its interval, question by question."""
     from stream.learn.judging import report as reporting
     table = Table(title='AUROC [95 % over users]: 0.5 is guessing, 1 is perfect', title_justify='left')
-    for column in ('as of', 'a user…', 'who', 'AUROC', 'our model less it', 'our model is'):
-        figure = column in ('AUROC', 'our model less it')
+    for column in ('as of', 'a user…', 'who', 'AUROC', 'ours minus this', 'our model is'):
+        figure = column in ('AUROC', 'ours minus this')
         table.add_column(column, justify='right' if figure else 'left', no_wrap=figure)
     for cutoff in figures['cutoffs']:
         for task in cutoff['tasks']:

@@ -46,8 +46,8 @@ Seed = Annotated[int, typer.Option(help='The same seed gives the same bytes.')]
 Model = Annotated[Path | None, typer.Option(metavar='DIR', help='Folder of a model version (setting `model`).')]
 WithReport = Annotated[bool, typer.Option('--report/--no-report', help='Write the HTML report.')]
 Publish = Annotated[str | None, typer.Option(
-    metavar='changes|all|events', help='What is written (setting `publish`): decisions only; also the scores of every '
-                                       'scored user; also one output per event.')]
+    metavar='changes|all|events', help='What is written (setting `publish`). changes: decisions only; all: also the '
+                                       'scores of every scored user; events: also one output per event.')]
 
 
 @app.command()
@@ -60,7 +60,7 @@ def demo(
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Simulate shoppers, replay their events through the shipped model, show alerts with reasons and a report."""
+    """Simulate shoppers, score their events with the shipped model, show alerts with reasons, and write a report."""
     settings = effective_settings(config, **parsed(overrides))
     if report:
         _check_report()
@@ -82,9 +82,9 @@ def simulate(
     days: Annotated[int, typer.Option(min=1, help='Days that are simulated.')] = 180,
     seed: Seed = 7,
     noise: Annotated[float, typer.Option(
-        min=0, max=0.5, help='Share of rows that are repeated, delayed or broken, as real feeds have them.')] = 0.0,
+        min=0, max=0.5, help='Share of rows that are repeated, delayed or broken, as in real feeds.')] = 0.0,
 ) -> None:
-    """Write the events of simulated shoppers, and beside them what is true of each (FILE with .truth.jsonl)."""
+    """Write the events of simulated shoppers to FILE, and the truth about each shopper beside it (.truth.jsonl)."""
     events, truth = _simulate(out, shoppers, days, seed, noise)
     say(f'{events:,} events of {shoppers:,} simulated shoppers over {days} days: {out} (truth: {truth})')
 
@@ -94,10 +94,10 @@ def replay(
     files: Annotated[list[Path], typer.Argument(metavar='FILE...', help='Recorded files, also .gz and .zst.')],
     format_name: FormatName = 'events',
     journal: Annotated[Path | None, typer.Option(
-        metavar='FILE', help="The recorded journal topic: make the worker's own steps again (with --format kafka).",
+        metavar='FILE', help="The recorded journal topic: repeat the steps of the live worker. Needs --format kafka.",
     )] = None,
     out: Annotated[Path, typer.Option(
-        metavar='FILE', help='Messages, one a line. Beside it: dead letters (.dead.jsonl) and the report (.html).',
+        metavar='FILE', help='Messages, one per line. Beside it: dead letters (.dead.jsonl) and the report (.html).',
     )] = Path('alerts.jsonl'),
     publish: Publish = None,
     scorer: Annotated[str | None, typer.Option(metavar='embedded|constant', help='Setting `scorer`.')] = None,
@@ -110,7 +110,10 @@ def replay(
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Send recorded events through the worker's own core, in event-time order; the same files give the same bytes."""
+    """Score recorded events with the rules of the live worker, in event-time order. Needs no Kafka.
+
+    The same files and settings always give the same output.
+    """
     flags = {'publish': publish, 'scorer': scorer, 'model': model, 'state': 'rocksdb' if state_dir else state}
     settings = effective_settings(config, **parsed(overrides) | {k: v for k, v in flags.items() if v is not None})
     outcome = _replay(files, format_name, out, settings, report, state_dir, journal)
@@ -128,7 +131,7 @@ def show_journal(
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Print what the worker's lanes did: blocks, sweeps and changes of owner, and how much of it came to be."""
+    """Print what the worker's lanes did: blocks, timers, changes of owner, and which steps were finished."""
     from stream.replay.journal_file import described, read_journal
     settings = effective_settings(config, **parsed(overrides))
     journal = read_journal(file)
@@ -144,7 +147,10 @@ def show_config(
     overrides: Overrides = None,
     schema: Annotated[bool, typer.Option('--schema', help='Print the JSON Schema of an event instead.')] = False,
 ) -> None:
-    """Print the settings in effect, as TOML that can be saved as stream.toml: file, then STREAM_<NAME>, then flags."""
+    """Print the settings in effect, as TOML that can be saved as stream.toml.
+
+    Settings come from the file, then from STREAM_<NAME>, then from flags. The later one wins.
+    """
     if schema:
         from stream.core.events import json_schema
         sys.stdout.write(orjson.dumps(json_schema(), option=orjson.OPT_INDENT_2).decode() + '\n')
@@ -193,7 +199,8 @@ def _replay(
     collect_seldom()
     dead_letters, report = out.with_suffix('.dead.jsonl'), out.with_suffix('.html')
     if journal and format_name != 'kafka':
-        raise UsageError('A journal leads through records of topics.', 'add --format kafka, and name their recording.')
+        raise UsageError('A journal can only be replayed with records of topics.',
+                         'add --format kafka, and name a recording of the input topics.')
     for path in (out, dead_letters, report):
         if path.is_dir() or path.resolve() in {file.resolve() for file in (*files, *filter(None, [journal]))}:
             raise UsageError(f'{path} is a folder, or one of the files to replay.', 'name another file with --out.')

@@ -30,17 +30,17 @@ from stream.replay.topic_records import Inputs
 ConfigFile = Annotated[Path | None, typer.Option(
     '--config', metavar='FILE', help='Settings file in TOML (default: stream.toml, if there is one).')]
 Overrides = Annotated[list[str] | None, typer.Option(
-    '--set', metavar='NAME=VALUE', help='Any setting of `stream config`, e.g. --set churn_raise=0.7; lists and tables '
-                                  'as JSON; repeatable.')]
+    '--set', metavar='NAME=VALUE', help='Override a setting of `stream config`, e.g. --set churn_raise=0.7. Lists and '
+                                  'tables are JSON. Repeatable.')]
 FormatName = Annotated[str, typer.Option(
-    '--format', metavar='FORMAT', help='How the files are written. ' + ' '.join(
+    '--format', metavar='FORMAT', help='The format of the files. ' + ' '.join(
         f'[bold]{name}[/bold]: {entry.help}' for name, entry in FORMATS.items()))]
-AsJson = Annotated[bool, typer.Option('--json', help='End with one line of counts as JSON on standard output.')]
+AsJson = Annotated[bool, typer.Option('--json', help='Print the counts as one line of JSON on standard output.')]
 
 M_ARENA_MAX = -8        # of malloc.h
 
 def collect_seldom() -> None:
-    """Blocks of thousands of new objects are no garbage: looking for cycles at every 700 cost 6 % of the rate."""
+    """Collect garbage rarely. A block creates thousands of objects that stay: a search at every 700 cost 6 %."""
     gc.set_threshold(100_000, 10, 10)
 
 
@@ -59,7 +59,7 @@ def say(text: str) -> None:
 def effective_settings(config: Path | None, **flags: Any) -> Settings:
     """The settings of file, environment and flags; warns of variables that look like settings and are none."""
     for name in unknown_variables():
-        say(f'warning: {name} in the environment is no setting; see `stream config` for the names.')
+        say(f'warning: {name} in the environment is not a setting; see `stream config` for the names.')
     return load_settings(config, **flags)
 
 
@@ -112,9 +112,10 @@ def written(path: Path) -> Iterator[IO[bytes]]:
 
 
 def progress_bar() -> Progress:
-    """Rows done, of how many, and how fast, on standard error; gone when it is done."""
+    """Rows done, of how many, and how fast, on standard error; gone when it is done. Nothing without a terminal."""
+    console = Console(stderr=True)
     return Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TextColumn('rows'), _Rate(),
-                    TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+                    TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
 
 
 class _Rate(ProgressColumn):

@@ -69,8 +69,9 @@ def print_summary(outcome: Outcome) -> None:
     """The account of the replay, and where its files are."""
     counts = outcome.counts
     account = [f'{counts.read:,} rows in {outcome.seconds:.1f} s: {counts.applied:,} applied, '
-               f'{counts.duplicate:,} duplicate, {counts.late:,} late, {counts.dead:,} dead. '
-               f'{counts.users:,} users, {counts.scored:,} scored windows, {counts.alerts:,} alerts.']
+               f'{counts.duplicate:,} duplicate, {counts.late:,} late, {counts.dead:,} dead letters. '
+               f'{counts.users:,} user{"s" * (counts.users != 1)}, {counts.scored:,} scores, '
+               f'{counts.alerts:,} alert{"s" * (counts.alerts != 1)}.']
     if outcome.refused_scores:
         account.append(f'{outcome.refused_scores:,} scores were refused (not numbers in range): check the model.')
     if 2 * counts.dead > counts.read:

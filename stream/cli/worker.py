@@ -21,7 +21,7 @@ def worker(
     overrides: Overrides = None,
     verbose: Annotated[bool, typer.Option('--verbose', help='Also log what Faust and the Kafka client say.')] = False,
 ) -> None:
-    """Consume click and cart events from Kafka, score, publish; until SIGTERM or Ctrl-C."""
+    """Read click and cart events from Kafka, score shoppers and publish alerts, until SIGTERM or Ctrl-C."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))       # nothing has begun yet
     from stream.engine.worker import run
     logging.basicConfig(level=logging.INFO, format='%(asctime)s %(levelname)s %(name)s %(message)s')

@@ -84,21 +84,21 @@ SOURCE_OF_TYPE = [Source.CLICKS] + [Source.CARTS if kind in CART_TYPES else Sour
 class EventRecord(msgspec.Struct, gc=False):
     """One shopping event as it is sent. Unknown fields are ignored."""
 
-    event_id: Annotated[Id, Meta(description='Unique per event; a repeat within the window is dropped.')]
+    event_id: Annotated[Id, Meta(description='Unique per event. A repeat within the window is dropped.')]
     user_id: Annotated[Id, Meta(description="The shopper; also the Kafka record's key.")]
     ts: Annotated[int | str, Meta(description='When it happened: Unix milliseconds, or RFC 3339 with an offset.')]
-    type: Annotated[Id, Meta(description=f'One of {", ".join(TYPE_CODES)}; anything else is kept as other.')]
+    type: Annotated[Id, Meta(description=f'One of {", ".join(TYPE_CODES)}; any other type is kept as other.')]
     item_id: Annotated[Name, Meta(description='The item.')] | None = None
     category: Annotated[Name, Meta(description="The item's category.")] | None = None
     price: Annotated[float, Meta(ge=0, le=PRICE_MAX, description='Price of one unit.')] | None = None
-    quantity: Annotated[float, Meta(gt=0, le=QUANTITY_MAX, description='Units; absent: 1.')] | None = None
-    currency: Annotated[str, Meta(min_length=3, max_length=3, description='ISO 4217; absent: the configured one.')] \
-        | None = None
+    quantity: Annotated[float, Meta(gt=0, le=QUANTITY_MAX, description='Number of units. Default: 1.')] | None = None
+    currency: Annotated[str, Meta(
+        min_length=3, max_length=3, description='ISO 4217 code. Default: the setting `currency`.')] | None = None
     order_id: Annotated[Name, Meta(description='Lines that share it are one basket.')] | None = None
-    session_id: Annotated[Name, Meta(description='Accepted, not used.')] | None = None
+    session_id: Annotated[Name, Meta(description='Accepted, but not used.')] | None = None
     rating: Annotated[float, Meta(ge=0, le=RATING_MAX, description='Stars or points.')] | None = None
-    query: Annotated[str, Meta(description='Text of a search; accepted, not used.')] | None = None
-    text: Annotated[str, Meta(description='Text of a review; accepted, not used.')] | None = None
+    query: Annotated[str, Meta(description='Text of a search. Accepted, but not used.')] | None = None
+    text: Annotated[str, Meta(description='Text of a review. Accepted, but not used.')] | None = None
 
 
 class Reason(enum.StrEnum):

@@ -91,7 +91,7 @@ def decode_entry(value: bytes) -> Entry:
     try:
         return _decode(value)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f'This is no journal entry: {error} ({value[:80]!r}).',
+        raise InputError(f'This is not a journal entry: {error} ({value[:80]!r}).',
                          'name only recordings of the journal topic (setting journal_topic).') from error
 
 

@@ -99,7 +99,7 @@ async def _settings(settings: Settings) -> AsyncIterator[CheckResult]:
     for result in found:
         yield result
     if not found:
-        yield ok('settings', 'they are consistent.')
+        yield ok('settings', 'All settings are consistent.')
 
 
 # ---- Kafka ----------------------------------------------------------------------------------------------------------
@@ -233,7 +233,8 @@ async def _group(settings: Settings) -> AsyncIterator[CheckResult]:
         yield warning('group', f'The group {settings.group} has committed offsets of {", ".join(foreign)}, which this '
                       'worker does not read.', 'set `group` to a name that nothing else uses.')
     if members:
-        yield ok('group', f'{settings.group}: {len(members)} workers are running.')
+        workers = 'worker is' if len(members) == 1 else 'workers are'
+        yield ok('group', f'{settings.group}: {len(members)} {workers} running.')
     else:
         history = ' It has committed offsets.' if committed else ''
         yield ok('group', f'{settings.group}: no worker is running.{history}')

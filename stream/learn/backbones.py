@@ -1,4 +1,4 @@
-"""What reads a window: slots in, one state per row out. A model (stream.learn.model) puts its heads on it.
+"""Networks that read a window: slots in, one state per row out. A model (stream.learn.model) puts its heads on it.
 
 `events`, the default, is a small encoder on event tokens. A slot is the sum of the embeddings of its type, item and
 category, and of its numbers. A query comes last and attends to all slots. Slots see only earlier ones, so the state
@@ -208,7 +208,7 @@ class EventsBackbone(Backbone):
         self.encoder.set_input_embeddings(None)     # pyright: ignore[reportArgumentType]
 
     def forward(self, categories: Tensor, numbers: Tensor) -> Tensor:
-        """The query's state, [b, h]. The last layer computes the query alone: nothing reads its states of the slots."""
+        """The query's state, [b, h]. The last layer computes only the query, because nothing reads its other states."""
         states, hide = self._embedded(categories, numbers)
         *layers, last = self.encoder.encoder.layer
         for layer in layers:

@@ -15,7 +15,7 @@ from stream.scoring.artefact import Precision
 
 NAME = 'shopper'        # of a model that is given none
 _REFUND = (f'| `refund` | the risk head: probability of a refund or a cancelled order within {REFUND_DAYS} days; a '
-           'hint for service, never for a credit decision; not judged below |\n')
+           'hint for service, never for a credit decision; its quality is not measured below |\n')
 _NEXT = '### What is bought next\n\n'
 _COLUMNS = {'item': 'items', 'category': 'categories'}
 
@@ -33,7 +33,7 @@ def card(kept: Checkpoint, name: str, version: int, difference: float, graph: by
               f'{edges[-1] if edges else 0:.2f} and more']
     return f'''# {name}, version {version}
 
-Scores a shopper by the newest events and lifetime counters: will this person buy soon, how much, or never again?
+Scores a shopper from the newest events and lifetime counters: will this person buy soon, how much, or not any more?
 
 | output | meaning |
 |---|---|
@@ -44,11 +44,11 @@ Scores a shopper by the newest events and lifetime counters: will this person bu
 | `churn` | probability of no purchase within {HORIZON_DAYS[CHURN]} days |
 | `row_id_out` | the row id that came in |
 | `purchase` | probabilities of a purchase within {', '.join(map(str, HORIZON_DAYS))} days |
-| `typical_spend` | of such users who buy in the next {SPEND_DAYS} days, half spend no more; 0 where a purchase is \
-less likely than not |
+| `typical_spend` | the median spend of such users, if they buy in the next {SPEND_DAYS} days; 0 if a purchase is less \
+likely than not |
 {_REFUND if kept.model.refund else ''}
 Inputs: `categories` int32 [rows, slots, 3], `numbers` float32 [rows, slots, {SLOT_NUMBERS}], `counters` float32 \
-[rows, {COUNTERS}], `row_id` int64 [rows, 1], as `stream.core.features` builds them. A padded slot is all 0.
+[rows, {COUNTERS}], `row_id` int64 [rows, 1], as `stream.core.features` builds them. A padded slot contains only zeros.
 
 - Graph: {_backbone(kept)} and a linear branch over the counters, mixed at the logit and calibrated; \
 {parameters:,} parameters, {size / 1e6:.1f} MB.
@@ -63,9 +63,9 @@ differs from torch by at most {difference:.0e} on windows of the test split.{_pr
 
 {config['source']}: {data['events']:,} events of {data['users']:,} users, \
 {_day(data['start_ms'])} to {_day(data['known_until_ms'])}, {data['refused']:,} records refused.
-Examples are daily cut-offs, at which everybody is asked, and moments at which the worker scores: after events and at
-silence timers. Whether a moment is taken does not depend on what comes after it. What is known is folded by the
-worker's own code; a label whose days are not over is not used.{_cleaning(config['removed'])}
+Examples are of two kinds: every shopper at daily cut-offs, and shoppers at moments when the worker scores, after events
+and at silence timers. Whether a moment becomes an example does not depend on later events. The worker's own code builds
+the inputs. A label is used only if its period has ended.{_cleaning(config['removed'])}
 
 | split | users | moments | time |
 |---|---|---|---|
@@ -79,23 +79,27 @@ No user is in both. {_kept(config)} Training: best of {len(metrics['epochs'])} p
 
 ## How good it is
 
-On the test split; in brackets the middle 95 % of a bootstrap over users. Of AUC, PR-AUC, lift (how many times as many
-positives are in the tenth with the highest scores as in any tenth), accuracy, Spearman and top decile (the share of all
-spend that this tenth accounts for) more is better; of log loss, Brier score, ECE (expected calibration error) and mean
-error less is.
+Measured on the test split, with 95 % bootstrap intervals over users in brackets.
 
-Baselines: the recency rule is minus the days since the last order; logistic regression sees the same counters; spend of
-90 days is that of the 90 days before; most common tier is that of training, and so is the median of its spend, the same
-for everybody. Active: bought within the 90 days before.
+- More is better for AUC, PR-AUC, lift, accuracy, Spearman and top decile. Lift compares the tenth of the examples with
+  the highest scores with all examples: it divides their shares of positives. Top decile is this tenth's share of all
+  spend.
+- Less is better for log loss, Brier score, ECE (expected calibration error) and mean error.
+
+Baselines: the recency rule ranks shoppers by the time since the last order, newest first. Logistic regression sees the
+same counters as the model. "Spend of 90 days" predicts the spend of the previous 90 days. "Most common tier" and
+"median of training" predict one value, taken from the training split, for everybody. Active means: bought within the
+previous 90 days.
 
 {_comparison(test)}
-Where it does not beat a baseline: {_defeats(test)}
+Figures on which the model does not beat a baseline: {_defeats(test)}
 {_unjudged(test)}
 Shares in the test split: {'; '.join(f'{task} {rate:.1%}' for task, rate in test['base_rates'].items())}.
 {_ceiling(metrics['ceiling'])}
 ### Calibration
 
-Ten bins of equally many moments: mean score, and what really happened.
+The moments are sorted by score and cut into ten bins of equal size. Each column shows the mean score of a bin, and the
+share that really came true.
 
 {_calibration(test)}
 ### Segments
@@ -104,10 +108,10 @@ Ten bins of equally many moments: mean score, and what really happened.
 {_next(kept)}## Limits
 
 - {_origin(config['source'])}
-- Base rates drift with the seasons; they are those of the newest labels that were settled in training.
+- Base rates drift with the seasons. The model has those of the newest complete labels in training.
 - The scores say what is likely, not why, and not what a coupon would change.
-- Item and category are hashed; a shop with other names, prices or currency needs its own training.
-- Serve with the windows of the training: {config['window']['events_max']} events, \
+- Items and categories are hashed. A shop with other names, prices or another currency needs its own training.
+- Serve with the same window limits as in training: {config['window']['events_max']} events, \
 {config['window']['span_ms'] // DAY_MS} days.
 - Expected spend never exceeds the largest one seen in training.
 - Not for decisions with legal or similarly serious effects on people.
@@ -140,8 +144,8 @@ def _ranking(kept: Checkpoint, name: str) -> str:
     if kept.recommender is None:
         return ''
     columns = ' and '.join(_COLUMNS[column] for column in kept.recommender.columns)
-    return (f'- Beside it `{name}_next` ranks the {columns} that a shopper buys within {NEXT_DAYS} days, or given '
-            'candidates.\n')
+    return (f'- Beside it `{name}_next` ranks the {columns} that a shopper buys within {NEXT_DAYS} days. It '
+            'can also rank given candidates.\n')
 
 
 def _next(kept: Checkpoint) -> str:
@@ -152,14 +156,14 @@ def _next(kept: Checkpoint) -> str:
         return (f"{_NEXT}How good the ranking is was not measured: too few of the test's users buy within {NEXT_DAYS} "
                 'days that are settled.\n\n')
     asked = _day(kept.config['data']['cut_ms'])
-    parts = [f"""{_NEXT}{TOP} items, or categories, are named as of {asked} to those of the test's users who
-buy some within {NEXT_DAYS} days. NDCG (normalised discounted cumulative gain) counts what is bought, the more the
-earlier it is named; recall is the share that is named of all that is bought. Own past: what the user had to do with
-most, newer events counting more. Of both figures more is better.
+    parts = [f"""{_NEXT}As of {asked}, {TOP} items or categories are ranked for each test user who buys some within
+{NEXT_DAYS} days. NDCG (normalised discounted cumulative gain) rewards a hit more, the higher it is ranked. Recall is
+the share of all bought items that are among the {TOP}. More is better for both. "Own past" ranks what the user dealt
+with most; newer events count more.
 """]
     for column, judged in figures.items():
         users = f'{_COLUMNS[column]}, {judged["rows"]:,} users'
-        parts += [f'| {users} | NDCG at {TOP} | recall at {TOP} | our NDCG less it |', '|---' * 4 + '|']
+        parts += [f'| {users} | NDCG at {TOP} | recall at {TOP} | our NDCG minus it |', '|---' * 4 + '|']
         parts += [f'| {name} | {_number(numbers["metrics"]["ndcg"])} | {_number(numbers["metrics"]["recall"])} | '
                   f'{_number(numbers["model_less"].get("ndcg"))} |' for name, numbers in judged['contenders'].items()]
         parts.append('')
@@ -172,7 +176,7 @@ def _licence(config: dict) -> str:
 
 
 def _heads(model: ShopperModel) -> str:
-    """How many attention heads each layer has, after those that were cut out."""
+    """How many attention heads each layer still has after pruning."""
     heads = [layer.self.num_attention_heads for layer in attentions(model).values()]
     return f'{" and ".join(map(str, heads))} heads' if len(set(heads)) > 1 else f'{heads[0]} heads'
 
@@ -181,9 +185,9 @@ def _precision(precision: Precision) -> str:
     if precision == 'fp32':
         return ''
     return """
-- Large weights, and what is multiplied with them, have 8 bits; ranges are static, found on windows of training. The
-  figures below are those of the same model in fp32, from which this one's scores differ by no more than said above. For
-  CPUs: TensorRT does not take it."""
+- Large weights and their inputs have 8 bits, with static ranges from training windows. The figures below are those of
+  the same model in fp32. The scores of this one differ from them by no more than said above. It is for CPUs: TensorRT
+  does not accept it."""
 
 
 def _taught(config: dict) -> str:
@@ -191,23 +195,23 @@ def _taught(config: dict) -> str:
     if not distil['teachers']:
         return ''
     return f"""
-- Taught by {distil['teachers']} larger ones, whose chances have {distil['weight']:.0%} of the loss."""
+- Distilled from {distil['teachers']} larger models, whose probabilities have {distil['weight']:.0%} of the loss."""
 
 
 def _cleaning(removed: list[dict]) -> str:
     if not removed:
         return ''
-    return ('\nWhat is learned was cleaned, not what is known at a moment, and not the test. Taken away: '
+    return ('\nThe examples to learn from were cleaned, but not the inputs at a moment, and not the test. Removed: '
             + '; '.join(map(in_words, removed)) + '.')
 
 
 def _searched(trials: list[dict]) -> str:
-    """What was tried, and what came of it."""
+    """The trials of the search and their results."""
     if not trials:
         return ''
     names = list(trials[0]['settings'])
-    lines = [f'\n### Sizes and rates\n\nFound by {len(trials)} trials, judged by the validation users; the first is '
-             'what was set. The test took no part.\n',
+    lines = [f'\n### Sizes and rates\n\nFound by {len(trials)} trials, judged on the validation users. The first trial '
+             'has the given settings. The test split was not used.\n',
              '| trial | ' + ' | '.join(name.replace('_', ' ') for name in names) + ' | passes | validation loss |',
              '|---' * (len(names) + 3) + '|']
     for number, trial in enumerate(trials, 1):
@@ -221,17 +225,19 @@ def _searched(trials: list[dict]) -> str:
 def _kept(config: dict) -> str:
     if config['refit']:
         return (f'The kept model was then trained in the same way on all users and days ({config["data"]["moments"]:,} '
-                'moments): the figures below are those of its like, which had not seen the test.')
+                'moments): the figures below are those of the first model, which had not seen the test.')
     return 'The model that was judged is the one that is kept.'
 
 
 def _ceiling(ceiling: dict) -> str:
-    """What could at best be known, for a simulated shop."""
+    """The best possible AUC, for a simulated shop."""
     if not ceiling:
         return ''
-    lines = ['\n### The ceiling\n', "AUC on some of the test's moments. The posterior is the simulator's own law, "
-             'given the observed events: nobody can know more; above it is luck with few moments.\n',
-             '| | moments | recency rule | model | posterior | way from the rule to the posterior |', '|---' * 6 + '|']
+    lines = ['\n### The ceiling\n', "AUC on some of the test's moments. The posterior is the exact probability, "
+             "calculated from the simulator's own rules and the observed events. No model can know more. A "
+             'figure above it is luck, because the moments are few.\n',
+             '| | moments | recency rule | model | posterior | share of the gap that the model closes |',
+             '|---' * 6 + '|']
     lines += [f'| {task} | {row["moments"]:,} | {row["recency rule"]:.3f} | {row["model"]:.3f} | '
               f'{row["posterior"]:.3f} | {row["share"]:.0%} |' for task, row in ceiling.items()]
     return '\n'.join(lines) + '\n'
@@ -243,8 +249,8 @@ def _day(ms: int) -> str:
 
 def _origin(source: str) -> str:
     if 'simulated' in source:
-        return ('Trained and tested on simulated shoppers: it says nothing about how well real ones can be foretold. '
-                'Train on your own recordings before you rely on it.')
+        return ('Trained and tested on simulated shoppers: these figures say nothing about real shoppers. Train on '
+                'your own recordings before you rely on it.')
     return 'Trained on one recording: other shops and later years differ.'
 
 
@@ -289,18 +295,18 @@ def _defeats(test: dict) -> str:
                 if value <= 0:
                     clear = 'clearly' if max(low, high) < 0 else 'within the noise'
                     found.append(f'{task}, {_TITLES[metric]}: {name} ({clear})')
-    return '; '.join(found) + '.' if found else 'nowhere.'
+    return '; '.join(found) + '.' if found else 'none.'
 
 
 def _unjudged(test: dict) -> str:
-    """What the model tells of purchases and spend, and nothing above says how well."""
+    """Outputs of the model whose quality was not measured."""
     asked = [f'purchase within {days} d' for days in HORIZON_DAYS] + [
         f'churn within {days} d, active' for days in (HORIZON_DAYS[CHURN], SPEND_DAYS)] + [
         f'{what} in {SPEND_DAYS} d' for what in ('tier of spend', 'spend', 'typical spend')]
     missing = [task for task in asked if task not in test['tasks']]
     if not missing:
         return ''
-    return ('\nNot judged, because the test has too few settled labels of it, so trust it less: '
+    return ('\nNot measured, so trust it less; the test split has too few complete labels for it: '
             f'{"; ".join(missing)}.\n')
 
 

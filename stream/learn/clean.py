@@ -1,4 +1,4 @@
-"""Cleaning of what a model learns from. Each step is switched on by name; they run in this order.
+"""Cleaning of the training data. Each step is switched on by name. The steps run in this order.
 
     duplicates     of identical purchases or refunds of a user at one time, only the first counts (an event that is read
                    twice counts once in any case, by its key)
@@ -68,10 +68,10 @@ class Cleaned:
 
 
 def steps_of(names: str) -> tuple[str, ...]:
-    """Cleaning steps from a comma-separated list, in their order. Errors: UsageError where a name is no step."""
+    """Cleaning steps from a comma-separated list, in their order. Errors: UsageError if a name is not a step."""
     asked = {name.strip() for name in names.split(',') if name.strip()}
     if unknown := asked - STEPS.keys():
-        raise UsageError(f'{", ".join(sorted(unknown))} is no step of cleaning.', do=f'choose from {", ".join(STEPS)}.')
+        raise UsageError(f'{", ".join(sorted(unknown))} is not a cleaning step.', do=f'choose from {", ".join(STEPS)}.')
     return tuple(step for step in STEPS if step in asked)
 
 
@@ -136,7 +136,7 @@ def cancellations(history: History, users: list[int]) -> tuple[History, list[int
 
 
 def outliers(history: History, users: list[int]) -> tuple[History, list[int], Removed]:
-    """Cut amounts above the bound to it."""
+    """Reduce amounts above the bound to the bound."""
     amounts = np.array([event.amount for user in users for event in history.events[user]
                         if event.type == EventType.PURCHASE and event.amount > 0])
     bound = _bound(amounts)

@@ -40,7 +40,7 @@ _SEEDS_APART = 100
 
 @dataclass(frozen=True)
 class DistilOptions:
-    """Who teaches.
+    """The teachers.
 
     teachers  how many; they differ in their seeds; 0: the model learns by itself
     weight    share of the loss that is theirs; the true labels have the rest
@@ -71,7 +71,7 @@ def teacher_options(student: Any, place: int) -> Any:
 
 
 def mean_logits(taught: Sequence[Tensor]) -> Tensor:
-    """What the teachers say together, [n, k], from [n, k] of each."""
+    """The combined outputs of the teachers, [n, k], from [n, k] of each."""
     return torch.stack(list(taught)).mean(0)
 
 
@@ -109,7 +109,7 @@ def attentions(model: nn.Module) -> dict[str, BertAttention]:
 
 
 def importance(model: nn.Module, losses: Iterable[Tensor]) -> list[Tensor]:
-    """How much each head matters: of each layer [heads].
+    """The importance of each head, [heads] for each layer.
 
     losses   of some training batches, each computed when it is asked for
     """
@@ -130,7 +130,7 @@ def importance(model: nn.Module, losses: Iterable[Tensor]) -> list[Tensor]:
 
 
 def kept_heads(scores: list[Tensor], share: float) -> list[list[int]]:
-    """Which heads stay, of each layer."""
+    """The heads to keep in each layer."""
     most = max(len(scores), round(share * sum(map(len, scores))))
     best = {(layer, int(heads.argmax())) for layer, heads in enumerate(scores)}
     ranked = sorted(((float(score), layer, head) for layer, heads in enumerate(scores)
@@ -142,7 +142,7 @@ def kept_heads(scores: list[Tensor], share: float) -> list[list[int]]:
 
 
 def cut(model: nn.Module, kept: list[list[int]]) -> None:
-    """Keep these heads of each layer and no others."""
+    """Remove all other heads of each layer."""
     for layer, heads in zip(attentions(model).values(), kept, strict=True):
         inner = layer.self
         units = torch.cat([torch.arange(inner.attention_head_size) + head * inner.attention_head_size
@@ -155,7 +155,7 @@ def cut(model: nn.Module, kept: list[list[int]]) -> None:
 
 
 def cut_as(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give a new model as many heads as the model had whose weights these are; which ones does not matter."""
+    """Remove heads from a new model until these weights fit. It does not matter which heads go."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, BertAttention)}
     counts = {name: len(weights[f'{name}.self.query.weight']) // layer.self.attention_head_size
               for name, layer in found.items() if f'{name}.self.query.weight' in weights}

@@ -1,4 +1,4 @@
-"""Recorded events to training examples: what the worker would have known at a time, and what happened after it.
+"""Turn recorded events into training examples: what the worker would have known at a time, and what happened next.
 
     events -> History, user by user -> folded as the worker folds, packed as of a time -> snapshots and labels
 
@@ -172,7 +172,7 @@ def tier_of(spend: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 
 def part_of(user_id: str, shares: Sequence[float], seed: int) -> int:
-    """The part of the users that a user belongs to. `shares` are the parts' sizes; the last part is the rest. A hash of
+    """The split that a user belongs to. `shares` are the parts' sizes; the last part is the rest. A hash of
     the id decides, so it does not depend on the other users."""
     place = xxh3_64_intdigest(user_id.encode(), seed=seed) / 2**64
     return int(np.searchsorted(np.cumsum(shares), place, side='right'))

@@ -65,7 +65,7 @@ def export(checkpoint: Path, repository: Path, name: str = NAME, version: int = 
     Promise  the same checkpoint gives the same bytes with the same releases of torch and onnx.
     """
     if version < 1 or not name.replace('_', '').replace('-', '').isalnum():
-        raise UsageError(f'{name!r} version {version} is no name for Triton.',
+        raise UsageError(f'{name!r} version {version} is not a name for Triton.',
                          do='use letters, digits, - and _, and a version of 1 or more.')
     _refuse_another(repository / name, version, precision)
     kept = load(checkpoint)
@@ -99,7 +99,7 @@ def export(checkpoint: Path, repository: Path, name: str = NAME, version: int = 
 
 
 def _refuse_another(model_dir: Path, version: int, precision: Precision) -> None:
-    """Errors: UsageError where the export would overwrite the configuration and card of another model or version."""
+    """Errors: UsageError if the export would overwrite the configuration and card of another model or version."""
     version_dir = model_dir / str(version)
     if (version_dir / RANKING_MANIFEST).is_file():
         raise UsageError(f'{version_dir} is the ranking of another model.',

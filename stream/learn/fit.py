@@ -306,7 +306,7 @@ def _fit(history: History, users: list[int], known_until_ms: int, options: FitOp
 
 
 def _spend(data: Examples) -> np.ndarray:
-    """The spend to learn from. If the recording is too short to settle it, the spend of fewer days, extrapolated."""
+    """The spend to learn from. If the recording is too short for it, use the spend of fewer days, extrapolated."""
     spend = data.labels.spend
     if np.isfinite(spend).sum() >= SETTLED_ROWS_MIN:
         return spend

@@ -46,7 +46,7 @@ INPUTS = {'categories': Tensor('int32', (-1, 3)), 'numbers': Tensor('float32', (
 
 
 def outputs(model: ShopperModel) -> dict[str, Tensor]:
-    """The graph's outputs in their order, a row each."""
+    """The graph's outputs in order, one row each."""
     one = Tensor('float32', (1,))
     told = {'purchase_intent': one, 'tier_probabilities': Tensor('float32', (model.tiers,)), 'expected_spend': one,
             'churn': one, 'row_id_out': Tensor('int64', (1,)), 'purchase': Tensor('float32', (HORIZONS,)),

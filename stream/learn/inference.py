@@ -11,7 +11,7 @@ from stream.scoring.artefact import ROWS_MAX
 
 
 def session_of(graph: Path) -> onnxruntime.InferenceSession:
-    """A graph ready to run on one thread: the same answers on every machine's count of cores."""
+    """A graph ready to run on one thread, so that the number of cores does not change the answers."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     return onnxruntime.InferenceSession(graph, options, providers=['CPUExecutionProvider'])

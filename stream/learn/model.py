@@ -55,13 +55,13 @@ class Logits:
 
 
 def mu_and_sigma(log_spend: Tensor) -> Tensor:
-    """The last two logits, [2], that give every row the mean and deviation of these, [n]."""
+    """The last two logits, [2], for which every row gets the mean and deviation of these values, [n]."""
     sigma = log_spend.std(unbiased=False).clamp(2 * _SIGMA_RANGE[0], _SIGMA_RANGE[1] / 2)
     return torch.stack([log_spend.mean(), sigma.expm1().log()])
 
 
 class Backbone(nn.Module):
-    """What reads a window: the base class of all backbones (stream.learn.backbones).
+    """Reads a window: the base class of all backbones (stream.learn.backbones).
 
     width   units of the state that `forward` returns
     """
@@ -166,7 +166,7 @@ class ShopperModel(nn.Module):
         return out.bought.sigmoid() * log_mean.exp()
 
     def typical_spend(self, out: Logits, bought: Tensor) -> Tensor:
-        """Median spend of such users who buy, [b]; 0 where a purchase is less likely than not. Its mean error is below
+        """Median spend of such users, if they buy, [b]; 0 if a purchase is less likely than not. Its error is below
         that of the expected spend, since a few large spenders move it little. `bought` [b]: the probability of a
         purchase within the days of the spend."""
         return torch.where(bought > 0.5, torch.minimum(out.mu, self.log_spend_max).exp(), 0.0)

@@ -64,7 +64,7 @@ def predict(history: History, at_ms: int, version_dir: Path, limits: WindowLimit
 
 def _ranked(history: History, people: Examples, version_dir: Path, count: int, texts: Texts,
             candidates: Sequence[str] | None, say: Callable[[str], None]) -> Iterator[dict]:
-    """Of each row `next_items` and `next_categories`, best first, as far as the model ranks them."""
+    """`next_items` and `next_categories` of each row, best first, as far as the model ranks them."""
     names: dict[str, Names] = {}
     everybody = range(len(history.user_ids))
     for chances in rankings(verified(version_dir), history, people):

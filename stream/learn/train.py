@@ -188,7 +188,7 @@ def split(history: History, cut_ms: int, test_share: float, seed: int) -> tuple[
 
 
 def _ceiling(simulator: SimulatorOptions, history: History, test: Examples, purchase: np.ndarray, seed: int) -> dict:
-    """AUC of the recency rule, the model and the posterior for each horizon of the posterior, on the same snapshots.
+    """AUC of the recency rule, the model and the posterior, for each horizon and on the same snapshots.
     `share`: how far the model gets from the rule to the posterior."""
     rng = np.random.default_rng(seed)
     users = rng.permutation(np.unique(test.user))
@@ -234,7 +234,7 @@ def _config(options: TrainOptions, history: History, fitted: Fitted, names: list
 
 
 def tier_names(tiers: int) -> list[str]:
-    """Names of the spend tiers, the lowest first. Errors: UsageError where there are too few or too many."""
+    """Names of the spend tiers, lowest first. Errors: UsageError if there are too few or too many."""
     if not 2 <= tiers <= TIERS_MAX:
         raise UsageError(f'There cannot be {tiers} tiers of spend.', do=f'choose 2 to {TIERS_MAX}.')
     return list(_TIER_NAMES.get(tiers) or ('nothing', *(f'tier {tier}' for tier in range(1, tiers))))

@@ -1,4 +1,4 @@
-"""What a training writes while it runs: a state to resume from, and curves.
+"""Files that a training writes while it runs: a state to resume from, and curves.
 
     <state>/<run>.pt   everything that the next epoch depends on, replaced after each epoch
     <curves>/<run>/    the losses of each epoch, for TensorBoard
@@ -47,7 +47,7 @@ class TrainingLog:
         return replace(self, belongs=digest.digest())
 
     def key(self, run: str, weights: Mapping[str, torch.Tensor]) -> str:
-        """A digest of what a state of the run depends on: its first weights, and what `of` was given."""
+        """A digest of everything that the state of a run depends on: its first weights, and the arguments of `of`."""
         digest = hashlib.sha256(self.belongs + run.encode())
         for name, tensor in weights.items():
             digest.update(name.encode() + tensor.cpu().numpy().tobytes())

@@ -42,7 +42,7 @@ def _record_rows(inputs: Inputs, path: Path, _occurrences: Occurrences) -> Rows:
 
 
 FORMATS: dict[str, Format] = {given.name: given for given in (
-    Format('events', 'Event JSON, one a line (.jsonl, also .gz or .zst), or a .parquet file with its fields.',
+    Format('events', 'Event JSON, one per line (.jsonl, also .gz or .zst), or a .parquet file with the same fields.',
            event_rows),
     *DATA_SETS,
     kafka_format(Inputs()),

@@ -121,5 +121,5 @@ def _place(path: Path, line: bytes) -> Place:
     try:
         return decode_place(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f'{path} has a line that is no record of a topic: {error}.',
+        raise InputError(f'{path} has a line that is not a record of a topic: {error}.',
                          'name complete files of `stream record`.') from error

@@ -1,4 +1,4 @@
-"""What a simulated shopper wants and how readily he or she buys: what the events of the sessions say.
+"""Infer from the events of sessions what a simulated shopper wants, and how readily he or she buys.
 
 A hypothesis is what the law hides of the moment: the wanted item, the desire, the category being looked at, whether the
 last view was a return to the wanted item (such a view ends in the cart more often), and whether the lines now added to
@@ -45,7 +45,7 @@ class Stage(enum.IntEnum):
 
 
 class Shelf:
-    """What is the same for all shoppers of a simulation: items, and nodes of what shoppers differ in.
+    """What all shoppers of a simulation share: the items, and the grid of traits in which shoppers differ.
 
     item_numbers        {hash of the item id: item}
     item_chances        [levels, items] chance of an item, given its category
@@ -131,7 +131,7 @@ class Desire:
         self._category_counts: dict[int, float] = {}
 
     def arrive(self, day: float) -> None:
-        """A session begins; if there was one before, it is over."""
+        """A session begins. The one before it, if any, is over."""
         away = day - self.last
         weights = self._ended()
         if away > law.CART_KEPT_DAYS:
@@ -171,11 +171,11 @@ class Desire:
 
     @property
     def over(self) -> bool:
-        """Whether the last event was the last one of its session for sure."""
+        """Whether the last event is certain to be the last one of its session."""
         return self._stage == Stage.OVER
 
     def tiers(self) -> np.ndarray:
-        """Chances of the tiers."""
+        """Probabilities of the tiers."""
         return np.bincount(self.shelf.tier_of_level, self._levels, len(law.TIER_SHARES))
 
     def draw(self, silent: bool, draws: int, rng: np.random.Generator) -> Mind:

@@ -1,4 +1,5 @@
-"""Drawn shoppers live on, by the simulator's law, and never buy: each session only says how likely it was not to.
+"""Continue the lives of drawn shoppers by the simulator's rules, without purchases. Each session adds a factor: the
+probability that nothing was bought.
 
 In the law a purchase is one draw at the end of a session, independent of all others. So the chance that a drawn shopper
 buys nothing is the mean, over lives in which that draw always says no, of the product of (1 - chance to buy) over the

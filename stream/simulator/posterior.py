@@ -1,4 +1,4 @@
-"""The best possible scores for simulated shoppers: the simulator's own law, inverted by Bayes' rule.
+"""The best possible scores for simulated shoppers: the simulator's own probabilities, inverted by Bayes' rule.
 
 `stream.simulator.shop` generates events from hidden shoppers. Here the events are given and the shopper is not: how
 likely is a purchase within 1, 7, 30 and 90 days? Only the events and what holds for all shoppers (the simulator's
@@ -53,7 +53,7 @@ FOLLOW_UPS = (EventType.RATING, EventType.REVIEW, EventType.REFUND)
 
 @dataclass(frozen=True)
 class Resolution:
-    """How finely the hidden shopper is looked at; the time needed grows with each of them.
+    """The resolution of the calculation. Time grows with each of these numbers.
 
     interests   points of the plane of period and phase of the personal interest
     rates       nodes of the own visit rate

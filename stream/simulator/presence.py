@@ -1,4 +1,4 @@
-"""When a simulated shopper comes, and whether he or she still does: what the times of the visits say.
+"""Infer from the times of visits when a simulated shopper comes, and whether he or she is still there.
 
 Visits are a Poisson process of intensity own rate x season x interest x fading until death, and visits for the sake of
 a cart: after half of the sessions that leave one, at 1, 2, .. days later, give or take hours. A cell is one own rate,
@@ -31,7 +31,7 @@ _RETURN_HALF_WIDTH = law.COME_BACK_SPREAD_MS / DAY_MS / 2
 
 
 class Calendar:
-    """What is the same for all shoppers of a simulation. Days count from the start of the simulation.
+    """What all shoppers of a simulation share. Days count from the start of the simulation.
 
     period_days, phase  [interests], a lattice over their uniform prior; the phase counts from the start
     rates               [rates] nodes of the own rate, visits a day: both ends of its range, and between them the

@@ -1,4 +1,4 @@
-"""A seeded shop: shoppers who visit, want, buy and leave, as event lines, with the truth beside them.
+"""A simulated shop with a seed: the events of shoppers who visit, want, buy and leave, and the truth about each.
 
 Shoppers follow "buy till you die": each visits at an own, gamma-distributed Poisson rate until an own, exponential time
 at which he or she is gone for good, seen by nobody. Source: Fader, Hardie, Lee (2005), "Counting Your Customers the
@@ -213,7 +213,7 @@ class Simulation:
 
 
 def simulate(options: SimulatorOptions) -> Simulation:
-    """Let every shopper live, and put all their events into one order.
+    """Simulate every shopper, and merge their events in order.
 
     Promise  the same options give the same bytes (with the same numpy release line: its Generator streams may change).
     """
@@ -266,7 +266,7 @@ class Assortment:
 
 
 def assortment_of(options: SimulatorOptions) -> Assortment:
-    """The items of the shop: the same for the same seed, whoever shops there."""
+    """The items of the shop. They depend on the seed only, not on the shoppers."""
     rng = _generator(options, _CATALOGUE_SEED)
     medians = np.array(list(CATEGORY_PRICES.values()), dtype=float)
     price_z = rng.standard_normal((len(CATEGORIES), ITEMS_PER_CATEGORY))
@@ -284,7 +284,7 @@ def assortment_of(options: SimulatorOptions) -> Assortment:
 
 @dataclass(frozen=True)
 class Shopper:
-    """What a shopper is; none of it is seen in the events. Units as in the module's table."""
+    """The hidden traits of a shopper. The events do not show them. Units as in the module's table."""
 
     user_id: str
     tier: int
@@ -436,7 +436,7 @@ class _Life:
         self.wanted: int | None = None
 
     def visit(self, at_ms: int) -> float:
-        """One session: browse, then buy or not; returns the chance there was of buying."""
+        """One session: browse, then buy or not. Returns the probability of buying."""
         self._arrive(at_ms)
         category = self._favourite()
         seen = self._browse(category)
@@ -453,7 +453,7 @@ class _Life:
         return chance
 
     def come_back_ms(self) -> int:
-        """When to return to a cart: whole days later, give or take hours, so that it is about the same time of day."""
+        """When to return to a cart: some whole days later, plus or minus hours, at about the same time of day."""
         days = 1
         while self.draw() < COME_BACK_LATER:
             days += 1
@@ -473,7 +473,7 @@ class _Life:
             self._record('login')
 
     def _browse(self, category: int) -> int:
-        """Look at one item, perhaps again at the wanted one, and do something with it; returns the item."""
+        """View one item, perhaps again the wanted one, and do something with it. Returns the item."""
         wanted = self._wanted_again()
         if wanted is None:
             item = self._pick(category)
@@ -500,7 +500,7 @@ class _Life:
         return item
 
     def _wanted_again(self) -> int | None:
-        """The wanted item, if there is one and it draws the shopper back now."""
+        """The wanted item, if there is one and the shopper returns to it now."""
         if self.wanted is not None and self.draw() < WANT_AGAIN + WANT_AGAIN_PER_DESIRE * self.desire:
             return self.wanted
         return None

@@ -98,7 +98,7 @@ async def triton_alone_ms(address: str, steps: list[tuple[int, int]], users: lis
 
 
 def measure(of: Shop, shoppers: Shoppers, options: argparse.Namespace, report: Report) -> tuple[Sent, list[Output]]:
-    """The highest rate, and the open loop at half of it; what was sent, and what came out of that."""
+    """Find the highest rate, then run the open loop at half of it. Returns what was sent and what came out."""
     worker = of.worker()
     rate, numbers = options.rate, 0
     if not rate:

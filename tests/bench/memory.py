@@ -26,7 +26,7 @@ BROKER = {'log.cleaner.backoff.ms': '1000', 'log.retention.check.interval.ms': '
 
 
 async def play(of: Shop, worker: Worker, templates: Templates, options: argparse.Namespace) -> list[float]:
-    """Keep the worker busy for so long; its memory in MiB, a sample a second."""
+    """Keep the worker busy for so long. Returns its memory in MiB, one sample per second."""
     samples: list[float] = []
     until = time.monotonic() + options.minutes * 60
     sent = done = 0

@@ -46,7 +46,7 @@ def prepared(folder: Path) -> Path:
 
 
 def rounds(copy: Path, brokers: str, peers: tuple[str, ...], events: int, runs: int) -> dict[str, list[dict[str, Any]]]:
-    """What the harness measured: peer -> one entry a round. Errors: SystemExit where a run failed or was wrong."""
+    """The harness's measurements: peer -> one entry per round. Errors: SystemExit where a run failed or was wrong."""
     results = copy / 'results.json'
     python = copy / '.venv' / 'bin' / 'python'
     environment = {name: value for name, value in os.environ.items() if not name.startswith('STREAM_')}

@@ -33,7 +33,7 @@ EVENTS_PER_SHOPPER = 170        # of the simulator's default of 180 days, rounde
 
 
 class KeepingScorer(EmbeddedScorer):
-    """The embedded scorer; keeps what it was asked, so that onnxruntime can be asked the same again."""
+    """The embedded scorer. It keeps its inputs, so that onnxruntime can score the same again."""
 
     def __init__(self, version_dir: Path) -> None:
         super().__init__(version_dir, off_loop=False)

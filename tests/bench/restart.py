@@ -44,7 +44,7 @@ def settings_of(of: Shop, number: int, static: bool) -> dict[str, Any]:
 
 
 async def play(of: Shop, shoppers: Shoppers, static: bool, options: argparse.Namespace) -> list[tuple[str, float]]:
-    """Two workers, one restart under load; when each thing happened, in Unix ms."""
+    """Two workers and one restart under load. Returns the time of each step, in Unix ms."""
     marks: list[tuple[str, float]] = []
 
     def mark(what: str) -> None:

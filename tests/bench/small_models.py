@@ -1,4 +1,4 @@
-"""What it costs and brings to make the model small, and to serve windows in length buckets: one table.
+"""Cost and gain of smaller models and of length buckets, in one table.
 
     .venv/bin/python -m tests.bench.small_models                # trains four models and two teachers: ten minutes
     .venv/bin/python -m tests.bench.small_models --models DIR   # keeps their graphs, and trains what is not there
@@ -65,7 +65,7 @@ MIXES = {'first month': 30, 'half a year': 180}
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 def trained(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Path], Examples]:
-    """The graph of each model, and the moments that judge them. What lies in the folder is not trained again."""
+    """The graph of each model, and the moments that judge them. Models in the folder are not trained again."""
     shop = SimulatorOptions(shoppers=options.shoppers, days=options.days, seed=options.seed)
     history = dataset.read(simulate(shop).lines(), EventRules())
     cut_ms = history.end_ms + 1 - options.days // 4 * DAY_MS

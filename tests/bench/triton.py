@@ -77,7 +77,7 @@ class TritonPythonModel:
 
 @dataclass
 class Run:
-    """One run: what it got done, and the seconds of CPU that each process took."""
+    """One run: the work done, and the CPU seconds of each process."""
 
     units: int
     seconds: float
@@ -91,7 +91,7 @@ class Run:
 # ---- servers ---------------------------------------------------------------------------------------------------------
 
 def identity_triton(folder: Path) -> Triton:
-    """A Triton whose model answers constants and the row ids; its folder is the shipped one's but for the weights."""
+    """A Triton whose model answers constants and the row ids. Its folder differs from the shipped one in weights."""
     version_dir = folder / 'identity' / '1'
     version_dir.mkdir(parents=True)
     shutil.copyfile(SHIPPED.parent / LABELS_FILE, version_dir.parent / LABELS_FILE)
@@ -130,7 +130,7 @@ def cpu_s(pid: int) -> float:
 # ---- a worker on a backlog -------------------------------------------------------------------------------------------
 
 class Backlog:
-    """Simulated events on the broker's inputs; each worker that works them off starts from nothing."""
+    """Simulated events in the broker's input topics. Each worker that processes them starts without state."""
 
     def __init__(self, kafka: Kafka, folder: Path, name: str, events: int, shoppers: int) -> None:
         self.kafka = kafka
@@ -277,7 +277,7 @@ def client_run(triton: Triton, batches: Sequence[Batch], seconds: Callable[[], f
 
 def compare(report: Report, part: str, unit: str, at_least: float, ours: tuple[str, Callable[[], Run]],
             theirs: tuple[str, Callable[[], Run]], runs: int) -> None:
-    """Interleaved runs of both; their rates, and the ratio of neighbouring ones beside its target."""
+    """Interleaved runs of both: their rates, and the ratio of neighbouring runs beside its target."""
     mine, other = [], []
     for number in range(runs):
         other.append(theirs[1]())

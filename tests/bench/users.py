@@ -30,7 +30,7 @@ from tests.bench.open_loop import drive, latencies_ms, read_outputs
 
 
 def with_users(count: int, options: argparse.Namespace, report: Report) -> float:
-    """Read so many users back and fold events of them; p99 of the latency in ms."""
+    """Restore so many users and fold their events. Returns the p99 of the latency in ms."""
     with broker() as (brokers, folder), shop(brokers, folder, options, publish='all') as of:
         make_topics(of, input=APPEND_TIME, alerts=APPEND_TIME, scores=APPEND_TIME)
         shoppers = Shoppers(count, of.partitions)

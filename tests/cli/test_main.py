@@ -140,7 +140,7 @@ def test_config_prints_what_is_in_effect_and_the_schema(tmp_path: Path):
     (('replay', 'events.jsonl', '--config', 'absent.toml'), UsageError.exit_code, 'settings file'),
     (('replay', 'events.jsonl', '--out', 'events.jsonl'), UsageError.exit_code, 'files to replay'),
     (('replay', 'events.jsonl', '--state-dir', 'events.jsonl', '--scorer', 'constant'), UsageError.exit_code,
-     'no folder'),
+     'not a folder'),
     (('export', '.'), ModelError.exit_code, 'not a checkpoint'),
     (('replay', 'events.jsonl', '--set', 'currency_rates={"USD":-1}'), UsageError.exit_code, 'currency_rates'),
     (('replay', 'events.jsonl', '--set', 'silence_days=[40000000000000]'), UsageError.exit_code, 'silence_days'),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from stream.cli.shared import progress_bar
 from stream.cli.summary import TABLE_COLUMNS_MIN, Outcome, print_alerts, print_seen, print_summary
 from stream.replay.replay import Counts
 
@@ -63,6 +64,19 @@ def test_a_wide_terminal_gets_a_table(printed):
 @pytest.mark.parametrize('columns', [80, 200])
 def test_a_user_id_is_no_markup(printed, columns):
     assert '[bold]:smile:[/x]' in printed(columns, print_alerts, [alert(user_id='[bold]:smile:[/x]')])
+
+
+def test_the_account_counts_in_words_that_the_guides_use(printed):
+    counts = Counts(read=7, applied=2, duplicate=1, dead=4, users=1, scored=2)
+    text = printed(200, print_summary, outcome(counts=counts))
+    assert text.startswith('7 rows in 1.0 s: 2 applied, 1 duplicate, 0 late, 4 dead letters. '
+                           '1 user, 2 scores, 0 alerts.\n')
+
+
+def test_without_a_terminal_there_is_no_progress(capsys: pytest.CaptureFixture[str]):
+    with progress_bar() as progress:
+        progress.advance(progress.add_task('replaying', total=1))
+    assert capsys.readouterr().err == ''
 
 
 def test_the_first_sentence_says_what_was_seen(printed):

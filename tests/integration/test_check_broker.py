@@ -96,7 +96,7 @@ def test_a_group_that_others_use_is_a_problem_and_ones_own_is_not(kafka: Kafka):
 
     ours = client_arguments(given)['client_id']
     assert of(checked(given, member(ours, given.clicks_topic)), 'group') == [
-        ('ok', 'check-group: 1 workers are running.')]
+        ('ok', 'check-group: 1 worker is running.')]
     assert of(checked(given), 'group') == [('ok', 'check-group: no worker is running. It has committed offsets.')]
     [(outcome, text)] = of(checked(given, member('somebody', given.alerts_topic)), 'group')
     assert (outcome, text) == ('problem', 'The group check-group is in use by clients somebody.')

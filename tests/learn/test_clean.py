@@ -122,7 +122,7 @@ def test_windows_are_as_recorded_and_labels_are_cleaned(lines):
 def test_steps_by_name():
     assert steps_of('') == ()
     assert steps_of('wholesalers, duplicates') == ('duplicates', 'wholesalers')
-    with pytest.raises(UsageError, match=r'dirt is no step of cleaning.*duplicates'):
+    with pytest.raises(UsageError, match=r'dirt is not a cleaning step.*duplicates'):
         steps_of('duplicates,dirt')
 
 
@@ -142,4 +142,4 @@ def test_the_commands_refuse_what_is_no_step(lines, tmp_path):
     path.write_bytes(b'\n'.join(lines))
     for command in ('train', 'compare'):
         done = CliRunner().invoke(app, [command, str(path), '--clean', 'dirt', '--out', str(tmp_path / 'out')])
-        assert isinstance(done.exception, UsageError) and 'dirt is no step' in str(done.exception)
+        assert isinstance(done.exception, UsageError) and 'dirt is not a cleaning step' in str(done.exception)

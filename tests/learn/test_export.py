@@ -117,7 +117,7 @@ def test_the_card_tells_how_good_the_ranking_is(checkpoint, tmp_path):
     (copy / 'metrics.json').write_text(json.dumps(metrics))
     card = (export(copy, tmp_path / 'repository').parent / 'README.md').read_text()
     both = '0.300 (0.200 .. 0.400) | 0.250 (0.150 .. 0.350)'
-    assert '| items, 40 users | NDCG at 10 | recall at 10 | our NDCG less it |\n|---|---|---|---|\n' in card
+    assert '| items, 40 users | NDCG at 10 | recall at 10 | our NDCG minus it |\n|---|---|---|---|\n' in card
     assert f'| {MODEL} | {both} |  |\n' in card
     assert f'| {OWN} | {both} | 0.000 (-0.100 .. 0.100) |\n' in card
 

@@ -1,1 +1,1 @@
-"""How good a model is: metrics, contenders, comparisons and their reports."""
+"""Judge a model: metrics, contenders, comparisons and reports."""

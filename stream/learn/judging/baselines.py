@@ -1,4 +1,4 @@
-"""Simple contenders that the model has to beat, all on what the worker knew at a moment: simple
+"""Simple contenders that the model has to beat. All of them use what the worker knew at a moment: simple
 rules, BG/NBD, regressions, boosted trees, a small network.
 
     purchase_contenders    fit(train, horizon) -> itself; predict(test) -> scores [n], more is likelier to buy
@@ -73,7 +73,7 @@ def spend_contenders(seed: int, threads: int = 1) -> dict[str, SpendContender]:
 # ---- buy till you die -----------------------------------------------------------------------------------------------
 
 class BuyTillYouDie:
-    """BG/NBD, and a logistic regression of the labels on its log odds, so that its chances are those of this shop.
+    """BG/NBD, and a logistic regression of the labels on its log odds, so that its probabilities fit this shop.
 
     The regression keeps the order of customers. Where no label of the horizon is known, or all are the same, the
     model's own chances are given. Whoever never ordered is no customer to the model: they get the share of training
@@ -108,7 +108,7 @@ class BuyTillYouDie:
 
 
 class BuyTillYouDieSpend:
-    """Expected orders by BG/NBD times expected order value by Gamma-Gamma, on no label at all.
+    """Expected orders by BG/NBD times expected order value by Gamma-Gamma. Uses no labels.
 
     Whoever never ordered gets the mean of what training rows without an order were followed by, 0 where there is none.
     """
@@ -194,7 +194,7 @@ class TierRegression(Regression):
         return self
 
     def predict(self, test: Table) -> np.ndarray:
-        """Chances, float64 [n, tiers]."""
+        """Probabilities, float64 [n, tiers]."""
         chances = np.zeros((len(test), len(self.edges) + 2))
         chances[:, self.pipeline.classes_] = self.pipeline.predict_proba(self._inputs(test))
         return chances
@@ -250,7 +250,7 @@ class Trees(_Boosting):
 
 
 class SpendTrees(_Boosting):
-    """LightGBM on the counters, by absolute error: it forecasts the median, which is 0 where most buy nothing."""
+    """LightGBM on the counters, by absolute error: it forecasts the median, which is 0 if most users buy nothing."""
 
     def fit(self, train: Table, horizon: int) -> Self:
         known = _spent(train, horizon)
@@ -299,7 +299,7 @@ class _Perceptron:
 
 
 class Network(_Perceptron):
-    """The network on 0 and 1. Its answers are on the scale of chances but may lie outside 0 and 1: they only rank."""
+    """The network on 0 and 1. Its answers may lie outside 0 and 1, so they are not probabilities: they only rank."""
 
     is_chance = False
 
@@ -344,12 +344,12 @@ def _spent(train: Table, horizon: int) -> Table:
 
 
 def _validation(user: np.ndarray, seed: int) -> np.ndarray:
-    """Which rows are of the users held out; at least one user is, and one is not."""
+    """The rows of the held-out users. At least one user is held out, and at least one is not."""
     users = np.random.default_rng(seed).permutation(np.unique(user))
     return np.isin(user, users[:max(1, round(VALIDATION_SHARE * len(users)))])
 
 
 def _log_loss(fitted: Pipeline, inputs: np.ndarray, labels: np.ndarray) -> float:
-    """A class that it has never seen has no chance."""
+    """A class that it has never seen gets probability 0."""
     chances = (fitted.predict_proba(inputs) * (labels[:, None] == fitted.classes_)).sum(1)
     return float(-np.log(np.clip(chances, _TINY, 1 - _TINY)).mean())

@@ -64,7 +64,7 @@ class BgNbd:
         return BgNbd(*_most_likely(loss, start, len(frequency)))
 
     def alive(self, frequency: np.ndarray, recency_days: np.ndarray, age_days: np.ndarray) -> np.ndarray:
-        """Chance that the customer is alive. Without a repeat order nobody has died yet: 1."""
+        """Probability that the customer is alive. It is 1 without a repeat order, because nobody has died yet."""
         recency, age = recency_days / _DAYS_PER_WEEK, age_days / _DAYS_PER_WEEK
         repeat = np.maximum(frequency, 1)       # of those without, the odds are not looked at
         log_odds_dead = (np.log(self.a) - np.log(self.b + (repeat - 1))
@@ -74,7 +74,7 @@ class BgNbd:
     def buys_within(
         self, frequency: np.ndarray, recency_days: np.ndarray, age_days: np.ndarray, days: float,
     ) -> np.ndarray:
-        """Chance of at least one order in the next `days`.
+        """Probability of at least one order in the next `days`.
 
         Nobody dies but at an order, so whoever is alive stays so until the next one: with the rate's posterior
         Gamma(r + frequency, alpha + age), no order comes for a time t with chance ((alpha + age) / (alpha + age + t))
@@ -135,12 +135,12 @@ class GammaGamma:
         return GammaGamma(p, 1 + q_less_one, gamma * unit)
 
     def value(self, orders: np.ndarray, mean_order_value: np.ndarray) -> np.ndarray:
-        """Expected value of an order: between the customer's own mean and that of all, by how many orders there are."""
+        """Expected value of an order: the customer's own mean, drawn towards the mean of all if orders are few."""
         return self.p * (self.gamma + orders * mean_order_value) / (self.p * orders + self.q - 1)
 
 
 def _beta_nodes(a: float, b: float) -> tuple[np.ndarray, np.ndarray]:
-    """Points in (0, 1) and weights, summing to 1, whose weighted sums are means under Beta(a, b).
+    """Points in (0, 1) and weights that sum to 1. Weighted sums over them are means under Beta(a, b).
 
     From the recurrence of the Jacobi polynomials, since scipy's roots_jacobi overflows at b of a thousand.
     Source  Golub, Welsch (1969), Calculation of Gauss Quadrature Rules.
@@ -172,14 +172,14 @@ def _log_likelihood(
 
 
 def _value_log_likelihood(p: float, q: float, gamma: float, orders: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """Per customer: how likely its mean value is, given how many orders it is the mean of."""
+    """Likelihood of each customer's mean order value, given the number of orders."""
     shape = p * orders
     return (gammaln(shape + q) - gammaln(shape) - gammaln(q) + q * np.log(gamma) + (shape - 1) * np.log(mean)
             + shape * np.log(orders) - (shape + q) * np.log(gamma + orders * mean))
 
 
 def _most_likely(loss: Callable[[np.ndarray], float], start: np.ndarray, customers: int) -> list[float]:
-    """The parameters, positive, whose logarithms minimise `loss` with a wide normal prior around 0."""
+    """The positive parameters that minimise `loss`. Their logarithms have a wide normal prior around 0."""
     found = minimize(lambda logs: (loss(logs) + float(logs @ logs) / (2 * _PRIOR_DEVIATION**2)) / customers,
                      start, method='L-BFGS-B', jac='3-point', bounds=[(-_LOG_MAX, _LOG_MAX)] * len(start),
                      options={'ftol': 1e-12, 'gtol': 1e-7})

@@ -372,7 +372,7 @@ def _questions(cutoff: Cutoff, found: list[FoldScores], options: CompareOptions)
 
 
 def _together(parts: list[dict[str, Predictions]], rows: np.ndarray) -> dict[str, Predictions]:
-    """The contenders that scored every fold, by name; `rows` of all folds."""
+    """The contenders that scored every fold, by name. `rows` are those of all folds."""
     return {name: Predictions(np.concatenate([part[name].scores for part in parts])[rows],
                          all(part[name].is_chance for part in parts)) for name in _in_all(parts)}
 

@@ -99,7 +99,7 @@ def evaluate(fitted: Fitted, answers: Mapping[str, np.ndarray], test: Examples, 
 
 def evaluate_ranking(fitted: Fitted, seen: History, history: History, users: Sequence[int], at_ms: int,
                      limits: WindowLimits, known_until_ms: int, seed: int) -> dict[str, dict]:
-    """By column how well its exported ranking names what is bought next, beside rules; nothing of what is not ranked,
+    """How well the exported ranking names what is bought next, by column, beside rules; nothing of what is not ranked,
     or too few buy within the settled days.
 
     seen    what `fitted` has learned from: the recording before `at_ms`

@@ -179,7 +179,7 @@ def _verdict(difference: list[float]) -> str:
 
 
 def curves(scores: np.ndarray, truth: np.ndarray) -> dict[str, Curve]:
-    """What happens as more and more rows are called, the highest scores first: the points of the usual curves by name.
+    """The points of the usual curves by name, as more and more rows count as positive, highest scores first.
 
     roc               x: share of the negatives called, y: share of the positives called
     precision_recall  x: share of the positives called, y: share of the called rows that are positive
@@ -216,7 +216,7 @@ def _cumulative(scores: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _thinned(x: np.ndarray, y: np.ndarray) -> Curve:
-    """Some of the points of a curve whose x never falls: spread evenly both along it and over the points."""
+    """Some points of a curve whose x never falls, spread evenly along the curve and over its points."""
     along = np.searchsorted(x, np.linspace(x[0], x[-1], POINTS // 2))
     kept = np.unique(np.concatenate([along, np.linspace(0, len(x) - 1, POINTS // 2).round().astype(np.int64)]))
     return x[kept].tolist(), y[kept].tolist()

@@ -22,7 +22,7 @@ def ranks(values: np.ndarray) -> np.ndarray:
 
 
 def auc(scores: np.ndarray, truth: np.ndarray) -> float:
-    """Chance that a random positive row is above a random negative one, ties counting half; NaN without both."""
+    """Probability that a random positive row ranks above a random negative one. Ties count half. NaN without both."""
     positives = int((truth > 0).sum())
     negatives = len(truth) - positives
     if not positives or not negatives:
@@ -43,7 +43,7 @@ def pr_auc(scores: np.ndarray, truth: np.ndarray) -> float:
 
 
 def log_loss(scores: np.ndarray, truth: np.ndarray) -> float:
-    """Mean of minus log probability of what happened, nats; scores [n] of a yes, or [n, classes]."""
+    """Mean negative log probability of the outcome, in nats; scores [n] of a yes, or [n, classes]."""
     chances = np.column_stack([1 - scores, scores]) if scores.ndim == 1 else scores
     return float(-np.log(np.maximum(chances[np.arange(len(truth)), truth.astype(np.int64)], _TINY)).mean())
 
@@ -54,7 +54,7 @@ def brier(scores: np.ndarray, truth: np.ndarray) -> float:
 
 
 def calibration(scores: np.ndarray, truth: np.ndarray) -> list[dict[str, float]]:
-    """Bins of equally many rows, by score: rows, mean score, share of positives."""
+    """Bins of equal size, by score: rows, mean score, share of positives."""
     bins = [rows for rows in np.array_split(np.argsort(scores, kind='stable'), CALIBRATION_BINS) if len(rows)]
     return [{'rows': len(rows), 'score': float(scores[rows].mean()), 'rate': float(truth[rows].mean())}
             for rows in bins]
@@ -86,7 +86,7 @@ def spearman(scores: np.ndarray, truth: np.ndarray) -> float:
 
 
 def top_decile_share(scores: np.ndarray, truth: np.ndarray) -> float:
-    """Share of all that was spent, by the tenth of rows with the highest scores."""
+    """The share of all spend that comes from the tenth of the rows with the highest scores."""
     best = np.argsort(-scores, kind='stable')[:max(1, len(scores) // 10)]
     return float(truth[best].sum() / max(truth.sum(), _TINY))
 
@@ -145,7 +145,7 @@ AMOUNT: dict[str, Metric] = SPENDERS | {'mean_absolute_error': mean_absolute_err
 
 
 def resamples(users: np.ndarray, count: int, seed: int) -> list[np.ndarray]:
-    """All rows, then `count` times the rows of as many users drawn with replacement."""
+    """First all rows; then, `count` times, the rows of as many users, drawn with replacement."""
     rng = np.random.default_rng(seed)
     by_user = np.split(np.argsort(users, kind='stable'), np.flatnonzero(np.diff(np.sort(users))) + 1)
     alone = len(by_user) == len(users)      # one row a user: a draw of users is a draw of rows
@@ -156,7 +156,7 @@ def resamples(users: np.ndarray, count: int, seed: int) -> list[np.ndarray]:
 
 
 def interval(values: np.ndarray) -> list[float]:
-    """The first value, of all rows, and the middle 95 % of the others that could be computed."""
+    """The first value, which is that of all rows, and the middle 95 % of the other values that exist."""
     others = values[1:][np.isfinite(values[1:])]
     low, high = np.quantile(others, (0.025, 0.975)) if len(others) else (np.nan, np.nan)
     return [float(values[0]), float(low), float(high)]

@@ -1,4 +1,4 @@
-"""Judge the ranking of what is bought next beside simple ones: which names the right items in the first TOP.
+"""Judge the ranking of what is bought next beside simple ones: how many of its first TOP items are bought.
 
     popularity               how many training users ever bought it
     popularity of 30 days    in the days before
@@ -56,7 +56,7 @@ def top(scores: np.ndarray) -> np.ndarray:
 def rank(known: History, learners: Sequence[int], history: History, test: Examples,
          ranked: Iterable[Mapping[str, Ranked]], sasrec: SasRecOptions | None, seed: int,
          known_until_ms: int) -> dict[str, RankedFold]:
-    """How well everybody ranks what the test's users buy next, by column and contender.
+    """Quality of each contender's ranking of what the test users buy next, by column.
 
     known      the recording up to the test's time, of which `learners` are the training users
     history    all of it, of which the test's users are

@@ -159,7 +159,7 @@ def interval(values: Sequence[float], places: int = 3) -> tuple[str, str]:
 
 
 def difference(values: Sequence[float], places: int = 3) -> tuple[str, str]:
-    """The same with signs; what is too small to show has none."""
+    """The same with signs. A value that is too small to show has no sign."""
     zero = f'{0:.{places}f}'
     value, low, high = (_plain(f'{{:+,.{places}f}}', value).replace('-', '−') for value in values)
     value, low, high = (zero if text[1:] == zero else text for text in (value, low, high))
@@ -176,7 +176,7 @@ def day(at_ms: int) -> str:
 
 
 def _verdicts(cutoffs: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """How many questions ended how."""
+    """The number of questions by verdict."""
     counts = {'better': 0, 'no difference shown': 0, 'worse': 0}
     for cutoff in cutoffs:
         for task in cutoff['tasks']:
@@ -209,7 +209,7 @@ def _cutoff(draw: Draw, cutoff: Mapping[str, Any], currency: str) -> dict[str, A
 
 
 def _task_plots(draw: Draw, task: Mapping[str, Any]) -> list[tuple[str, str, Markup]]:
-    """(title, what it shows, plot) of each."""
+    """(title, what it shows, plot) of each plot."""
     words, rate = question(task), task['base_rate']
     plots = []
     for name, title, meaning, axes, chance in (

@@ -22,7 +22,7 @@ NEGATIVES = 256
 
 @dataclass(frozen=True)
 class SasRecOptions:
-    """Sizes as in the paper, but for shorter sequences: `length` newest items of a user, another cut in each pass."""
+    """Sizes of the paper, except for shorter sequences: `length` newest items of a user, cut anew in each pass."""
 
     hidden: int = 50
     blocks: int = 2

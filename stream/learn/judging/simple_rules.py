@@ -1,4 +1,4 @@
-"""What is known of users as a table, and contenders that anyone could run on it: they learn nothing.
+"""A table of the facts about users, and contenders that anyone could run on it. They learn nothing.
 
     Table         rows of users as of moments, and what came after
     RecencyRule   whoever ordered last comes first
@@ -68,7 +68,7 @@ class Table:
 
     @staticmethod
     def of_examples(examples: Examples) -> 'Table':
-        """A row each, labels included."""
+        """One row for each user, labels included."""
         return Table.of(examples.snapshots, examples.inputs, examples.labels.bought, examples.labels.spent,
                         examples.user)
 
@@ -89,22 +89,22 @@ class Table:
 # Names as a table shows them.
 
 def purchase_rules() -> dict[str, 'RecencyRule | PastRate | PastSpend']:
-    """Of buying within any horizon."""
+    """Scores for buying within any horizon."""
     return {'recency rule': RecencyRule(), 'past rate': PastRate()} | spend_rules()
 
 
 def past_tier(table: 'Table', edges: np.ndarray) -> np.ndarray:
-    """float64 [n, tiers], 1 at the tier of the last 90 days' spend: no chances, a choice."""
+    """float64 [n, tiers], 1 at the tier of the last 90 days' spend: a choice, not probabilities."""
     return np.eye(len(edges) + 2)[tier_of(table.spend_90d, edges)]
 
 
 def spend_rules() -> dict[str, 'PastSpend']:
-    """Of the spend to come, and of buying at all: they need prices."""
+    """Scores for future spend, and for buying at all. They need prices."""
     return {'past spend': PastSpend('spend'), 'spend of 90 days': PastSpend('spend_90d')}
 
 
 class RecencyRule:
-    """Minus the days since the last order; whoever never ordered comes last."""
+    """Minus the days since the last order. Users who never ordered come last."""
 
     is_chance = False
 
@@ -116,7 +116,7 @@ class RecencyRule:
 
 
 class PastRate:
-    """Orders per day since the first one. A day is added: the first hour after the first order is no rate yet."""
+    """Orders per day since the first one. A day is added: the first hours after the first order make no rate."""
 
     is_chance = False
 

@@ -1,4 +1,4 @@
-"""What another shop's model is worth here: the learning curve of `stream compare --pretrained-on`.
+"""The value of another shop's model here: the learning curve of `stream compare --pretrained-on`.
 
     1 shares   1, 5, 10 and 100 % of the training users of a fold; several draws where the users are few
     2 starts   the same fit on the same users, once from scratch, once from the other shop's backbone
@@ -38,7 +38,7 @@ _SMALL_BATCH_ROWS = 32
 
 @dataclass(frozen=True)
 class ShareScores:
-    """Scores of a part's users, n of them, by what a share of the others taught.
+    """Scores of the n users of a part, by models that learned from a share of the other users.
 
     user    int64 [n], as in the comparison
     users   that taught, on average over the draws
@@ -88,7 +88,7 @@ def check_source(source: Path, options: CompareOptions) -> None:
 # ---- 1 shares -------------------------------------------------------------------------------------------------------
 
 def draws_of(users: int) -> int:
-    """How often this many users are drawn: more often if they are few."""
+    """How often to draw this many users: more often if they are few."""
     return min(_DRAWS_MAX, math.ceil(_DRAWN_USERS / users))
 
 
@@ -162,7 +162,7 @@ def _scores(known: History, users: list[int], at_ms: int, options: FitOptions, t
 
 def judge_share(task: Task, parts: Sequence[tuple[ShareScores, np.ndarray]], options: CompareOptions,
                 ) -> dict[str, Any] | None:
-    """AUROC of a question by start and branch, and what starting from the other shop brings, with intervals.
+    """AUROC of a question by start and branch, and the gain from starting with the other shop's model, with intervals.
 
     parts   scores of each part, and what came to be of its users: float [n], 1 or 0; NaN: not asked of them
     Returns None where a part has no scores.
@@ -191,7 +191,7 @@ def _sign(scores: np.ndarray, task: Task) -> np.ndarray:
 
 def _resampled(scores: ShareScores, truth: np.ndarray, rng: np.random.Generator | None,
                ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that are asked, and draws: all of them, or as many drawn with replacement."""
+    """The rows and draws to use: all of them, or as many drawn with replacement."""
     asked, draws = np.flatnonzero(~np.isnan(truth)), len(scores.scores[SCRATCH][MODEL])
     if rng is None:
         return asked, np.arange(draws)

@@ -1,4 +1,4 @@
-"""Export the ranking of what is bought next, as a graph of its own beside the scores'.
+"""Export the ranking of what is bought next as a separate graph, beside the graph of the scores.
 
     <repository>/<name>_next/config.pbtxt             Triton's configuration, ONNX Runtime backend
     <repository>/<name>_next/<version>/model.onnx
@@ -39,7 +39,7 @@ _ROWS, _LENGTH, _CANDIDATES = 5, 7, 3
 
 
 def inputs(recommender: Recommender) -> dict[str, Tensor]:
-    """The graph's inputs, a row each."""
+    """The graph's inputs, one row each."""
     found = {}
     for column in recommender.columns:
         own, numbers = tensor_names(column)
@@ -48,7 +48,7 @@ def inputs(recommender: Recommender) -> dict[str, Tensor]:
 
 
 def outputs(recommender: Recommender) -> dict[str, Tensor]:
-    """The graph's outputs, a row each."""
+    """The graph's outputs, one row each."""
     found = {}
     for column in recommender.columns:
         scores, own_scores = score_names(column)
@@ -57,7 +57,7 @@ def outputs(recommender: Recommender) -> dict[str, Tensor]:
 
 
 def export_ranking(recommender: Recommender, version_dir: Path) -> Path:
-    """Write it beside an exported version of the scores' model; returns the version's folder.
+    """Write it beside an exported version of the model. Returns the version's folder.
 
     Errors   ModelError where the graph does not give torch's chances.
     """

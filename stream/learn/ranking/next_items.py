@@ -161,7 +161,7 @@ class Texts:
         self._seen: set[tuple[str | None, str | None]] = set()
 
     def remembered(self, values: Iterable[bytes]) -> Iterator[bytes]:
-        """Event JSON as it comes, its names kept; what is no event passes."""
+        """Pass event JSON on unchanged and remember its names. Lines that are not events pass too."""
         decode = msgspec.json.Decoder(_Named).decode
         for value in values:
             try:

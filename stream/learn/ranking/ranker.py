@@ -54,7 +54,7 @@ class RankerOptions:
 
 
 class Ranker(nn.Module):
-    """Of items, or of categories."""
+    """The ranking of items, or of categories."""
 
     popularity: Tensor
 
@@ -113,11 +113,11 @@ class Recommender(nn.Module):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What it ranks."""
+        """The columns that it ranks."""
         return tuple(self.rankers)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The chances of each column, then those of the candidates [b, c].
+        """The probabilities of each column, then those of the candidates [b, c].
 
         inputs   of each column `own` and `numbers`; then candidates, int [b, c], buckets of the first column
         """
@@ -150,7 +150,7 @@ def _popularity(told: History, users: list[int], column: str, times_ms: np.ndarr
 
 @dataclass(frozen=True)
 class _Rows:
-    """What is learnt from: b rows with p pairs of a row and an own item, and q with something new that was bought.
+    """Training batch: b rows, p pairs of a row and an own item, and q rows with something new that was bought.
 
     weight      [b], sums to 1: each user's rows weigh the same together, as each user is asked once
     row         int [p], whose own item a pair is
@@ -172,7 +172,7 @@ class _Rows:
     new_share: Tensor
 
     def loss(self, ranker: Ranker) -> Tensor:
-        """Mean over the users of the mean log chance of what was bought, in nats."""
+        """Mean over the users of the mean log probability of what was bought, in nats."""
         again = ranker.again(self.numbers, self.known)
         with torch.no_grad():
             peak = torch.zeros_like(self.weight).scatter_reduce(0, self.row, again, 'amax')

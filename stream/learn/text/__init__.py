@@ -1,1 +1,1 @@
-"""Pretrained text models as backbones, and what is known of the items."""
+"""Pretrained text models as backbones, and the item catalogue."""

@@ -37,7 +37,7 @@ WORD_COLUMNS = 256          # of the hashed bag of words
 
 @dataclass(frozen=True)
 class Catalogue:
-    """I items.
+    """The catalogue of I items.
 
     texts        '' where there is none
     embeddings   float32 [I, d], zeros where there is none; d is 0 where no item has any
@@ -103,7 +103,7 @@ def _lines(path: Path) -> list[_Row]:
                 if line.strip():
                     rows.append(decode(line))
             except msgspec.MsgspecError as error:
-                raise InputError(f'Line {number} of the catalogue {path} is no item: {error}',
+                raise InputError(f'Line {number} of the catalogue {path} is not an item: {error}',
                                  do='write one JSON object a line, with item_id, and text or embedding.') from error
     return rows
 
@@ -135,7 +135,7 @@ def item_table(catalogue: Catalogue, embed: Callable[[Sequence[str]], Tensor]) -
 
 
 def item_bucket(item_id: str) -> int:
-    """The bucket by which stream.core.features knows an item."""
+    """The bucket of an item in stream.core.features."""
     return int(buckets(hash32(item_id), ITEM_BUCKETS))
 
 
@@ -160,7 +160,7 @@ def _spread(items: int, places: np.ndarray, vectors: Tensor) -> Tensor:
 
 
 class WithItems(Backbone):
-    """A backbone, and what the catalogue says of the window's items.
+    """A backbone, with the catalogue's columns for the items of the window.
 
     table   float32 [ITEM_BUCKETS, d], a bucket that is all 0 is not known
     """

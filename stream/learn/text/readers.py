@@ -154,7 +154,7 @@ class TextBackbone(Backbone):
         return (states * real[:, :, None]).sum(1) / count[:, None]
 
     def written(self, categories: Tensor, numbers: Tensor) -> list[str]:
-        """The text of each row as a person reads it: what the model sees, but for the special tokens."""
+        """The text of each row as a person reads it: what the model sees, without the special tokens."""
         kept = (self._looked_up(categories, numbers)[0] >= 0).any(-1)                               # [b, l]
         values = torch.stack(slot_values(categories, numbers), -1)                                  # [b, l, fields]
         now = now_value(categories, numbers)
@@ -280,7 +280,7 @@ def untrained_reader(name: str, config: Mapping[str, Any]) -> PreTrainedModel:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without a progress bar, and without the list of weights that the task of pretraining needed and we do not."""
+    """Load without a progress bar, and without the warning about weights that only pretraining needed."""
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

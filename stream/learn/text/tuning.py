@@ -37,7 +37,7 @@ _LEARNING_RATES = {'full': 5e-5, 'freeze': 5e-5, 'lora': 5e-4, 'ia3': 5e-3, 'pre
 
 @dataclass(frozen=True)
 class _Parts:
-    """Where a pretrained model has what: names of modules."""
+    """The names of the modules of a pretrained model."""
 
     embeddings: tuple[str, ...]
     layers: str
@@ -57,7 +57,7 @@ def learning_rate(tuning: str) -> float:
 
 
 def pretrained(backbone: nn.Module) -> Iterator[nn.Parameter]:
-    """The weights of its pretrained model, and what stands for them: all that `tune` decides about."""
+    """The weights of its pretrained model and what replaces them: everything that `tune` decides about."""
     for module in backbone.modules():
         if isinstance(module, TextBackbone):
             yield from module.reader.parameters()
@@ -84,12 +84,12 @@ def tune(backbone: TextBackbone, tuning: str) -> None:
         for part in parts:
             _freeze(backbone, bool(part[1]), int(part[2] or 0))
     elif tuning != 'full':
-        raise UsageError(f'{tuning!r} is no way to tune a backbone.',
+        raise UsageError(f'{tuning!r} is not a way to tune a backbone.',
                          do='use full, frozen, freeze:embeddings, freeze:layers=N, lora, ia3 or prefix.')
 
 
 def put_prefix(backbone: TextBackbone, tokens: int) -> None:
-    """So many keys and values before the text, which has less room then."""
+    """Put so many keys and values before the text. The text then has less room."""
     from peft import PrefixTuningConfig, TaskType, get_peft_model
 
     backbone.reader = get_peft_model(backbone.reader, PrefixTuningConfig(

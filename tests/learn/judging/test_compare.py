@@ -337,7 +337,7 @@ def test_the_command_finds_its_cutoffs(run, cut_ms):
 
 def test_the_command_says_what_is_wrong(run, tmp_path):
     (tmp_path / 'taken').touch()
-    for arguments, words in ((('--at', 'yesterday'), 'yesterday is no time'), (('--out', 'taken'), 'is a file')):
+    for arguments, words in ((('--at', 'yesterday'), 'yesterday is not a time'), (('--out', 'taken'), 'is a file')):
         done, asked = run(*arguments)
         assert isinstance(done.exception, UsageError)
         assert words in str(done.exception)
