@@ -133,7 +133,7 @@ def test_a_training_says_what_was_cleaned(tiny_options, tmp_path):
     options = tiny_options()
     train(replace(options, fit=replace(options.fit, clean=tuple(STEPS))), tmp_path / 'checkpoint')
     card = (export(tmp_path / 'checkpoint', tmp_path / 'models').parent / 'README.md').read_text()
-    assert 'What is learned was cleaned' in card and all(f'{step}: ' in card for step in STEPS)
+    assert 'The examples to learn from were cleaned' in card and all(f'{step}: ' in card for step in STEPS)
 
 
 def test_the_commands_refuse_what_is_no_step(lines, tmp_path):

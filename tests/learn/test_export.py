@@ -155,7 +155,7 @@ def test_the_card_tells_what_was_not_judged_and_what_has_no_price(checkpoint, tm
     (copy / 'config.json').write_text(json.dumps(config | {'priced': False, 'source': 't.csv'}))
     card = (export(copy, tmp_path / 'repository').parent / 'README.md').read_text()
     assert 'in the next 90 days, counted in lines, as no purchase had a price' in card and '90 days, EUR' not in card
-    unjudged = card.split('so trust it less: ')[1].splitlines()[0].rstrip('.').split('; ')
+    unjudged = card.split('too few complete labels for it: ')[1].splitlines()[0].rstrip('.').split('; ')
     assert 'purchase within 7 d' in unjudged and not set(unjudged) & set(metrics['test']['tasks'])
     assert '| purchase within 7 d score |' not in card
     assert '\nt.csv: ' in card
