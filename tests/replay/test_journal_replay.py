@@ -525,9 +525,9 @@ def test_a_timer_that_nobody_has_set_is_noticed(tmp_path: Path):
 def test_files_that_are_none_of_it_are_refused(tmp_path: Path):
     events = tmp_path / 'events.jsonl'
     events.write_bytes(b'{"event_id":"e1","user_id":"u1"}\n')
-    with pytest.raises(InputError, match='no record of a topic'):
+    with pytest.raises(InputError, match='not a record of a topic'):
         Replayed([events], {}, RULES)
-    with pytest.raises(InputError, match='no journal entry'):
+    with pytest.raises(InputError, match='not a journal entry'):
         read_journal(events)
     other = recording_of(tmp_path, {(0, 0): [encode_record(TopicRecord('alerts', 0, 0, 0, b'k', b'v'))]})
     with pytest.raises(InputError, match='no record of clicks or carts'):
@@ -543,7 +543,7 @@ def test_files_that_are_none_of_it_are_refused(tmp_path: Path):
 def test_a_cut_line_of_a_recording_is_an_error_and_not_a_dead_letter(tmp_path: Path):
     path = recording_of(tmp_path, clicks('a', 'b'))
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(InputError, match='no record of a topic'):
+    with pytest.raises(InputError, match='not a record of a topic'):
         Replayed([path], {0: [block(0, 1, 0, 2)]}, EVERYTHING)
 
 

@@ -147,7 +147,7 @@ def test_what_cannot_be_tuned_says_so(folders):
             make_backbone(BackboneOptions(name, folders[name], 'prefix'), EncoderOptions())
     for tuning in ('', 'freeze', 'freeze:', 'freeze:heads', 'freeze:layers=0', 'freeze:layers=1,', 'embeddings',
                    'qlora'):
-        with pytest.raises(UsageError, match='no way to tune'):
+        with pytest.raises(UsageError, match='not a way to tune'):
             make_backbone(BackboneOptions('bert', folders['bert'], tuning), EncoderOptions())
     with pytest.raises(UsageError, match='has 2 layers, not 3'):
         make_backbone(BackboneOptions('gpt2', folders['gpt2'], 'freeze:layers=3'), EncoderOptions())
