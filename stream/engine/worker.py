@@ -140,18 +140,19 @@ async def _until(stop: asyncio.Event, assignment: Assignment, publisher: Publish
 
 async def _stop(app: App, assignment: Assignment, publisher: Publisher, timeout_s: float) -> None:
     """Stop everything, and give up after the timeout, even if a service of the app is still waiting."""
-    async def end() -> None:
-        async with AsyncExitStack() as last:        # whatever fails first, the rest is closed
-            last.push_async_callback(publisher.stop)
-            last.push_async_callback(assignment.close)
-            last.push_async_callback(app.stop)
+    async def end() -> list[BaseException]:
+        """Stop one after another, even if one fails; return the errors. Once cancelled, it begins nothing more."""
+        errors = []
+        for stop in (app.stop, assignment.close, publisher.stop):
+            errors += filter(None, await asyncio.gather(stop(), return_exceptions=True))
+        return errors
 
     log.info('stopping')
     ending = asyncio.create_task(end())
     done, _ = await asyncio.wait([ending], timeout=timeout_s)
     if not done:
         log.error('the worker did not stop within %.0f s; the next start repeats what was not committed.', timeout_s)
-    elif (error := ending.exception()) is not None:
-        log.error('stopping failed: %r; the next start repeats what was not committed.', error)
+    elif errors := ending.result():
+        log.error('stopping failed: %r; the next start repeats what was not committed.', errors[0])
     else:
         log.info('stopped; all finished work is committed')
