@@ -44,6 +44,13 @@ def test_the_contracts_name_every_package():
         assert left - {'cli', 'core'} == knowing - {'cli', 'core'}, name
 
 
+def test_one_module_of_the_engine_knows_faust():
+    contract = next(contract for contract in CONTRACTS if 'only faust_app knows Faust' in contract['name'])
+    modules = {f'stream.engine.{path.stem}' for path in (ROOT / 'stream' / 'engine').glob('*.py')}
+    others = {'stream.engine.__init__', 'stream.engine.faust_app', 'stream.engine.worker'}
+    assert set(contract['source_modules']) == modules - others
+
+
 OUTSIDE = sorted(path for folder in ('tests', 'deploy') for path in (ROOT / folder).rglob('*.py'))
 
 
