@@ -319,9 +319,9 @@ def recorded(files: list[Path], format_name: str, settings: Settings) -> Iterato
 def _fitting(fitting: Any, backbone: str, pretrained: str, tuning: str, catalogue: Path | None, pretrain: str | None,
              clean: str) -> Any:
     """The fit options, changed by these flags."""
-    from stream.learn.clean import steps_of
+    from stream.learn.clean import steps_named
     return replace(
-        fitting, clean=steps_of(clean),
+        fitting, clean=steps_named(clean),
         pretrain=_learning('stream.learn.pretrain').PretrainOptions.of(pretrain) if pretrain else None,
         backbone=replace(fitting.backbone, name=backbone, source=pretrained, tuning=tuning,
                          catalogue=str(catalogue) if catalogue else None))

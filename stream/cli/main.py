@@ -31,7 +31,7 @@ from stream.cli.shared import (
     say,
     written,
 )
-from stream.cli.summary import Outcome, print_alerts, print_seen, print_summary
+from stream.cli.summary import ReplayOutcome, print_alerts, print_seen, print_summary
 from stream.cli.worker import app as worker_commands
 from stream.config import Settings, as_toml
 from stream.errors import INSTALL_REPORT, InputError, StreamError, UsageError, extra_module
@@ -186,7 +186,7 @@ def _stop(number: int, _frame: object) -> NoReturn:
 def _replay(
     files: list[Path], format_name: str, out: Path, settings: Settings, with_report: bool, state_dir: Path | None,
     journal: Path | None = None,
-) -> Outcome:
+) -> ReplayOutcome:
     from stream.replay.journal_file import read_journal
     from stream.replay.journal_replay import JournalReplay
     from stream.replay.recorded_topics import RecordedTopics
@@ -257,9 +257,9 @@ def _replay(
                 churn_clear=settings.churn_clear)
             write_report(report, run.account.statistics, counts, scorer.model, about)
     account = run.account
-    return Outcome(counts, account.statistics.alerts_shown, sum(account.statistics.alerts_per_hour.values(), Counter()),
-                   account.refused_scores, scorer.trained_on, out, dead_letters, report if with_report else None,
-                   seconds)
+    return ReplayOutcome(
+        counts, account.statistics.alerts_shown, sum(account.statistics.alerts_per_hour.values(), Counter()),
+        account.refused_scores, scorer.trained_on, out, dead_letters, report if with_report else None, seconds)
 
 
 def _check_report() -> None:

@@ -27,7 +27,7 @@ _ALERT_WORDS: dict[str, tuple[str, str]] = {
 }
 
 
-class Outcome(msgspec.Struct):
+class ReplayOutcome(msgspec.Struct):
     """What a replay leaves for its summary.
 
     alerts_shown  the newest messages of each kind, as they are published
@@ -56,7 +56,7 @@ def print_alerts(alerts: list[dict[str, Any]]) -> None:
     console.print(_table(alerts) if console.width >= TABLE_COLUMNS_MIN else _records(alerts, console.width))
 
 
-def print_seen(shoppers: int, days: int, outcome: Outcome) -> None:
+def print_seen(shoppers: int, days: int, outcome: ReplayOutcome) -> None:
     """One sentence of what a demo simulated and what came of it."""
     by_kind = ', '.join(f'{count:,} {words[count != 1]}' for label, words in _ALERT_WORDS.items()
                         if (count := outcome.alerts_by[label]))
@@ -65,7 +65,7 @@ def print_seen(shoppers: int, days: int, outcome: Outcome) -> None:
         f'{outcome.counts.alerts:,} alerts{f" ({by_kind})" if by_kind else ""}.\n')
 
 
-def print_summary(outcome: Outcome) -> None:
+def print_summary(outcome: ReplayOutcome) -> None:
     """The account of the replay, and where its files are."""
     counts = outcome.counts
     account = [f'{counts.read:,} rows in {outcome.seconds:.1f} s: {counts.applied:,} applied, '

@@ -38,7 +38,7 @@ from stream.core.rules import StepRules
 from stream.errors import InputError
 
 Count = Annotated[int, Meta(ge=0)]
-Step = Annotated[int, Meta(ge=1)]
+StepNumber = Annotated[int, Meta(ge=1)]
 
 
 class EventsEntry(msgspec.Struct, frozen=True, tag='events', tag_field='kind'):
@@ -51,7 +51,7 @@ class EventsEntry(msgspec.Struct, frozen=True, tag='events', tag_field='kind'):
     """
 
     lane: Count
-    step: Step
+    step: StepNumber
     source: Annotated[int, Meta(ge=0, le=1)]     # `stream.core.events.Source`
     start: Count
     stop: Count
@@ -63,7 +63,7 @@ class TimersEntry(msgspec.Struct, frozen=True, tag='timers', tag_field='kind'):
     """A sweep: one timer of each of `users` fires, in this order. `model` and `rules` are as in `EventsEntry`."""
 
     lane: Count
-    step: Step
+    step: StepNumber
     users: Sequence[str]
     model: str
     rules: str

@@ -10,7 +10,7 @@ import asyncio
 import importlib.metadata
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from aiokafka import TopicPartition
 
@@ -113,7 +113,7 @@ class Assignment:
         if followers and not self._stopping:
             self._watch(await self._reader.follow(followers))
 
-    def _starter(self, lane: Lane):
+    def _starter(self, lane: Lane) -> Callable[[], None]:
         def start() -> None:
             if self._lanes.get(lane.number) is lane:
                 self._watch(lane.start())

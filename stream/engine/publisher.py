@@ -9,6 +9,7 @@ from aiokafka.errors import KafkaError as DriverError
 from aiokafka.errors import MessageSizeTooLargeError
 
 from stream.config import Settings
+from stream.core.dead_letters import Header
 from stream.core.outbox import Message
 from stream.errors import KafkaError
 from stream.kafka.batch import RecordBatch
@@ -17,7 +18,6 @@ from stream.kafka.clients import client_arguments
 BATCH_BYTES_MAX = 900_000       # below 1 MiB, the broker's default limit for one batch
 REQUEST_BYTES_MAX = 4 << 20
 
-Header = tuple[str, bytes | None]
 Record = tuple[bytes, bytes | None, Sequence[Header]]       # key, value, headers
 
 

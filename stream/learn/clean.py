@@ -67,7 +67,7 @@ class Cleaned:
     removed: list[dict]
 
 
-def steps_of(names: str) -> tuple[str, ...]:
+def steps_named(names: str) -> tuple[str, ...]:
     """Cleaning steps from a comma-separated list, in their order. Errors: UsageError if a name is not a step."""
     asked = {name.strip() for name in names.split(',') if name.strip()}
     if unknown := asked - STEPS.keys():

@@ -51,7 +51,7 @@ from stream.learn.dataset import (
 )
 from stream.learn.epochs import Rated, Run, device, mixed_precision, reproducible, run_epochs, shuffled
 from stream.learn.model import ShopperModel, losses, mu_and_sigma
-from stream.learn.options import Count, NotNegative, Part, PartOrAll, Place, Positive, Share, names_of
+from stream.learn.options import Count, FieldPath, NotNegative, Part, PartOrAll, Positive, Share, names_of
 from stream.learn.pretrain import PretrainOptions, pretrain, reads_text, start_from
 from stream.learn.ranking.ranker import RankerOptions, Recommender, fit_recommender
 from stream.learn.text.tuning import learning_rate, pretrained
@@ -120,7 +120,7 @@ _FLAGS = {('seed',), ('clean',), ('tiers',), ('refund',), ('start_from',), ('pre
 _QUALIFIED = ('task_weights', 'ranker', 'pretrain')     # their fields' names alone say too little
 
 
-def option_names() -> dict[str, Place]:
+def option_names() -> dict[str, FieldPath]:
     """The options that `--fit` can set: the place of each in FitOptions by its name."""
     return names_of(FitOptions(pretrain=PretrainOptions({})), _FLAGS, _QUALIFIED)
 

@@ -24,11 +24,11 @@ Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 PartOrAll = Annotated[float, Meta(gt=0, le=1)]
 
-Place = tuple[str, ...]         # (field,) or (group, field)
+FieldPath = tuple[str, ...]         # (field,) or (group, field)
 Options = TypeVar('Options')
 
 
-def names_of(complete: Any, hidden: Collection[Place], qualified: Collection[str]) -> dict[str, Place]:
+def names_of(complete: Any, hidden: Collection[FieldPath], qualified: Collection[str]) -> dict[str, FieldPath]:
     """The place of each option by its name.
 
     complete    a dataclass of options in which every group is present
@@ -36,14 +36,14 @@ def names_of(complete: Any, hidden: Collection[Place], qualified: Collection[str
     qualified   groups whose fields always carry the group's name
     """
     values = asdict(complete)
-    places: list[Place] = [(name,) for name, value in values.items() if not isinstance(value, dict)]
+    places: list[FieldPath] = [(name,) for name, value in values.items() if not isinstance(value, dict)]
     places += [(group, name) for group, fields in values.items() if isinstance(fields, dict) for name in fields]
     uses = Counter(place[-1] for place in places)
     return {place[-1] if len(place) == 1 or (uses[place[-1]] == 1 and place[0] not in qualified) else '.'.join(place):
             place for place in places if place not in hidden}
 
 
-def changed(options: Options, values: Mapping[str, Any], names: Mapping[str, Place]) -> Options:
+def changed(options: Options, values: Mapping[str, Any], names: Mapping[str, FieldPath]) -> Options:
     """A copy of a dataclass of options with some values replaced, given by name.
 
     names    from `names_of`

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from stream.cli.shared import progress_bar
-from stream.cli.summary import TABLE_COLUMNS_MIN, Outcome, print_alerts, print_seen, print_summary
+from stream.cli.summary import TABLE_COLUMNS_MIN, ReplayOutcome, print_alerts, print_seen, print_summary
 from stream.replay.replay import Counts
 
 LONG = 'viewed an item worth 38.31 just before, and then put it in the cart together with eleven others of its kind'
@@ -17,11 +17,11 @@ def alert(**fields: object) -> dict:
             'reasons': [{'text': 'nothing for 14 days', 'effect': 0.3}, {'text': LONG, 'effect': -0.1}], **fields}
 
 
-def outcome(**fields: object) -> Outcome:
+def outcome(**fields: object) -> ReplayOutcome:
     known: dict = {'counts': Counts(read=4_990, alerts=1_462), 'alerts_shown': [], 'alerts_by': Counter(),
                    'refused_scores': 0, 'trained_on': 'simulated shoppers', 'out': Path('a.jsonl'),
                    'dead_letters': Path('a.dead.jsonl'), 'report': Path('a.html'), 'seconds': 1.0}
-    return Outcome(**known | fields)
+    return ReplayOutcome(**known | fields)
 
 
 @pytest.fixture

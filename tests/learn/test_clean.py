@@ -9,7 +9,7 @@ from stream.cli.main import app
 from stream.core.events import EventRules, EventType
 from stream.core.layout import WindowLimits
 from stream.errors import UsageError
-from stream.learn.clean import STEPS, clean, in_words, outliers, steps_of
+from stream.learn.clean import STEPS, clean, in_words, outliers, steps_named
 from stream.learn.dataset import ExampleOptions, History, SnapshotKind, history_of, outcomes, read, sample
 from tests.learn.test_dataset import at, decoded, line
 
@@ -120,10 +120,10 @@ def test_windows_are_as_recorded_and_labels_are_cleaned(lines):
 
 
 def test_steps_by_name():
-    assert steps_of('') == ()
-    assert steps_of('wholesalers, duplicates') == ('duplicates', 'wholesalers')
+    assert steps_named('') == ()
+    assert steps_named('wholesalers, duplicates') == ('duplicates', 'wholesalers')
     with pytest.raises(UsageError, match=r'dirt is not a cleaning step.*duplicates'):
-        steps_of('duplicates,dirt')
+        steps_named('duplicates,dirt')
 
 
 def test_a_training_says_what_was_cleaned(tiny_options, tmp_path):

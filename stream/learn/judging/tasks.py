@@ -15,7 +15,7 @@ from stream.core.layout import DAY_MS, WindowLimits
 from stream.errors import UsageError
 from stream.learn.dataset import ACTIVE_DAYS, HORIZON_DAYS, SPEND, Examples, History, at_time
 
-POSITIVES_MIN = 10
+USERS_PER_SIDE_MIN = 10
 CUTOFFS_MAX = 2
 CUTOFF_DAYS = (273, 90, 30)         # before the last day: T so that such a horizon is settled
 PAST_SHARE_MIN = 0.45               # of the recording, that must lie before T
@@ -61,8 +61,8 @@ class Cutoff:
             fewer = min(int((truth == 1).sum()), int((truth == 0).sum()))
             if at_ms + HORIZON_DAYS[task.horizon] * DAY_MS > end_ms:
                 skipped.append((task, 'the recording ends before it is settled'))
-            elif fewer < POSITIVES_MIN:
-                skipped.append((task, f'only {fewer} users on one side, {POSITIVES_MIN} are asked for'))
+            elif fewer < USERS_PER_SIDE_MIN:
+                skipped.append((task, f'only {fewer} users on one side, {USERS_PER_SIDE_MIN} are asked for'))
             else:
                 tasks.append(task)
         return Cutoff(at_ms, asked, tasks, skipped)

@@ -74,7 +74,7 @@ def test_answers_equal_a_recount_of_the_events(history, cutoff):
 
 
 def test_rare_answers_are_not_asked_for(history, monkeypatch, cutoff):
-    monkeypatch.setattr(tasks, 'POSITIVES_MIN', 10_000)
+    monkeypatch.setattr(tasks, 'USERS_PER_SIDE_MIN', 10_000)
     rare = Cutoff.of(history, cutoff.at_ms, LIMITS)
     assert rare.tasks == []
     assert any('users on one side, 10000 are asked for' in reason for _, reason in rare.skipped)
