@@ -185,7 +185,6 @@ class TritonScorer:
         """The proof of the module's docstring. It does not ask `server ready`, which waits for all other models too."""
         name, version = self.model.name, self.model.version
         deadline = _Deadline(self._clock, min(self._timeout_s, PROBE_TIMEOUT_MS / 1000))
-        deadline.start()
         if not await client.is_server_live(deadline.left_s()):
             raise ScorerUnavailable(f'Triton at {self.address} is not live.', 'see its log.', 0)
         if not await client.is_model_ready(deadline.left_s()):
@@ -215,7 +214,6 @@ class TritonScorer:
         """Outputs of one batch. It keeps its turn between attempts, so that retries add no load."""
         async with connection.concurrency as concurrency:
             deadline = _Deadline(self._clock, self._timeout_s)
-            deadline.start()
             request = request_bytes(self.model.name, self.model.version, batch)
             refused = 0
             for attempt in itertools.count():
@@ -343,16 +341,11 @@ class _Connection:
 
 
 class _Deadline:
-    """A time limit that begins with the first `start`."""
+    """A time limit that begins now."""
 
     def __init__(self, clock: Callable[[], float], span_s: float) -> None:
         self._clock = clock
-        self._span_s = span_s
-        self._end_s: float | None = None
-
-    def start(self) -> None:
-        if self._end_s is None:
-            self._end_s = self._clock() + self._span_s
+        self._end_s = clock() + span_s
 
     def left_s(self) -> float:
-        return self._span_s if self._end_s is None else max(0.0, self._end_s - self._clock())
+        return max(0.0, self._end_s - self._clock())
