@@ -1,15 +1,15 @@
-"""A real broker and a real Triton for every test that asks: started once in a session, gone at its end however it ends.
+"""A real broker and a real Triton for the tests that ask for them. A session starts each once, and always stops it.
 
-A machine that cannot run them fails these tests with what to install.
+On a machine that cannot run them, these tests fail and say what to install.
 
-A few tests skip where the machine lacks something: `tests/skips.py` lists them all, with the reasons.
+A few tests skip if the machine lacks something. `tests/skips.py` lists all of them with the reasons.
 """
 # ruff: noqa: E402  (the libraries read the number of threads when they are imported)
 import os
 
-# One thread for each library's sums. The tests' matrices are tiny: a second thread only waits for the first, and where
-# another process has its core it waits for a whole time slice, at each product. The processes that tests start inherit
-# it.
+# One thread for matrix products. The tests' matrices are tiny, so a second thread only waits for the first one. If
+# another process occupies its core, it waits for a whole time slice at each product. Processes that tests start inherit
+# this.
 for _variable in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'):
     os.environ.setdefault(_variable, '1')
 
@@ -21,7 +21,7 @@ import pytest
 from deploy.local.parts import Kafka, Triton
 from tests.skips import may_skip
 
-# How long an example takes says how busy the machine is.
+# The time of an example depends on how busy the machine is, so it has no limit.
 hypothesis.settings.register_profile('stream', deadline=None)
 hypothesis.settings.load_profile('stream')
 

@@ -1,8 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""A producer batch that is written as bytes at once, in Kafka's record format 2.
+"""A batch of records for a producer, written directly as bytes in Kafka's record format 2.
 
-It stands where aiokafka's own builder would (`AIOKafkaProducer.send_batch` takes either), which makes an object of every
-record; a message's CloudEvents headers are written from the facts that it carries.
+It replaces aiokafka's own builder, which makes an object of every record. `AIOKafkaProducer.send_batch` accepts either.
+The CloudEvents headers of a message are written from the facts that it carries.
 
 Source   Kafka protocol guide, "Record Batch"; CloudEvents 1.0.2, Kafka protocol binding, binary mode.
 """
@@ -59,12 +59,12 @@ cdef bint CRC_IS_FAST = crc32c_is_fast()
 
 cdef enum:
     BATCH_HEADER_BYTES = 61
-    FROM_CRC = 21           # what the checksum is of begins here
-    RECORD_HEADER_BYTES = 32        # more than length, attributes and deltas of a record take
+    FROM_CRC = 21           # the checksum covers everything from here on
+    RECORD_HEADER_BYTES = 32        # more than the length, attributes and deltas of a record need
 
 
 cdef inline char* varint(char* at, int64_t value) noexcept:
-    """Zigzag, 7 bits a byte, the lowest first."""
+    """Write a zigzag number, 7 bits per byte, the lowest first; return the place after it."""
     cdef uint64_t left = (<uint64_t> value << 1) ^ <uint64_t> (value >> 63)
     while left >= 0x80:
         at[0] = <char> (left & 0x7F | 0x80)
@@ -87,7 +87,7 @@ cdef inline void big_endian(char* at, uint64_t value, int size) noexcept:
 
 
 cdef bytes sized(bytes data):
-    """Its length, then the bytes."""
+    """The length of the bytes, then the bytes."""
     cdef char room[10]
     cdef Py_ssize_t size = varint(room, len(data)) - room
     return room[:size] + data
@@ -112,7 +112,7 @@ cdef void put_digits(char* at, int64_t value, int digits) noexcept:
 
 
 cdef void put_time(char* at, int64_t ms) noexcept:
-    """RFC 3339 of a time after 1970, UTC. Source: Hinnant, "chrono-compatible low-level date algorithms"."""
+    """Write a time after 1970 in RFC 3339, UTC. Source: Hinnant, "chrono-compatible low-level date algorithms"."""
     cdef int64_t days = ms // 86400000, in_day = ms % 86400000
     cdef int64_t z = days + 719468
     cdef int64_t era = z // 146097, of_era = z - era * 146097
@@ -138,8 +138,8 @@ cdef void put_time(char* at, int64_t ms) noexcept:
 cdef class RecordBatch:
     """Records of one topic partition, in order.
 
-    bytes_max     of the whole batch; its first record is taken whatever its size
-    timestamp_ms  of all its records
+    bytes_max     limit on the size of the batch. The first record is accepted whatever its size
+    timestamp_ms  the timestamp of all records
     """
 
     cdef bytearray _bytes
@@ -160,7 +160,7 @@ cdef class RecordBatch:
         self._producer_epoch = -1
 
     cdef char* _open(self, Py_ssize_t body, bytes key, value) except? NULL:
-        """Begin a record: room for `body` bytes of headers, with the count of them; NULL where the batch is full."""
+        """Begin a record with room for `body` bytes: the count of headers and the headers. NULL if the batch is full."""
         cdef Py_ssize_t key_size = -1 if key is None else PyBytes_GET_SIZE(key)
         cdef Py_ssize_t value_size = -1 if value is None else PyBytes_GET_SIZE(value)
         cdef Py_ssize_t size = (2 + varint_size(self._records) + varint_size(key_size) + max(key_size, 0)
@@ -188,9 +188,9 @@ cdef class RecordBatch:
         return at
 
     def add_records(self, list records not None, Py_ssize_t at):
-        """Add records from the one at index `at` on; return the index of the first that does not fit any more.
+        """Add the records from index `at` on; return the index of the first one that does not fit.
 
-        records   key, value, and headers: pairs of a name and bytes, or None
+        records   tuples of key, value and headers; headers are pairs of a name and bytes (or None)
         """
         while at < len(records):
             key, value, headers = <tuple> records[at]
@@ -211,10 +211,10 @@ cdef class RecordBatch:
         return True
 
     def add_messages(self, list messages not None, Py_ssize_t at, bytes source not None):
-        """Add messages from the one at index `at` on; return the index of the first that does not fit any more.
+        """Add the messages from index `at` on; return the index of the first one that does not fit.
 
         messages  `stream.core.outbox.Message`
-        source    the header `ce_source`, as `source_header` writes it
+        source    the header `ce_source`, from `source_header`
         """
         while at < len(messages):
             if not self._add_message(messages[at], source):
@@ -223,7 +223,7 @@ cdef class RecordBatch:
         return at
 
     cdef bint _add_message(self, Message message, bytes source) except -1:
-        """Add a message with its CloudEvents headers; False where it does not fit any more."""
+        """Add a message with its CloudEvents headers. False if it does not fit."""
         cdef Py_ssize_t type_size, id_size = sizeof(message.id_hex), key_size = PyBytes_GET_SIZE(message.key)
         cdef const char* kind = PyUnicode_AsUTF8AndSize(message.kind, &type_size)
         cdef Py_ssize_t body = (
@@ -247,10 +247,10 @@ cdef class RecordBatch:
         copied(copied(at, message.key), CONTENT_TYPE)
         return True
 
-    # ---- what aiokafka asks of a builder -----------------------------------------------------------------------------
+    # ---- the interface of a builder in aiokafka -----------------------------------------------------------------------------
 
     def append(self, **record):
-        """Nothing is added by the producer itself."""
+        """Refuse: the producer itself adds nothing."""
         return None
 
     def close(self):
@@ -269,7 +269,7 @@ cdef class RecordBatch:
         self._producer_id, self._producer_epoch, self._base_sequence = producer_id, producer_epoch, base_sequence
 
     def _build(self):
-        """The batch's bytes; the producer's state has been set by then."""
+        """The bytes of the batch. The producer has set its state before."""
         cdef char* at
         self._closed = True
         if not self._built:
@@ -299,5 +299,5 @@ cdef inline char* copied(char* at, bytes data) noexcept:
 
 
 def source_header(str source not None):
-    """The header `ce_source` as `RecordBatch.add_messages` takes it."""
+    """The header `ce_source` in the form that `RecordBatch.add_messages` takes."""
     return sized(b'ce_source') + sized(source.encode())

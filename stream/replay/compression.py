@@ -1,6 +1,6 @@
-"""Compressed files, by the end of their name: .gz is gzip, .zst is Zstandard. Neither needs more than the base install.
+"""Compressed files: .gz is gzip, .zst is Zstandard. The base install can read and write both.
 
-Both readers notice when a file was cut short. Files of several members (as parallel compressors write) are read whole.
+Both readers notice if a file was cut short. Files of several members, which parallel compressors write, are read whole.
 """
 import gzip
 import io
@@ -17,21 +17,21 @@ else:
     from backports import zstd
 
 SUFFIXES = ('.gz', '.zst')
-# What reading raises where the content is cut short or damaged; all but these are errors of the file system.
-DAMAGED = (EOFError, zlib.error, zstd.ZstdError)
-_GZIP_LEVEL = 6     # that of the gzip command; Python's default of 9 takes several times as long for a few per cent
+# Errors while reading content that is cut short or damaged. All other errors come from the file system.
+DAMAGE_ERRORS = (EOFError, zlib.error, zstd.ZstdError)
+_GZIP_LEVEL = 6     # as the gzip command; Python's default, 9, takes several times as long and saves a few per cent
 _BUFFER_BYTES = 1 << 20
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether the name says so."""
+    """Whether the name ends like that of a compressed file."""
     return path.suffix.lower() in SUFFIXES
 
 
 def open_to_read(path: Path) -> io.BufferedIOBase | BinaryIO:
-    """The decompressed content of `path`; the content itself where the name names no compression.
+    """Open `path` and decompress it as its name says.
 
-    Errors   OSError where it cannot be opened or read, and one of DAMAGED while it is read.
+    Errors   OSError if it cannot be opened or read; one of DAMAGE_ERRORS while it is read.
     """
     match path.suffix.lower():
         case '.gz':
@@ -45,7 +45,7 @@ def open_to_read(path: Path) -> io.BufferedIOBase | BinaryIO:
 def compressed(file: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
     """A stream into `file`, compressed as the name of `path` says. The stream is complete when the context ends.
 
-    Errors   OSError as `file` raises it.
+    Errors   OSError from `file`.
     """
     match path.suffix.lower():
         case '.gz':
@@ -55,6 +55,6 @@ def compressed(file: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
         case _:
             yield file
             return
-    # Records are short lines, and each call of a compressor costs as much as compressing many of them.
+    # Records are short lines. One call of a compressor costs as much as compressing many of them.
     with stream, io.BufferedWriter(cast(io.RawIOBase, stream), _BUFFER_BYTES) as lines:
         yield lines

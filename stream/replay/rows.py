@@ -1,7 +1,7 @@
 """Rows of recorded files: what a format is, how often a row was seen, and the lines of a text file.
 
-A row becomes the JSON of an event, or a `BadRow` where it is none. A row is one line, in every text format. A quoted
-field that holds a line break therefore gives bad rows; in return, a quote that is never closed costs one row only.
+A row becomes the JSON of an event, or a `BadRow` if it is not an event. In every text format, a row is one line. So a
+quoted field with a line break gives bad rows, but a quote that is never closed costs only one row.
 
 Text files may be compressed (.gz, .zst).
 """
@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from stream.errors import InputError
-from stream.replay.compression import DAMAGED, is_compressed, open_to_read
+from stream.replay.compression import DAMAGE_ERRORS, is_compressed, open_to_read
 from stream.replay.topic_records import Inputs
 
 _READ_BUFFER_BYTES = 1 << 20
@@ -105,7 +105,7 @@ def lines(path: Path) -> Generator[bytes, None, None]:
                 yield _without_cr(rest)
     except FileNotFoundError as error:
         raise InputError(f'There is no file {path}.', 'check the path.') from error
-    except (OSError, *DAMAGED) as error:
+    except (OSError, *DAMAGE_ERRORS) as error:
         raise InputError(f'{path} cannot be read: {error}.', _how_to_read(path)) from error
 
 
