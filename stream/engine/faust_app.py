@@ -4,8 +4,8 @@ Faust runs one app with one agent, which consumes both input topics. Faust's ass
 users and its standby copies together. Faust starts, stops and supervises these services.
 
 Other modules do the rest: `consumer` fetches, tracks and commits blocks, `lane` folds events and sends records, and
-`changelog` restores state. Faust's web server and its replies to record headers are switched off. Faust's path per
-message is 50 times slower, and it loses events: see the README beside this file.
+`changelog` restores state. Faust's web server and its replies to record headers are switched off. Faust's usual way,
+one message per record, is slow, and it can lose records: see "What Faust does" in stream/README.md.
 
 The agent's `async for` iterates over blocks, one Faust message each. A class here either connects a Faust interface to
 the worker's code, or switches off something that Faust would do by itself. A method that switches something off says so
