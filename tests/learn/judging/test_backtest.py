@@ -189,7 +189,7 @@ def test_the_command_says_what_is_wrong(recording, tmp_path):
     (tmp_path / 'taken').touch()
     for arguments, error, words in ((('--out', str(tmp_path / 'taken')), UsageError, 'is a file'),
                                     (('--at', 'yesterday'), UsageError, 'yesterday is not a time'),
-                                    (('--model', str(tmp_path)), UsageError, 'no model version'),
+                                    (('--model', str(tmp_path)), UsageError, 'is not a model version'),
                                     (('--at', '2031-01-01'), UsageError, 'nothing to learn from')):
         done = CliRunner().invoke(app, ['evaluate', str(recording), *arguments])
         assert isinstance(done.exception, error) and words in str(done.exception)
