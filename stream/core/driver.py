@@ -1,12 +1,12 @@
 """The step driver turns events and due timers into messages.
 
-It has three callers: a lane of the worker, a replay of files, and a replay of a journal. The callers read and decode
-records, load the users, store the results and send the messages. The driver does everything in between, in the same way
-for all of them:
+It has three callers: the worker, a replay of files, and a replay of a journal. The callers read and decode records,
+load the users, store the results and send the messages. This module does everything in between, in the same way for all
+of them:
 
     run      cut a run of events into steps
     sweep    make a step out of due silence timers
-    score    score a step's users, decide, explain, and put the messages into the users' outboxes
+    score    score the users of one or more steps, decide, explain, and put the messages into the users' outboxes
 
 A step is a group of events or timers. Its users are scored, decided and written together. A timer must fire at its due
 time, before any later event of the same user is folded. Two rules ensure this:
@@ -107,7 +107,7 @@ class StepDriver:
     def __init__(self, rules: StepRules, scorer: Scorer, generation: int = 0) -> None:
         self.number = 0
         self._rules = rules
-        self._scorer = scorer
+        self._scorer = StepScorer(rules, scorer)
         self._generation = generation
 
     def run(self, users: dict[str, User], events: list[Event], silent: Silent = nobody) -> Iterator[Step]:
@@ -133,22 +133,8 @@ class StepDriver:
         return self._step(touched, [0] * len(Fold), waiting or [])
 
     async def score(self, step: Step) -> Scored:
-        """Score, decide, explain, and write the messages into the users' outboxes.
-
-        Errors   ModelError from the scorer. The users' alert state is then unchanged, and the step can be scored again.
-        """
-        rows = [entry for entry in step.touched if entry.origin is not None]
-        for entry in step.touched:
-            entry.user.outbox = b''
-        if not rows:
-            return Scored([], None, [], 0)
-        snapshots = snapshot(rows)
-        inputs = features(snapshots)
-        scores = await _score(inputs, self._scorer)
-        decisions = decide(snapshots.headers, snapshots.as_of_ms, scores, self._rules.policy, self._scorer.model.tag)
-        reasons = await _reasons(decisions, snapshots, inputs, scores, self._scorer, self._rules.reasons_rows_max)
-        decided = self._decided(rows, decisions, scores, reasons)
-        return Scored(rows, scores, self._outboxes(rows, decided, scores), int(np.sum(~scores.usable)))
+        """Score one step. See `StepScorer.score`."""
+        return (await self._scorer.score([step]))[0]
 
     def _fold(self, users: dict[str, User], events: list[Event]) -> Step:
         limits = self._rules.limits
@@ -161,6 +147,66 @@ class StepDriver:
         self.number += 1
         new = stamp([entry.user for entry in touched], self.number, self._generation)
         return Step(self.number, touched, new, counts, waiting)
+
+
+class StepScorer:
+    """Scores steps of any number of drivers together: a call of the model costs as much as scoring many windows."""
+
+    def __init__(self, rules: StepRules, scorer: Scorer) -> None:
+        self._rules = rules
+        self._scorer = scorer
+
+    async def score(self, steps: Sequence[Step]) -> list[Scored]:
+        """Score, decide, explain, and write the messages into the users' outboxes; return the result of each step.
+
+        steps    no user may be in two of them
+        Promise  the result of a step does not depend on the others, as long as the model scores each window on its own
+        Errors   ModelError from the scorer. The users' alert state is then unchanged; the steps can be scored again
+        """
+        rows: list[Touched] = []
+        ends: list[int] = []
+        for step in steps:
+            for entry in step.touched:
+                entry.user.outbox = b''
+                if entry.origin is not None:
+                    rows.append(entry)
+            ends.append(len(rows))
+        if not rows:
+            return [Scored([], None, [], 0) for _ in steps]
+        snapshots = snapshot(rows)
+        inputs = features(snapshots)
+        scores = await _score(inputs, self._scorer)
+        decisions = decide(snapshots.headers, snapshots.as_of_ms, scores, self._rules.policy, self._scorer.model.tag)
+        reasons = await self._reasons(decisions, snapshots, inputs, scores, ends) if decisions else {}
+        decided = self._decided(rows, decisions, scores, reasons)
+        results, start = [], 0
+        pen = ScoresPen(self._scorer.model, scores)
+        for end in ends:
+            of_step = scores if end - start == len(rows) else scores.part(start, end)
+            outboxes = self._outboxes(rows, start, end, decided, of_step.usable.tolist(), pen)
+            results.append(Scored(rows[start:end], of_step, outboxes, int(np.sum(~of_step.usable))))
+            start = end
+        return results
+
+    async def _reasons(
+        self, decisions: Sequence[Decision], snapshots: Snapshots, inputs: Features, scores: Scores,
+        ends: Sequence[int],
+    ) -> dict[Decision, list[dict]]:
+        """Reasons for as many alerts and tier changes as the budget of each step allows, the most urgent first."""
+        alerts = [decision for decision in decisions if decision.occasion not in (None, 'power_first')]
+        rows: list[int] = []
+        start = 0
+        for end in ends:
+            rows += _affordable([decision for decision in alerts if start <= decision.row < end], inputs,
+                                self._rules.reasons_rows_max)
+            start = end
+        if not rows:
+            return {}
+        occlusions = occlude(snapshots, rows, inputs)
+        occluded = await _score(occlusions.inputs, self._scorer)
+        explained = set(rows)
+        return {decision: explain(occlusions, occluded, decision.row, decision.kind, scores)
+                for decision in alerts if decision.row in explained}
 
     def _decided(
         self, rows: Sequence[Touched], decisions: Sequence[Decision], scores: Scores,
@@ -179,22 +225,26 @@ class StepDriver:
         return decided
 
     def _outboxes(
-        self, rows: Sequence[Touched], decided: Mapping[int, list[Message]], scores: Scores,
+        self, rows: Sequence[Touched], start: int, end: int, decided: Mapping[int, list[Message]],
+        usable: Sequence[bool], pen: ScoresPen,
     ) -> list[tuple[User, list[Message]]]:
-        """Put the messages to publish into each user's outbox; return the users and their messages."""
+        """Put the messages of rows [start, end) into the users' outboxes; return the users and their messages.
+
+        usable   of these rows
+        """
         outboxes: list[tuple[User, list[Message]]] = []
         if self._rules.publish == 'changes':
             for row, messages in decided.items():
-                rows[row].user.outbox = pack_messages(messages)
-                outboxes.append((rows[row].user, messages))
+                if start <= row < end:
+                    rows[row].user.outbox = pack_messages(messages)
+                    outboxes.append((rows[row].user, messages))
             return outboxes
-        write, by_event = ScoresPen(self._scorer.model, scores).write, self._rules.publish == 'events'
-        usable = scores.usable.tolist()
-        for row, entry in enumerate(rows):
-            user, origin, messages = entry.user, entry.origin, decided.get(row)
-            if usable[row] and origin is not None:
+        write, by_event = pen.write, self._rules.publish == 'events'
+        for row in range(start, end):
+            user, origin, messages = rows[row].user, rows[row].origin, decided.get(row)
+            if usable[row - start] and origin is not None:
                 messages = write(user, messages, row, origin.as_of_ms, origin.timer_ms,
-                                 entry.applied if by_event else None)
+                                 rows[row].applied if by_event else None)
             elif messages:
                 user.outbox = pack_messages(messages)
             if messages:
@@ -202,27 +252,18 @@ class StepDriver:
         return outboxes
 
 
+def _affordable(alerts: Sequence[Decision], inputs: Features, rows_max: int) -> list[int]:
+    """The rows whose reasons fit into the budget of one step, ascending. The most urgent alerts are served first."""
+    if not alerts:
+        return []
+    by_priority = sorted(alerts, key=lambda decision: (_PRIORITY[decision.kind], decision.row))
+    unique = np.array(list(dict.fromkeys(decision.row for decision in by_priority)), np.int64)
+    return sorted(unique[np.cumsum(variants(inputs, unique)) <= rows_max].tolist())
+
+
 async def _score(inputs: Features, scorer: Scorer) -> Scores:
     cut = list(batches(inputs, scorer.rows_max, PADDING_SLOTS_MAX))
     return collect(cut, await scorer.score(cut), len(inputs.counters))
-
-
-async def _reasons(
-    decisions: Sequence[Decision], snapshots: Snapshots, inputs: Features, scores: Scores, scorer: Scorer,
-    rows_max: int,
-) -> dict[Decision, list[dict]]:
-    """Reasons for as many alerts and tier changes as the budget allows, the most urgent first."""
-    alerts = [decision for decision in decisions if decision.occasion not in (None, 'power_first')]
-    by_priority = sorted(alerts, key=lambda decision: (_PRIORITY[decision.kind], decision.row))
-    unique = np.array(list(dict.fromkeys(decision.row for decision in by_priority)), np.int64)
-    rows = sorted(unique[np.cumsum(variants(inputs, unique)) <= rows_max].tolist())
-    if not rows:
-        return {}
-    occlusions = occlude(snapshots, rows, inputs)
-    occluded = await _score(occlusions.inputs, scorer)
-    explained = set(rows)
-    return {decision: explain(occlusions, occluded, decision.row, decision.kind, scores)
-            for decision in alerts if decision.row in explained}
 
 
 def snapshot(touched: Sequence[Touched]) -> Snapshots:

@@ -49,6 +49,11 @@ class Scores:
     def __len__(self) -> int:
         return len(self.usable)
 
+    def part(self, start: int, end: int) -> 'Scores':
+        """Rows [start, end)."""
+        return Scores(self.usable[start:end], self.intent[start:end], self.churn[start:end], self.power[start:end],
+                      self.tiers[start:end], self.spend[start:end])
+
 
 def collect(batches: Sequence[Batch], outputs: Sequence[Outputs], rows: int) -> Scores:
     """Join the answers to all batches, `rows` rows in total, into one table.
