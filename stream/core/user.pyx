@@ -615,6 +615,33 @@ def change_of(User user not None, bint new=False):
     return change
 
 
+def gather(dict pending not None, list changes not None):
+    """Add changes to those that wait to be written, `pending`, by user; return bytes, due_ms.
+
+    Only the newest record of a user is written. The change that waited leaves it the timer that the index holds, and
+    whether the user is new.
+
+    Returns  bytes   by how much the records in `pending` have grown
+             due_ms  the earliest due time among `changes`; NO_TIMER_MS if they set no timer
+    """
+    cdef Change change, before
+    cdef Py_ssize_t grown = 0
+    cdef int64_t due_ms = NO_TIMER
+    cdef void* found
+    for change in changes:
+        found = <void*> PyDict_GetItem(pending, change.user_id)
+        if found != NULL:
+            before = <Change> found
+            change.due_before_ms = before.due_before_ms
+            change.new = change.new or before.new
+            grown -= PyBytes_GET_SIZE(before.record)
+        grown += PyBytes_GET_SIZE(change.record)
+        if change.due_ms != NO_TIMER and (due_ms == NO_TIMER or change.due_ms < due_ms):
+            due_ms = change.due_ms
+        pending[change.user_id] = change
+    return grown, due_ms
+
+
 def stamp(list users not None, int64_t step, uint32_t generation):
     """Set step and generation of each user; return, for each, whether the user had no record before."""
     cdef User user

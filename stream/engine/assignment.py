@@ -1,7 +1,7 @@
 """All lanes of a worker: which partitions it owns, which it stands by for, which it is recovering, and their health.
 
-    rebalance   First the group revokes partitions. Every lane finishes its step in flight, within `drain_timeout_ms`,
-                and finished steps are committed. Stores stay open. Then the group assigns partitions. Stores of
+    rebalance   First the group revokes partitions. All steps in flight are finished, within `drain_timeout_ms`, and
+                committed. Stores stay open. Then the group assigns partitions. Stores of
                 partitions that went elsewhere are closed. The other stores are read up to the end of their changelogs,
                 and their lanes start.
     failure     The first error of a lane, of the changelog reader or of the watchdog. The worker exits with it.
@@ -16,6 +16,7 @@ from aiokafka import TopicPartition
 
 from stream.core.events import Source
 from stream.engine.admin import LaneState, LaneStatus, Status
+from stream.engine.beat import Beats
 from stream.engine.blocks import Block
 from stream.engine.changelog import ChangelogReader, Follower
 from stream.engine.lane import FETCH_FRESH_MS, Lane, Tools
@@ -44,6 +45,7 @@ class Assignment:
         self._stuck_s = stuck_timeout_ms / 1000
         self._join_s = JOIN_S_MAX + self._stuck_s
         self._lanes: dict[int, Lane] = {}
+        self._beats: Beats | None = None
         self._standbys: set[int] = set()
         self._polled_at = time.monotonic()
         self._commit_failed = False
@@ -83,7 +85,8 @@ class Assignment:
     async def drain(self) -> None:
         """Finish the steps in flight, within the configured time, and start no others."""
         await self._reader.unfollow()
-        await asyncio.gather(*(lane.stop(self._drain_s) for lane in self._lanes.values()))
+        if self._beats is not None:
+            await self._beats.stop(self._drain_s)
 
     # ---- rebalances ------------------------------------------------------------------------------------------------
 
@@ -95,6 +98,7 @@ class Assignment:
         owned, copies = set(active), set(standby) - set(active)
         await self.drain()
         self._lanes, self._standbys = {}, copies        # so that nothing uses a store that is being closed
+        self._beats = beats = Beats(self._tools)
         for number in set(self._stores.open_partitions()) - owned - copies:
             await asyncio.to_thread(self._stores.release, number)
             self._tools.metrics.revoked(self._topics, number)
@@ -103,20 +107,21 @@ class Assignment:
             store = await asyncio.to_thread(self._stores.take, number)
             if number in owned:
                 tps = (TopicPartition(self._topics[0], number), TopicPartition(self._topics[1], number))
-                lane = self._lanes[number] = Lane(number, generation, store, self._tools, tps)
-                followers[number] = Follower(store, False, self._starter(lane))
+                lane = self._lanes[number] = Lane(number, generation, store, self._tools, tps, beats.writer, beats.wake)
+                followers[number] = Follower(store, False, self._starter(beats, lane))
             else:
                 followers[number] = Follower(store, True)
         log.info('Assigned partitions %s, standby for %s (generation %d).', sorted(owned), sorted(copies), generation)
         self._tools.metrics.rebalances.inc()
         self.joined = True
         if followers and not self._stopping:
+            self._watch(beats.start())
             self._watch(await self._reader.follow(followers))
 
-    def _starter(self, lane: Lane) -> Callable[[], None]:
+    def _starter(self, beats: Beats, lane: Lane) -> Callable[[], None]:
         def start() -> None:
             if self._lanes.get(lane.number) is lane:
-                self._watch(lane.start())
+                beats.join(lane)
         return start
 
     def _watch(self, task: asyncio.Task) -> None:

@@ -170,8 +170,8 @@ class BlockConsumer:
 
     # ---- blocks ------------------------------------------------------------------------------------------------------
 
-    async def deliver(self, to: Callable[[Block], Awaitable[Any]], stopping: Callable[[], bool]) -> None:
-        """Fetch, and call `to` with each block, until `stopping` returns true."""
+    async def deliver(self, to: Callable[[list[Block]], Awaitable[Any]], stopping: Callable[[], bool]) -> None:
+        """Fetch, and call `to` with the blocks of each fetch, until `stopping` returns true."""
         driver, events_max = self.driver, self._settings.block_events_max
         while not stopping():
             # Records of partitions without room stay in the client, which fetches no more of them. The client is polled
@@ -196,9 +196,9 @@ class BlockConsumer:
                 await asyncio.sleep(POLL_MS / 1000)
                 continue
             self.owner.polled()
-            for span in self._advanced(fetched):
-                for block in cut(span, events_max):
-                    await to(block)
+            blocks = [block for span in self._advanced(fetched) for block in cut(span, events_max)]
+            if blocks:
+                await to(blocks)
             await asyncio.sleep(0)
 
     async def _out_of_range(self, positions: Mapping[Any, int]) -> None:

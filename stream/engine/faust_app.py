@@ -94,7 +94,8 @@ def create_app(settings: Settings, partitions: int, consumer: BlockConsumer, sto
     @app.agent(blocks, name='blocks')
     async def bring(stream: Any) -> None:
         async for event in stream.noack().events():
-            consumer.owner.admit(event.value)
+            for block in event.value:
+                consumer.owner.admit(block)
 
     return app
 
@@ -143,15 +144,17 @@ class Consumer(FaustConsumer):
         self.app.on_rebalance_end()
 
     async def deliver(self, fetcher: Any) -> None:
-        """Deliver every block to the agent."""
-        await self._blocks.deliver(lambda block: self.callback(self._message(block)),
+        """Deliver the blocks of each fetch to the agent."""
+        await self._blocks.deliver(lambda blocks: self.callback(self._message(blocks)),
                                    lambda: self.should_stop or fetcher.should_stop)
 
-    def _message(self, block: Block) -> ConsumerMessage:
-        carried: Any = block        # Faust expects bytes here; `BlockSchema` passes the block through
+    def _message(self, blocks: list[Block]) -> ConsumerMessage:
+        """One message for all blocks of a fetch. To Faust, it is a message of the first block's partition."""
+        carried: Any = blocks       # Faust expects bytes here; `BlockSchema` passes the blocks through
+        first = blocks[0]
         message = ConsumerMessage(
-            block.topic, block.partition, block.start, 0.0, 0, None, None, carried, None, 0, 0,
-            TP(block.topic, block.partition), generation_id=self.app.consumer_generation_id)
+            first.topic, first.partition, first.start, 0.0, 0, None, None, carried, None, 0, 0,
+            TP(first.topic, first.partition), generation_id=self.app.consumer_generation_id)
         message.tracked = True      # the lane tracks the block, so Faust must not
         return message
 

@@ -97,6 +97,11 @@ class Intake:
         """Number of waiting blocks."""
         return sum(map(len, self._queues))
 
+    @property
+    def events(self) -> int:
+        """Number of waiting events."""
+        return sum([len(block.records) for queue in self._queues for block in queue])
+
     def _join(self, block: Block, after: Block) -> bool:
         """Whether two blocks may be joined: nothing is missing between them, and together they are not too large."""
         return (block.stop == after.start and len(block.records) + len(after.records) <= self._events_max

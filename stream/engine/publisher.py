@@ -2,7 +2,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError as DriverError
@@ -54,7 +54,7 @@ class Publisher:
         partition   taken modulo the topic's number of partitions
         Errors      KafkaError if a record was not acknowledged within `send_timeout_ms`, or is too large.
         """
-        return await self._send(topic, partition, len(records), lambda batch, at: batch.add_records(records, at))
+        return await (await self.begin(topic, partition, records)).end() if records else 0
 
     async def send_messages(self, topic: str, partition: int, messages: list[Message],
                             source: bytes) -> int:
@@ -62,30 +62,42 @@ class Publisher:
 
         source   the header of the CloudEvents source, from `batch.source_header`
         """
-        return await self._send(topic, partition, len(messages),
-                                lambda batch, at: batch.add_messages(messages, at, source))
+        return await (await self.begin_messages(topic, partition, messages, source)).end() if messages else 0
 
-    async def _send(self, topic: str, partition: int, count: int, add: Callable[[RecordBatch, int], int]) -> int:
-        if not count:
-            return 0
+    async def begin(self, topic: str, partition: int, records: list[Record]) -> 'Sending':
+        """Hand the records over to the producer, without waiting for the acknowledgements. There must be some.
+
+        What is handed over in one turn of the event loop goes out in one request to each broker.
+        """
+        return await self._begin(topic, partition, len(records), lambda batch, at: batch.add_records(records, at))
+
+    async def begin_messages(self, topic: str, partition: int, messages: list[Message], source: bytes) -> 'Sending':
+        """Like `begin`, for messages. There must be some."""
+        return await self._begin(topic, partition, len(messages),
+                                 lambda batch, at: batch.add_messages(messages, at, source))
+
+    async def _begin(self, topic: str, partition: int, count: int, add: Callable[[RecordBatch, int], int]) -> 'Sending':
+        place = f'{topic}-{partition}'
         try:
             partition %= await self._partitions_of(topic)
-            now_ms = int(time.time() * 1000)
-            sent, at = [], 0
-            while at < count:
-                batch = RecordBatch(BATCH_BYTES_MAX, now_ms)
-                at = add(batch, at)
-                sent.append((batch.record_count(), await self._hand_over(batch, topic, partition)))
-            acknowledged = await asyncio.gather(*(future for _, future in sent))
-        except MessageSizeTooLargeError as error:
-            raise KafkaError(f'A record for {topic} exceeds the size limit of the topic: {error}.',
-                             f'raise max.message.bytes of {topic} to the value that `stream topics` prints.'
-                             ) from error
+            batch = RecordBatch(BATCH_BYTES_MAX, int(time.time() * 1000))
+            at = add(batch, 0)
+            if at == count:
+                return Sending(await self._hand_over(batch, topic, partition), count, place)
         except DriverError as error:
-            raise KafkaError(f'Kafka did not acknowledge records for {topic}-{partition}: {error!r}.',
-                             'check the brokers, then start the worker again; it continues where it stopped.'
-                             ) from error
-        return acknowledged[-1].offset + sent[-1][0]
+            raise _failed(error, place) from error
+        # The producer takes the next batch of a partition only when the one before is on its way.
+        return Sending(asyncio.create_task(self._send_all(topic, partition, count, batch, at, add)), 0, place)
+
+    async def _send_all(self, topic: str, partition: int, count: int, batch: RecordBatch, at: int,
+                        add: Callable[[RecordBatch, int], int]) -> 'Sent':
+        sent = [(batch.record_count(), await self._hand_over(batch, topic, partition))]
+        while at < count:
+            batch = RecordBatch(BATCH_BYTES_MAX, int(time.time() * 1000))
+            at = add(batch, at)
+            sent.append((batch.record_count(), await self._hand_over(batch, topic, partition)))
+        acknowledged = await asyncio.gather(*(future for _, future in sent))
+        return Sent(acknowledged[-1].offset + sent[-1][0])
 
     async def _hand_over(self, batch: Any, topic: str, partition: int) -> asyncio.Future:
         batch.close()
@@ -96,3 +108,44 @@ class Publisher:
         if count is None:
             count = self._partitions[topic] = len(await self._driver.partitions_for(topic))
         return count
+
+
+class Sent(NamedTuple):
+    """The acknowledgement of several batches: the offset after the last record."""
+
+    offset: int
+
+
+class Sending:
+    """Records on their way to one topic partition.
+
+    future   done when all records are acknowledged, or one has failed
+    """
+
+    __slots__ = ('_count', '_place', 'future')
+
+    def __init__(self, future: asyncio.Future[Any], count: int, place: str) -> None:
+        self.future = future
+        self._count = count
+        self._place = place
+
+    async def end(self) -> int:
+        """Wait until the records are acknowledged; return the offset after the last one. Errors: KafkaError."""
+        await asyncio.wait([self.future])
+        return self.offset()
+
+    def offset(self) -> int:
+        """The offset after the last record, once `future` is done. Errors: KafkaError if a record has failed."""
+        try:
+            return self.future.result().offset + self._count
+        except DriverError as error:
+            raise _failed(error, self._place) from error
+
+
+def _failed(error: DriverError, place: str) -> KafkaError:
+    topic = place.rpartition('-')[0]
+    if isinstance(error, MessageSizeTooLargeError):
+        return KafkaError(f'A record for {topic} exceeds the size limit of the topic: {error}.',
+                          f'raise max.message.bytes of {topic} to the value that `stream topics` prints.')
+    return KafkaError(f'Kafka did not acknowledge records for {place}: {error!r}.',
+                      'check the brokers, then start the worker again; it continues where it stopped.')

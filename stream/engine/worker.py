@@ -17,7 +17,6 @@ from stream.core.events import Decoder
 from stream.core.journal import rules_digest
 from stream.engine.admin import AdminServer
 from stream.engine.assignment import VERSION, Assignment
-from stream.engine.budget import Budget
 from stream.engine.changelog import ChangelogReader
 from stream.engine.consumer import BlockConsumer
 from stream.engine.faust_app import App, create_app
@@ -62,8 +61,7 @@ async def run(settings: Settings) -> None:
         stores = PartitionStores(settings.state_dir, Memory(settings.rocksdb_cache_mib,
                                                             settings.rocksdb_write_buffers_mib))
         rules = _rules(settings, partitions)
-        tools = Tools(rules, Decoder(settings.event_rules()), scorer, publisher, metrics, consumer,
-                      Budget(settings.events_in_flight_max))
+        tools = Tools(rules, Decoder(settings.event_rules()), scorer, publisher, metrics, consumer)
         assignment = Assignment(
             (settings.clicks_topic, settings.carts_topic), stores, ChangelogReader(settings, rules.changelog, metrics),
             tools, settings.group, settings.drain_timeout_ms, settings.stuck_timeout_ms)
@@ -102,7 +100,7 @@ def _rules(settings: Settings, partitions: int) -> LaneRules:
         clock_grace_ms=settings.clock_grace_ms, clock_idle_ms_max=settings.clock_idle_ms_max,
         merge_wait_ms=settings.merge_wait_ms, blocks_ahead_max=settings.blocks_ahead_max,
         users_cached_bytes=(settings.users_cached_mib << 20) // partitions,
-        block_events_max=settings.block_events_max,
+        block_events_max=settings.block_events_max, events_in_flight_max=settings.events_in_flight_max,
         sweep_users_max=settings.sweep_users_max, changelog=changelog_topic(settings),
         alerts=settings.alerts_topic, scores=settings.scores_topic, dead_letters=settings.dead_letters_topic,
         journal=settings.journal_topic, source=f'/stream/{settings.group}')

@@ -20,12 +20,13 @@ import orjson
 from stream.cli.shared import collect_seldom
 from stream.config import load_settings
 from stream.core.decide import Kind
-from stream.core.driver import Scored, Step, StepDriver
+from stream.core.driver import Scored, Step, StepScorer
 from stream.core.outbox import Message, pack_messages
-from stream.engine import lane as lane_module
-from stream.engine import worker
+from stream.engine import assignment, beat, worker
+from stream.engine.beat import Beats
 from stream.engine.blocks import Block
 from stream.engine.lane import Lane, StepOutput
+from stream.engine.publisher import Sending
 
 JOB, APP, EVENTS = os.environ['JOB'], os.environ['APP_ID'], int(os.environ['EVENTS'])
 NO_ID = b'0' * 32       # the peers' message has none
@@ -42,9 +43,9 @@ class TellingLane(Lane):
         self.tell('first')
         super().admit(block)
 
-    def _done(self, step: StepOutput) -> None:
+    def finish(self, output: StepOutput) -> None:
         before = sum(self.done)
-        super()._done(step)
+        super().finish(output)
         TellingLane.handled += sum(self.done) - before
         if TellingLane.handled >= EVENTS:
             self.tell('handled')
@@ -56,17 +57,21 @@ class TellingLane(Lane):
             sys.stdout.flush()
 
 
-class PeersLane(TellingLane):
+class PeersBeats(Beats):
     """Sends the peers' message as it is, without headers."""
 
-    async def _send_messages(self, messages: Sequence[Message]) -> None:
-        await self._send(self._rules.scores, [(message.key, message.value, ()) for message in messages])
+    async def _begin_messages(self, lane: Lane, messages: Sequence[Message]) -> list[Sending]:
+        return [await self._tools.publisher.begin(self._rules.scores, lane.number, [
+            (message.key, message.value, ()) for message in messages])] if messages else []
 
 
-class PeersDriver(StepDriver):
+class PeersScorer(StepScorer):
     """Says what the peers say of a window, and scores nobody."""
 
-    async def score(self, step: Step) -> Scored:
+    async def score(self, steps: Sequence[Step]) -> list[Scored]:
+        return [self._said(step) for step in steps]
+
+    def _said(self, step: Step) -> Scored:
         outboxes = []
         for entry in step.touched:
             user = entry.user
@@ -78,10 +83,9 @@ class PeersDriver(StepDriver):
 
 
 def main() -> None:
-    from stream.engine import assignment
-    assignment.Lane = PeersLane if JOB == 'peers' else TellingLane
+    assignment.Lane = TellingLane
     if JOB == 'peers':
-        lane_module.StepDriver = PeersDriver
+        assignment.Beats, beat.StepScorer = PeersBeats, PeersScorer
     settings = load_settings(
         brokers=os.environ['KAFKA'], group=APP, clicks_topic='bench.clicks', carts_topic='bench.carts',
         alerts_topic=f'{APP}-alerts', scores_topic='bench.updates', dead_letters_topic=f'{APP}-dead', scorer='constant',

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal['kill', 'die', 'term', 'join', 'leave', 'broker', 'triton']
-STAGES = ('decode', 'score', 'changelog', 'outputs', 'write', 'done', 'commit')
+STAGES = ('read', 'score', 'changelog', 'outputs', 'done', 'write', 'commit')
 CUT_STAGES = ('changelog', 'outputs', 'write', 'commit')      # those that take time, so that one can die within
 SHARE_BEFORE_LAST = 0.94        # of the events are consumed when the last fault fires
 EVENTS_BETWEEN_MIN = 1_000

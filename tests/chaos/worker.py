@@ -1,4 +1,4 @@
-"""`stream worker`, which can be told to die at a named point: before, during or after a stage of a step.
+"""`stream worker`, which can be told to die at a named point: before, during or after a stage of a beat.
 
     python -m tests.chaos.worker ORDERS worker --config FILE
 
@@ -17,15 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Stage -> class and method, in the order of a block's way.
+# Stage -> class and method, in the order of a beat.
 POINTS = {
-    'take_over': ('stream.engine.lane', 'Lane', '_take_over'),
-    'decode': ('stream.engine.lane', 'Lane', '_decode'),
-    'score': ('stream.engine.lane', 'Lane', '_score'),
-    'changelog': ('stream.engine.lane', 'Lane', '_send_changelog'),
-    'outputs': ('stream.engine.lane', 'Lane', '_send_outputs'),
-    'write': ('stream.engine.lane', 'Lane', '_write'),
-    'done': ('stream.engine.lane', 'Lane', '_done'),
+    'take_over': ('stream.engine.beat', 'Beats', '_take_over'),
+    'read': ('stream.engine.beat', 'Beats', '_read'),
+    'score': ('stream.engine.beat', 'Beats', '_score'),
+    'changelog': ('stream.engine.beat', 'Beats', '_changelog'),
+    'outputs': ('stream.engine.beat', 'Beats', '_outputs'),
+    'done': ('stream.engine.beat', 'Beats', '_done'),
+    'write': ('stream.engine.beat', 'Beats', '_write'),
     'commit': ('stream.engine.consumer', 'BlockConsumer', '_commit'),
 }
 

@@ -1,6 +1,7 @@
-"""A lane with a fake Kafka: the order of its sends, and the state after it dies at any point of a step."""
+"""Beats with a fake Kafka: the order of the sends, and the state after a worker dies at any point of a beat."""
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -16,34 +17,40 @@ from stream.core.outbox import Message
 from stream.core.partitioners import partition
 from stream.core.rules import StepRules
 from stream.core.user import Change, User, encode
+from stream.engine import beat
+from stream.engine.beat import Beats
 from stream.engine.blocks import Block
-from stream.engine.budget import Budget
 from stream.engine.lane import Lane, LaneRules, Tools
-from stream.engine.publisher import Record
-from stream.errors import ScorerUnavailable
+from stream.engine.publisher import Record, Sending, Sent
+from stream.errors import ModelError, ScorerUnavailable
 from stream.metrics import Metrics
 from stream.scoring.constant import ConstantScorer
 from stream.state.store import LaneRecord, Memory, Meta, PartitionStore
 
-CLICKS, CARTS = TopicPartition('clicks', 0), TopicPartition('carts', 0)
+CLICKS = TopicPartition('clicks', 0)
 NOW_MS = 1_770_000_000_000
 RULES = LaneRules(
     steps=StepRules(limits=WindowLimits(silence_ms=(DAY_MS,)), publish='all', reasons_rows_max=0), digest='',
     partitioner='none', partitions=1, wall_clock=False, clock_grace_ms=0, clock_idle_ms_max=0, merge_wait_ms=0,
-    blocks_ahead_max=100, block_events_max=1, users_cached_bytes=1 << 20, sweep_users_max=3,
+    blocks_ahead_max=100, block_events_max=1, events_in_flight_max=100, users_cached_bytes=1 << 20, sweep_users_max=3,
     changelog='changelog', alerts='alerts', scores='scores',
     dead_letters='dead', journal='', source='/stream/test')
 
 
 class FakeKafka:
-    """Topics in memory. Stands for the consumer and for the publisher, which acknowledges when `gates` allow it."""
+    """Topics in memory. Stands for the consumer and for the publisher, which acknowledges when `gates` allow it.
 
-    def __init__(self) -> None:
-        self.starts = {CLICKS: 0, CARTS: 0}
-        self.epochs = {CLICKS: 1, CARTS: 1}
+    gates   by topic, or by (topic, partition)
+    """
+
+    def __init__(self, partitions: int = 1) -> None:
+        tps = [TopicPartition(topic, number) for topic in ('clicks', 'carts') for number in range(partitions)]
+        self.starts = dict.fromkeys(tps, 0)
+        self.epochs = dict.fromkeys(tps, 1)
         self.topics: dict[str, list[Record]] = {name: [] for name in ('changelog', 'alerts', 'scores', 'dead')}
         self.sends: list[str] = []
-        self.gates: dict[str, asyncio.Event] = {}
+        self.places: list[tuple[str, int]] = []
+        self.gates: dict[Any, asyncio.Event] = {}
 
     def seek_now(self, tp: TopicPartition, position: int) -> None:
         raise AssertionError('nothing gets lost on the way here')
@@ -51,18 +58,22 @@ class FakeKafka:
     def end_offset(self, tp: TopicPartition) -> int:
         return 0
 
-    async def send(self, topic: str, partition: int, records: list[Record]) -> int:
+    async def begin(self, topic: str, partition: int, records: list[Record]) -> Sending:
+        assert records
         self.sends.append(topic)
+        self.places.append((topic, partition))
         self.topics[topic] += records
-        if topic in self.gates:
-            await self.gates[topic].wait()
-        return len(self.topics[topic])
+        end = Sent(len(self.topics[topic]))
 
-    async def send_messages(
-        self, topic: str, partition: int, messages: list[Message], source: bytes,
-    ) -> int:
-        return await self.send(topic, partition, [(message.key, message.value, []) for message in messages]
-                               ) if messages else 0
+        async def acknowledge() -> Sent:
+            for gate in (topic, (topic, partition)):
+                if gate in self.gates:
+                    await self.gates[gate].wait()
+            return end
+        return Sending(asyncio.create_task(acknowledge()), 0, f'{topic}-{partition}')
+
+    async def begin_messages(self, topic: str, partition: int, messages: list[Message], source: bytes) -> Sending:
+        return await self.begin(topic, partition, [(message.key, message.value, []) for message in messages])
 
 
 def record(offset: int, user: str, ts_ms: int, value: bytes | None = None) -> ConsumerRecord:
@@ -84,23 +95,34 @@ def blocks() -> list[Block]:
     return made
 
 
+def lanes_on(kafka: Any, stores: list[PartitionStore], scorer: ConstantScorer | None = None,
+             rules: LaneRules = RULES) -> tuple[Beats, list[Lane]]:
+    """One lane for each store, restored and ready to take part in the beats."""
+    tools = Tools(rules, Decoder(EventRules()), scorer or ConstantScorer(), kafka, Metrics(), kafka)
+    beats = Beats(tools)
+    lanes = [Lane(number, 1, store, tools, (TopicPartition('clicks', number), TopicPartition('carts', number)),
+                  beats.writer, beats.wake) for number, store in enumerate(stores)]
+    for lane in lanes:
+        beats.join(lane)
+    return beats, lanes
+
+
 def lane_on(kafka: Any, store: PartitionStore, scorer: ConstantScorer | None = None,
-            rules: LaneRules = RULES, budget: Budget | None = None) -> Lane:
-    tools = Tools(rules, Decoder(EventRules()), scorer or ConstantScorer(), kafka, Metrics(), kafka,
-                  budget or Budget(100))
-    return Lane(0, 1, store, tools, (CLICKS, CARTS))
+            rules: LaneRules = RULES) -> tuple[Beats, Lane]:
+    beats, (lane,) = lanes_on(kafka, [store], scorer, rules)
+    return beats, lane
 
 
 @asynccontextmanager
-async def running(lane: Lane) -> AsyncIterator[asyncio.Task]:
-    task = lane.start()
+async def running(beats: Beats) -> AsyncIterator[asyncio.Task]:
+    task = beats.start()
     try:
         yield task
     finally:
         if task.done():
             task.exception()
         else:
-            await lane.stop(5)
+            await beats.stop(5)
 
 
 async def until(condition: Callable[[], Any]) -> None:
@@ -128,8 +150,8 @@ def on_a_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
 async def test_the_changelog_of_the_next_step_waits_for_the_outputs_of_this_one(store: PartitionStore):
     kafka = FakeKafka()
     gate = kafka.gates['scores'] = asyncio.Event()
-    lane = lane_on(kafka, store)
-    async with running(lane):
+    beats, lane = lane_on(kafka, store)
+    async with running(beats):
         lane.admit(blocks()[0])
         lane.admit(blocks()[1])
         await until(lambda: 'scores' in kafka.sends)
@@ -145,8 +167,8 @@ async def test_the_changelog_of_the_next_step_waits_for_the_outputs_of_this_one(
 async def test_what_comes_while_a_step_is_under_way_is_folded_as_one(store: PartitionStore):
     kafka = FakeKafka()
     kafka.gates['changelog'] = asyncio.Event()
-    lane = lane_on(kafka, store, rules=replace(RULES, block_events_max=100))
-    async with running(lane):
+    beats, lane = lane_on(kafka, store, rules=replace(RULES, block_events_max=100))
+    async with running(beats):
         for offset in range(4):
             lane.admit(Block('clicks', 0, 1, offset, offset + 1, [record(offset, f'u{offset}', NOW_MS)]))
             await until(lambda: kafka.sends)
@@ -154,7 +176,7 @@ async def test_what_comes_while_a_step_is_under_way_is_folded_as_one(store: Part
         kafka.gates['changelog'].set()
         await until(lambda: lane.done == [4, 0])
         assert kafka.sends == ['changelog', 'scores'] * 2
-        assert store.meta.newest == 2
+    assert store.meta.newest == 2
 
 
 @on_a_loop
@@ -165,8 +187,8 @@ async def test_whoever_belongs_elsewhere_is_refused_with_a_timer_fired_before_or
     store.write([Change(foreign.encode(), encode(user), 0, user.due_ms, new=True)], Meta(0, LaneRecord(1), 1, []))
     native = next(f'u{number}' for number in range(99) if not partition('murmur2', b'u%d' % number, 2))
     kafka = FakeKafka()
-    lane = lane_on(kafka, store, rules=replace(RULES, partitioner='murmur2', partitions=2))
-    async with running(lane):
+    beats, lane = lane_on(kafka, store, rules=replace(RULES, partitioner='murmur2', partitions=2))
+    async with running(beats):
         lane.admit(Block('clicks', 0, 1, 0, 1, [record(0, native, NOW_MS)]))
         await until(lambda: lane.done == [1, 0] and store.none_due(NOW_MS))
         lane.admit(Block('clicks', 0, 1, 1, 2, [record(1, foreign, NOW_MS + 1)]))
@@ -174,47 +196,144 @@ async def test_whoever_belongs_elsewhere_is_refused_with_a_timer_fired_before_or
     assert [key for key, _, _ in kafka.topics['dead']] == [b'clicks-0-1']
 
 
+@pytest.fixture
+def stores(tmp_path: Path, memory: Memory) -> list[PartitionStore]:
+    """Two."""
+    return [PartitionStore(tmp_path / f'users-{number}', memory) for number in (10, 11)]
+
+
+def block(partition: int, *records: ConsumerRecord) -> Block:
+    return Block('clicks', partition, 1, records[0].offset, records[-1].offset + 1, records)
+
+
 @on_a_loop
-async def test_a_lane_waits_while_another_has_all_the_room_and_goes_on_when_that_one_ends(
-    store: PartitionStore, tmp_path: Path, memory: Memory,
-):
-    budget, kafka, other_kafka = Budget(1), FakeKafka(), FakeKafka()
-    kafka.gates['changelog'] = asyncio.Event()
-    lane = lane_on(kafka, store, budget=budget)
-    other = lane_on(other_kafka, PartitionStore(tmp_path / 'users-1', memory), budget=budget)
-    async with running(other):
-        async with running(lane) as task:
-            lane.admit(Block('clicks', 0, 1, 0, 1, [record(0, 'u', NOW_MS)]))
-            await until(lambda: kafka.sends)
-            other.admit(Block('clicks', 0, 1, 0, 1, [record(0, 'v', NOW_MS)]))
-            await until(lambda: other.queueing)
-            assert other.done == [0, 0]
-            task.cancel()
+async def test_a_lane_waits_while_another_has_all_the_room(stores: list[PartitionStore]):
+    kafka = FakeKafka(2)
+    gate = kafka.gates['changelog'] = asyncio.Event()
+    beats, (lane, other) = lanes_on(kafka, stores, rules=replace(RULES, events_in_flight_max=1))
+    async with running(beats):
+        lane.admit(block(0, record(0, 'u', NOW_MS)))
+        await until(lambda: kafka.sends)
+        other.admit(block(1, record(0, 'v', NOW_MS)))
+        await until(lambda: other.queueing)
+        assert other.done == [0, 0]
+        gate.set()
         await until(lambda: other.done == [1, 0])
         assert not other.queueing
 
 
+class Counting(ConstantScorer):
+    """Counts how often it is asked, and refuses batches as told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+        self.refuses: Callable[[int], bool] = lambda rows: False
+
+    async def score(self, batches: Any) -> Any:
+        self.asked += 1
+        if self.refuses(sum(len(batch) for batch in batches)):
+            raise ModelError('refused.', 'see the log.')
+        return await super().score(batches)
+
+
 @on_a_loop
-async def test_nothing_is_done_before_it_is_written(store: PartitionStore, monkeypatch: pytest.MonkeyPatch):
-    kafka, lane = FakeKafka(), None
-    written = []
+async def test_one_beat_scores_the_lanes_together_and_sends_for_all_before_it_waits(stores: list[PartitionStore]):
+    kafka, scorer = FakeKafka(2), Counting()
+    beats, lanes = lanes_on(kafka, stores, scorer)
+    async with running(beats):
+        await until(lambda: all(lane.running for lane in lanes))
+        for number, lane in enumerate(lanes):
+            lane.admit(block(number, record(0, f'u{number}', NOW_MS)))
+        await until(lambda: [lane.done for lane in lanes] == [[1, 0], [1, 0]])
+    assert scorer.asked == 1
+    assert [topic for topic, _ in kafka.places[:4]] == ['changelog', 'changelog', 'scores', 'scores']
+    assert {partition for _, partition in kafka.places[:2]} == {0, 1}
+
+
+@on_a_loop
+async def test_a_slow_partition_leaves_the_beat_and_follows_later(stores: list[PartitionStore]):
+    kafka = FakeKafka(2)
+    gate = kafka.gates['changelog', 1] = asyncio.Event()
+    beats, (lane, slow) = lanes_on(kafka, stores)
+    async with running(beats):
+        await until(lambda: lane.running and slow.running)
+        for number in (0, 1):
+            (lane, slow)[number].admit(block(number, record(0, f'u{number}', NOW_MS)))
+        await until(lambda: lane.done == [1, 0])
+        for offset in range(1, 4):      # the others go on
+            lane.admit(block(0, record(offset, f'u{offset}', NOW_MS + offset)))
+            await until(lambda: lane.done == [offset + 1, 0])       # noqa: B023 - awaited before the next turn
+        assert slow.done == [0, 0]
+        assert kafka.places.count(('scores', 1)) == 0
+        gate.set()
+        await until(lambda: slow.done == [1, 0])
+    assert [store.meta.users for store in stores] == [4, 1]
+
+
+@on_a_loop
+async def test_a_step_that_the_model_refuses_holds_up_its_own_lane_alone(stores: list[PartitionStore]):
+    kafka, scorer = FakeKafka(2), Counting()
+    scorer.refuses = lambda rows: rows > 1      # lane 0 has two users, lane 1 has one
+    beats, (poisoned, lane) = lanes_on(kafka, stores, scorer, replace(RULES, block_events_max=10))
+    async with running(beats):
+        await until(lambda: lane.running and poisoned.running)
+        poisoned.admit(block(0, record(0, 'u', NOW_MS), record(1, 'v', NOW_MS)))
+        lane.admit(block(1, record(0, 'w', NOW_MS)))
+        await until(lambda: lane.done == [1, 0] and poisoned.holding)
+        lane.admit(block(1, record(1, 'x', NOW_MS)))
+        await until(lambda: lane.done == [2, 0])
+        assert poisoned.done == [0, 0]
+        scorer.refuses = lambda rows: False
+        await until(lambda: poisoned.done == [2, 0])
+    assert [store.meta.users for store in stores] == [2, 2]
+
+
+@on_a_loop
+async def test_steps_are_written_later_and_many_at_once(store: PartitionStore, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(beat, 'WRITE_DELAY_S', 3600)
+    kafka, writes = FakeKafka(), []
     plain = store.write
-    monkeypatch.setattr(store, 'write', lambda changes, meta: (written.append(list(lane.done)), plain(changes, meta)))
-    lane = lane_on(kafka, store)
-    async with running(lane):
-        lane.admit(blocks()[0])
-        await until(lambda: lane.done == [8, 0])
-    assert written[0] == [0, 0]
-    assert store.meta.lane.positions == [8, 0]
-    assert store.meta.changelog == len(kafka.topics['changelog'])
-    assert store.meta.users == 3
+    monkeypatch.setattr(store, 'write', lambda changes, meta: (writes.append(len(changes)), plain(changes, meta)))
+    beats, lane = lane_on(kafka, store)
+    async with running(beats):
+        lane.admit(block(0, record(0, 'u', NOW_MS)))
+        await until(lambda: not store.none_due(NOW_MS + DAY_MS) and store.none_due(NOW_MS))     # has read its timers
+        writes.clear()
+        for offset in range(1, 5):
+            lane.admit(block(0, record(offset, 'u', NOW_MS + offset)))
+            await until(lambda: lane.done == [offset + 1, 0])       # noqa: B023 - awaited before the next turn
+        assert writes == []
+        assert store.load(['u'])['u'].applied == 1
+    assert writes[0] == 1       # one user, whose newest record has all five events
+    assert store.load(['u'])['u'].applied == 5
+    assert store.meta.users == 1
+    assert store.meta.newest == 5
+
+
+@on_a_loop
+async def test_no_beat_starts_while_too_much_is_unwritten(store: PartitionStore, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(beat, 'BYTES_MAX', 0)
+    gate = threading.Event()
+    plain = store.write
+    monkeypatch.setattr(store, 'write', lambda changes, meta: (gate.wait(20), plain(changes, meta)))
+    beats, lane = lane_on(FakeKafka(), store)
+    async with running(beats):
+        lane.admit(block(0, record(0, 'u', NOW_MS)))
+        await until(lambda: lane.done == [1, 0])
+        lane.admit(block(0, record(1, 'u', NOW_MS + 1)))
+        lane.admit(block(0, record(2, 'u', NOW_MS + 2)))
+        await until(lambda: beats.writer.bytes or lane.done != [1, 0])
+        assert lane.done == [1, 0]
+        gate.set()
+        await until(lambda: lane.done == [3, 0])
 
 
 @on_a_loop
 async def test_a_lane_that_stops_leaves_nothing_to_send_again(store: PartitionStore, tmp_path: Path, memory: Memory):
     kafka = FakeKafka()
-    lane = lane_on(kafka, store)
-    async with running(lane):
+    beats, lane = lane_on(kafka, store)
+    async with running(beats):
         lane.admit(blocks()[0])
         await until(lambda: lane.done == [8, 0])
     copy = PartitionStore(tmp_path / 'copy', memory)
@@ -228,8 +347,8 @@ async def test_a_lane_that_stops_leaves_nothing_to_send_again(store: PartitionSt
 async def test_a_failed_send_ends_the_lane_and_nothing_is_done(store: PartitionStore):
     kafka = FakeKafka()
     kafka.topics.pop('scores')
-    lane = lane_on(kafka, store)
-    async with running(lane) as task:
+    beats, lane = lane_on(kafka, store)
+    async with running(beats) as task:
         lane.admit(blocks()[0])
         await until(task.done)
         assert isinstance(task.exception(), KeyError)
@@ -247,8 +366,8 @@ async def test_while_the_scorer_is_away_the_lane_holds_and_then_goes_on(store: P
             return await super().score(batches)
 
     kafka, scorer = FakeKafka(), Away()
-    lane = lane_on(kafka, store, scorer)
-    async with running(lane):
+    beats, lane = lane_on(kafka, store, scorer)
+    async with running(beats):
         lane.admit(blocks()[0])
         await until(lambda: lane.holding.startswith('away.'))
         assert kafka.sends == []
@@ -264,12 +383,12 @@ async def test_a_lane_that_holds_stops_at_once(store: PartitionStore):
             raise ScorerUnavailable('away.', 'wait.', 60_000)
 
     kafka = FakeKafka()
-    lane = lane_on(kafka, store, Away())
-    lane.start()
+    beats, lane = lane_on(kafka, store, Away())
+    beats.start()
     lane.admit(blocks()[0])
     await until(lambda: lane.holding)
     async with asyncio.timeout(2):
-        await lane.stop(60)
+        await beats.stop(60)
     assert kafka.sends == []
 
 
@@ -277,12 +396,12 @@ class Died(Exception):  # noqa: N818 - no error of the worker
     """Stands for a kill in these tests."""
 
 
-STAGES = ['_decode', '_score', '_send_changelog', '_send_outputs', '_write', '_done']
+STAGES = ['_read', '_score', '_predecessor', '_changelog', '_outputs', '_done', '_write']
 
 
-async def _run_until_death(lane: Lane, stage: str, after: bool, turn: int) -> list[int]:
+async def _run_until_death(beats: Beats, lane: Lane, stage: str, after: bool, turn: int) -> list[int]:
     """Run the blocks and die before or after a turn of the stage. Returns the positions that were done by then."""
-    plain, turns = getattr(lane, stage), 0
+    plain, turns = getattr(beats, stage), 0
 
     def dying(*given: Any) -> Any:
         nonlocal turns
@@ -299,13 +418,13 @@ async def _run_until_death(lane: Lane, stage: str, after: bool, turn: int) -> li
             return then_die()
         raise Died
 
-    setattr(lane, stage, dying)
-    task = lane.start()
+    setattr(beats, stage, dying)
+    task = beats.start()
     for block in blocks():
         lane.admit(block)
     await until(lambda: task.done() or lane.done == [24, 0])
     if not task.done():     # the run had fewer turns of the stage
-        await lane.stop(5)
+        await beats.stop(5)
     elif (error := task.exception()) is not None and not isinstance(error, Died):
         raise error
     return list(lane.done)
@@ -313,8 +432,8 @@ async def _run_until_death(lane: Lane, stage: str, after: bool, turn: int) -> li
 
 async def _run_to_the_end(kafka: FakeKafka, store: PartitionStore, start: int) -> None:
     kafka.starts[CLICKS] = start
-    lane = lane_on(kafka, store)
-    async with running(lane):
+    beats, lane = lane_on(kafka, store)
+    async with running(beats):
         for block in blocks():
             if block.stop > start:
                 skip = max(start - block.start, 0)
@@ -354,7 +473,7 @@ def test_wherever_it_dies_nothing_is_lost_and_nothing_is_decided_twice(
 
     async def dead_once(turn: int) -> dict[str, Any]:
         kafka, store = FakeKafka(), PartitionStore(tmp_path / f'{turn}', memory)
-        done = await _run_until_death(lane_on(kafka, store), stage, after, turn)
+        done = await _run_until_death(*lane_on(kafka, store), stage, after, turn)
         if emptied:
             store = PartitionStore(tmp_path / f'{turn}-emptied', memory)
         rest = kafka.topics['changelog'][store.meta.changelog:]

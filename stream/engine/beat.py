@@ -1,0 +1,442 @@
+"""The worker moves in beats. A beat takes one step of each lane that has events or due timers.
+
+Much of the cost of a step does not depend on how many users it has: a call of the model, a request to the broker, a
+turn of a thread, the wake-ups. A beat pays it once for all lanes. It passes through these methods, in this order:
+
+    _dispatch   starts a beat as soon as lanes are ready
+    _read       decodes the lanes' runs, and loads the touched users' records
+    _score      scores the steps of all lanes together, decides, explains, and puts messages into the outboxes
+    _journal    sends the journal's entries, if there is a journal
+    _changelog  sends the users' records, and the lane's own record last
+    _outputs    sends messages and dead letters
+    _done       allows the blocks to be committed, and hands the records to the writer of the stores
+
+Nobody waits for a beat. While one is scored, events for the next one gather, unless so many are waiting that their
+folding should overlap with the scoring. While a lane's step is published, its next events gather too.
+
+The changelog of a lane's next step is sent only after the outputs of this one are acknowledged, so only the newest step
+can have unsent outputs. At a take-over, the new owner first sends the outboxes of that step again. A lane whose
+acknowledgements are late leaves its beat and follows on its own, so that a slow partition does not hold up the others.
+An error after the first send ends the worker. At its next start, it restores from the changelog what it had not
+written.
+"""
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from stream.core.decide import Kind
+from stream.core.driver import StepScorer
+from stream.core.journal import RecoveredEntry, encode_entry
+from stream.core.outbox import Message, split_scores, unpack_outbox
+from stream.core.user import User
+from stream.engine.lane import Lane, StepOutput, Tools
+from stream.engine.publisher import Record, Sending
+from stream.engine.threads import in_thread
+from stream.engine.writer import BYTES_MAX, Writer
+from stream.errors import ModelError, ScorerUnavailable
+from stream.state.store import LANE_KEY, Meta
+
+log = logging.getLogger(__name__)
+BEAT_EVENTS = 128           # a beat of so many events takes no more lanes, and does not wait for the beat before it
+LEAVE_S = 0.02              # how much later than the first acknowledgement of a beat those of its other lanes may come
+WRITE_DELAY_S = 0.25        # how long a finished step waits for the write to the store
+HOLD_RETRY_S = 1.0
+LOOK_S = 1.0                # how often timers are looked at while nothing arrives
+MERGE_LOOK_S = 0.05         # how often a lane that waits for one topic checks whether it has more records
+ENTRY_USERS_MAX = 500       # the most users in one journal entry of a take-over
+READS_ON_LOOP_MAX = 64      # so many users are read without a thread, if the disk is fast
+READ_SLOW_S = 0.005         # a read on the event loop that takes longer is slow: the next ones use a thread
+READ_SLOW_FOR_S = 10.0
+
+
+class Stopped(Exception):  # noqa: N818 - no error: the lanes were told to stop
+    """Raised in a beat that is told to stop, at a point where it would otherwise wait."""
+
+
+class Beats:
+    """Drives the lanes of one assignment. `start` begins, `join` adds a lane, and `stop` ends all of them together."""
+
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
+        self._rules = tools.rules
+        self._scorer = StepScorer(tools.rules.steps, tools.scorer)
+        self.writer = Writer(self._write_soon)
+        self._lanes: list[Lane] = []
+        self._joining: list[Lane] = []
+        self._wake = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._in_flight = 0         # events in unfinished runs
+        self._scoring = 0           # beats that are being scored and are not held up
+        self._read_slow_until = 0.0
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._beats: asyncio.TaskGroup
+        self._task: asyncio.Task[None] | None = None
+
+    # ---- life ------------------------------------------------------------------------------------------------------
+
+    @property
+    def wake(self) -> Callable[[], None]:
+        """To be called when a lane may have become ready."""
+        return self._wake.set
+
+    def start(self) -> asyncio.Task[None]:
+        """Start the task, which ends with the first error."""
+        self._task = asyncio.create_task(self._run(), name='beats')
+        return self._task
+
+    def join(self, lane: Lane) -> None:
+        """Let the lane take part. Its state must have been restored."""
+        self._joining.append(lane)
+        self._wake.set()
+
+    async def stop(self, timeout_s: float) -> None:
+        """Finish the steps in flight and start no others. Steps that exceed the timeout are dropped and repeated later.
+
+        timeout_s   how long the steps may take
+        """
+        self._stopping.set()
+        self._wake.set()
+        if self._task is None:
+            return
+        await asyncio.wait([self._task], timeout=timeout_s)
+        if not self._task.done():
+            log.warning('Steps did not end within %.1f s. They are dropped; the next owner of the partitions repeats '
+                        'them.', timeout_s)
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def _run(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as self._beats:
+                await self._dispatch()
+            await self._sign_off()
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None        # it has cancelled the others
+        finally:
+            if self._write_timer is not None:
+                self._write_timer.cancel()
+            for lane in self._lanes:
+                lane.running = False
+
+    async def _take_over(self, lane: Lane) -> None:
+        """Before anything else, send the messages again that the lane's newest step may not have sent."""
+        newest, unsent = lane.resume()
+        if self._rules.journal:
+            parts = [unsent[at:at + ENTRY_USERS_MAX] for at in range(0, len(unsent), ENTRY_USERS_MAX)]
+            await self._tools.publisher.send(self._rules.journal, lane.number, [
+                (b'%d' % lane.number, encode_entry(RecoveredEntry(lane.number, newest, part)), [])
+                for part in parts or [None]])
+        if unsent:
+            users = await in_thread(lane.store.load, unsent)
+            outboxes = [unpack_outbox(user) for user in users.values() if user.outbox]
+            log.info('lane %d: sending the messages of step %d again, for %d users.', lane.number,
+                     lane.store.meta.newest, len(outboxes))
+            for sending in await self._begin_messages(lane, [message for outbox in outboxes for message in outbox]):
+                await sending.end()
+            meta = lane.store.meta
+            await in_thread(lane.store.write, [], Meta(meta.changelog, meta.lane, meta.newest, []))
+        lane.running = True
+        self._lanes.append(lane)
+        self._wake.set()
+
+    async def _sign_off(self) -> None:
+        """Write everything. Record in each changelog that all is sent, so the next owner need not send a step again."""
+        await self.writer.flush()
+        signed = [(lane, msgspec.structs.replace(lane.newest, positions=list(lane.done), sent=lane.newest.step))
+                  for lane in self._lanes if lane.newest is not None]
+        sendings = [await self._tools.publisher.begin(
+            self._rules.changelog, lane.number, [(LANE_KEY, msgspec.json.encode(record), [])])
+            for lane, record in signed]
+        for (lane, record), sending in zip(signed, sendings, strict=True):
+            self.writer.add(lane.store, [], Meta(await sending.end(), record, lane.store.meta.newest, []))
+        await self.writer.flush()
+
+    # ---- which lanes make a beat -----------------------------------------------------------------------------------
+
+    async def _dispatch(self) -> None:
+        """Start a beat whenever lanes are ready, until told to stop."""
+        while not self._stopping.is_set():
+            self._wake.clear()
+            while self._joining:
+                self._beats.create_task(self._take_over(self._joining.pop()))
+            lanes = self._ready()
+            if lanes:
+                for lane in lanes:
+                    lane.in_beat = True
+                self._scoring += 1
+                self._beats.create_task(self._beat(lanes))
+                continue
+            merging = any(lane.intake.blocks for lane in self._lanes)
+            await self._woken(MERGE_LOOK_S if merging else LOOK_S)
+
+    async def _woken(self, timeout_s: float) -> None:
+        timer = asyncio.get_running_loop().call_later(timeout_s, self._wake.set)
+        try:
+            await self._wake.wait()
+        finally:
+            timer.cancel()
+
+    def _ready(self) -> list[Lane]:
+        """The lanes of the next beat, in turn. Empty if it would be better to wait."""
+        if self.writer.bytes > BYTES_MAX:
+            return []
+        if self._scoring and sum([lane.intake.events for lane in self._lanes if not lane.in_beat]) < BEAT_EVENTS:
+            return []
+        now_s, size, lanes = time.monotonic(), 0, []
+        for lane in self._lanes:
+            lane.queueing = False
+            if size < BEAT_EVENTS and lane.ready(now_s):
+                # One run is always admitted, even if it is larger than the limit.
+                if not lane.begun:
+                    if self._in_flight and self._in_flight + lane.size > self._rules.events_in_flight_max:
+                        lane.queueing = True
+                        continue
+                    self._in_flight += lane.size
+                size += lane.size
+                lanes.append(lane)
+        if len(lanes) < len(self._lanes):       # whoever is left comes first next time
+            taken = set(lanes)
+            self._lanes = [lane for lane in self._lanes if lane not in taken] + lanes
+        return lanes
+
+    # ---- one beat --------------------------------------------------------------------------------------------------
+
+    async def _beat(self, lanes: Sequence[Lane]) -> None:
+        """Take one step of each of these lanes."""
+        await self._read(lanes)
+        steps = []
+        for lane in lanes:
+            step = lane.next_step()
+            if step is None:
+                lane.in_beat = False        # no timer was due after all
+            else:
+                steps.append(step)
+        await self._finish(steps)
+
+    async def _read(self, lanes: Sequence[Lane]) -> None:
+        """Decode the lanes' runs, and load the users that are not cached."""
+        sweeps = [lane for lane in lanes if lane.sweeping]
+        if sweeps:
+            await self._write()     # the timer index lacks what is not written
+            await in_thread(lambda: [lane.find_due() for lane in sweeps])
+        started = time.perf_counter()
+        wanted = [(lane, unknown) for lane in lanes if (unknown := lane.look_up())]
+        self._tools.metrics.stage('decode', time.perf_counter() - started)
+        loaded = await self._load(wanted) if wanted else {}
+        for lane in lanes:
+            lane.begin(loaded.get(lane, {}))
+
+    async def _load(self, wanted: Sequence[tuple[Lane, list[str]]]) -> dict[Lane, dict[str, User]]:
+        """Read these users of these lanes.
+
+        A few are read on the event loop: while the disk is fast, that takes less time than the turn of a thread.
+        """
+        def load() -> dict[Lane, dict[str, User]]:
+            return {lane: lane.store.load(user_ids) for lane, user_ids in wanted}
+        started = time.monotonic()
+        few = sum([len(user_ids) for _, user_ids in wanted]) <= READS_ON_LOOP_MAX
+        if not few or started < self._read_slow_until:
+            return await in_thread(load)
+        loaded = load()
+        if (now_s := time.monotonic()) - started > READ_SLOW_S:
+            self._read_slow_until = now_s + READ_SLOW_FOR_S
+        return loaded
+
+    async def _finish(self, steps: list[StepOutput]) -> None:
+        """Score the steps, then publish them. Stops quietly if told to: the next owner takes the steps again."""
+        try:
+            refused = await self._score(steps)
+        except Stopped:
+            return
+        finally:
+            self._scoring -= 1
+        for step in refused:        # each on its own: one that the model refuses must not hold up the others
+            self._scoring += 1
+            self._beats.create_task(self._finish([step]))
+        if not refused:
+            await self._publish(steps)
+
+    async def _score(self, steps: list[StepOutput]) -> list[StepOutput]:
+        """Score, decide and explain. While the scorer is unavailable, the lanes hold their events and retry.
+
+        Returns   the steps, if there are several and the model refuses them together; nothing has happened to them
+        """
+        if not steps:
+            return []
+        held, started = False, time.perf_counter()
+        numbers = ', '.join(str(step.lane.number) for step in steps)
+        try:
+            while True:
+                try:
+                    scored = await self._scorer.score([step.step for step in steps])
+                    break
+                except ModelError as error:
+                    if len(steps) > 1 and not isinstance(error, ScorerUnavailable):
+                        return steps
+                    if not held:
+                        log.warning('lanes %s are holding their events: %s', numbers, error)
+                        self._tools.metrics.scorer_holds.inc()
+                        self._scoring -= 1      # other lanes need not wait for this beat
+                    held = True
+                    for step in steps:
+                        step.lane.holding = str(error)
+                    await self._hold(getattr(error, 'retry_after_ms', HOLD_RETRY_S * 1000) / 1000)
+            if held:
+                log.info('lanes %s are scoring again.', numbers)
+        finally:
+            self._scoring += held
+            for step in steps:
+                step.lane.holding = ''
+        for step, result in zip(steps, scored, strict=True):
+            step.lane.collect(step, result)
+        self._tools.metrics.stage('score', time.perf_counter() - started)
+        return []
+
+    async def _hold(self, seconds: float) -> None:
+        """Wait before the next attempt. Errors: Stopped if told to stop."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+        except TimeoutError:
+            return
+        raise Stopped
+
+    # ---- publishing ------------------------------------------------------------------------------------------------
+
+    async def _publish(self, steps: list[StepOutput], first: int = 0) -> None:
+        """Take the steps through the stages from number `first` on."""
+        stages = (self._predecessor, self._journal, self._changelog, self._outputs)
+        for stage in stages[first:]:
+            if steps:
+                steps = await stage(steps)
+        if steps:
+            self._done(steps)
+
+    async def _acknowledged(self, steps: list[StepOutput], stage: int) -> list[StepOutput]:
+        """Wait for the acknowledgements of the steps' stage; return the steps that have them.
+
+        Steps whose acknowledgements are late go on without the others, from this stage on, whose number is `stage`.
+        """
+        pending = {future for step in steps for future in step.awaited if not future.done()}
+        if pending:
+            done, pending = await asyncio.wait(pending, timeout=LEAVE_S)
+            if pending and not done:
+                await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                _, pending = await asyncio.wait(pending, timeout=LEAVE_S)
+        if not pending:
+            return steps
+        late = [step for step in steps if not pending.isdisjoint(step.awaited)]
+        self._beats.create_task(self._publish(late, stage))
+        return [step for step in steps if step not in late]
+
+    async def _predecessor(self, steps: list[StepOutput]) -> list[StepOutput]:
+        """Wait until the step before is published, lane by lane. Then the lanes can take part in the next beat."""
+        for step in steps:
+            if step.lane.publishing is not None:
+                step.awaited = [step.lane.publishing]
+        steps = await self._acknowledged(steps, 0)
+        for step in steps:
+            step.end()
+            step.lane.publishing = asyncio.get_running_loop().create_future()
+            step.lane.in_beat = False
+        self._wake.set()
+        return steps
+
+    async def _journal(self, steps: list[StepOutput]) -> list[StepOutput]:
+        """Send the journal's entries."""
+        for step in steps:
+            if not step.begun and step.journal:
+                records: list[Record] = [(b'%d' % step.lane.number, entry, []) for entry in step.journal]
+                step.begin([await self._tools.publisher.begin(self._rules.journal, step.lane.number, records)])
+        steps = await self._acknowledged(steps, 1)
+        for step in steps:
+            step.end()
+        return steps
+
+    async def _changelog(self, steps: list[StepOutput]) -> list[StepOutput]:
+        """Send the users' records, and the lane's own record last."""
+        started = time.perf_counter()
+        for step in steps:
+            if not step.begun and step.changes:
+                records: list[Record] = [(change.user_id, change.record, []) for change in step.changes]
+                records.append((LANE_KEY, msgspec.json.encode(step.lane.sign(step)), []))
+                step.begin([await self._tools.publisher.begin(self._rules.changelog, step.lane.number, records)])
+        steps = await self._acknowledged(steps, 2)
+        for step in steps:
+            for offset in step.end():
+                step.changelog = offset
+        self._tools.metrics.stage('changelog', time.perf_counter() - started)
+        return steps
+
+    async def _outputs(self, steps: list[StepOutput]) -> list[StepOutput]:
+        """Send messages and dead letters."""
+        started = time.perf_counter()
+        for step in steps:
+            if not step.begun:
+                sendings = await self._begin_messages(step.lane, step.messages)
+                if step.letters:
+                    sendings.append(await self._tools.publisher.begin(
+                        self._rules.dead_letters, step.lane.number, step.letters))
+                step.begin(sendings)
+        steps = await self._acknowledged(steps, 3)
+        now_s = time.time()
+        for step in steps:
+            if step.end() and step.oldest_ms:
+                self._tools.metrics.event_to_output_seconds.observe(max(now_s - step.oldest_ms / 1000, 0))
+        self._tools.metrics.stage('outputs', time.perf_counter() - started)
+        return steps
+
+    async def _begin_messages(self, lane: Lane, messages: Sequence[Message]) -> list[Sending]:
+        """Hand over decisions for the alerts topic, and scores for the scores topic.
+
+        A user's messages keep their order.
+        """
+        if not messages:
+            return []
+        decisions, scores = split_scores(messages)
+        begin, sendings = self._tools.publisher.begin_messages, []
+        for topic, of_topic in ((self._rules.alerts, decisions), (self._rules.scores, scores)):
+            if of_topic:
+                sendings.append(await begin(topic, lane.number, of_topic, lane.source))
+        counts = self._tools.metrics.messages
+        if scores:
+            counts.labels(Kind.SCORES).inc(len(scores))
+        for kind, count in Counter([message.kind for message in decisions]).items():
+            counts.labels(kind).inc(count)
+        return sendings
+
+    def _done(self, steps: list[StepOutput]) -> None:
+        """Everything is acknowledged: the blocks may be committed, and the records are written soon."""
+        for step in steps:
+            lane, published = step.lane, step.lane.publishing
+            lane.finish(step)
+            self._in_flight -= step.size
+            lane.publishing = None
+            assert published is not None
+            published.set_result(None)
+        if self._write_timer is None and self.writer.waiting:
+            self._write_timer = asyncio.get_running_loop().call_later(WRITE_DELAY_S, self._write_soon)
+        self._wake.set()
+
+    # ---- the stores ------------------------------------------------------------------------------------------------
+
+    def _write_soon(self) -> None:
+        """Start to write what waits. At the end, `_sign_off` writes instead."""
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+        if not self._stopping.is_set():
+            self._beats.create_task(self._write())
+
+    async def _write(self) -> None:
+        """Write all finished steps to the stores."""
+        started = time.perf_counter()
+        await self.writer.flush()
+        for lane in self._lanes:
+            lane.trim()
+        self._tools.metrics.stage('write', time.perf_counter() - started)
+        self._wake.set()        # beats wait if too much is unwritten
