@@ -58,6 +58,8 @@ class Metrics:
         # ---- lanes --------------------------------------------------------------------------------------------------
         self.blocks = Counter(
             'stream_blocks_total', 'Blocks of records that lanes accepted.', registry=at)
+        self.beats = Counter(
+            'stream_beats_total', 'Beats: each takes one step of every lane that has something to do.', registry=at)
         self.steps = Counter(
             'stream_steps_total', 'Steps of all lanes: runs of events and sweeps of timers.', registry=at)
         self.timers_fired = Counter(
@@ -66,7 +68,8 @@ class Metrics:
             'stream_reseeks_total', 'How often a partition was read again because a block was missing.',
             registry=at)
         self.stage_seconds = Histogram(
-            'stream_stage_seconds', 'Time that one step spends in a stage. For decode: time for one block.', ['stage'],
+            'stream_stage_seconds', 'Time that one beat spends in a stage. For write: time for one write to the stores.',
+            ['stage'],
             buckets=_STAGE_BUCKETS_S, registry=at)
         self.event_to_output_seconds = Histogram(
             'stream_event_to_output_seconds',
@@ -139,7 +142,7 @@ class Metrics:
                 counter.inc(counts[what])
 
     def stage(self, stage: Stage, seconds: float) -> None:
-        """A step spent `seconds` in a stage. For decode: a block."""
+        """A beat spent `seconds` in a stage."""
         self._stages[stage].observe(seconds)
 
     def built(self, version: str, model: str, model_version: str, sha256: str) -> None:

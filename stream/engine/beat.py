@@ -207,6 +207,7 @@ class Beats:
 
     async def _beat(self, lanes: Sequence[Lane]) -> None:
         """Take one step of each of these lanes."""
+        self._tools.metrics.beats.inc()
         await self._read(lanes)
         steps = []
         for lane in lanes:

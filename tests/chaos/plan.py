@@ -97,4 +97,4 @@ def draw(seed: int, events: int, kills: int, rebalances: int, terms: int, broker
 
 
 def _calls(rng: random.Random, stage: str) -> int:
-    return rng.randint(1, 2 if stage == 'commit' else 30)       # a commit comes once a second
+    return rng.randint(1, {'commit': 2, 'write': 6}.get(stage, 30))     # commits and writes come rarely
