@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from stream.native import source_hash
 
 CYTHON, ZIG = 'cython==3.3.1', 'ziglang==0.15.2'
-FLAGS = ('-O3', '-DNDEBUG', '-fPIC', '-shared', '-fno-strict-aliasing', '-w')
+# No `fp-contract`: where a processor can multiply and add in one instruction, the result would be rounded differently.
+FLAGS = ('-O3', '-DNDEBUG', '-fPIC', '-shared', '-fno-strict-aliasing', '-ffp-contract=off', '-w')
 # Zig's clang compiles for the machine that it runs on, and checks for undefined behaviour, unless it is told otherwise.
 ZIG_FLAGS = ('-mcpu=baseline', '-fno-sanitize=undefined')
 DARWIN_FLAGS = ('-undefined', 'dynamic_lookup')

@@ -21,4 +21,4 @@ def test_a_changed_source_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert native.stale_modules() == ['stream.core.parse']
     with (copy / 'user.pxd').open('a') as changed:
         changed.write('# other')
-    assert len(native.stale_modules()) == 3
+    assert len(native.stale_modules()) == len(list(copy.glob('*.pyx')))      # any of them may use a declaration

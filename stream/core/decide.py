@@ -16,10 +16,9 @@
 Each alert has two thresholds, so a score that fluctuates around one of them causes no flood of messages. During a
 cool-down an alert is not raised at all. If the score still calls for it when the cool-down ends, it is raised then. A
 churn alert is cleared without a cool-down, because a coupon for someone who has just bought wastes money. Decisions use
-the rounded scores that are published.
+the rounded scores that are published. `stream.core.verdicts`, which is compiled, applies the thresholds to the scores.
 """
 import enum
-from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
@@ -28,6 +27,7 @@ import numpy as np
 from stream.core.layout import CHURN_RAISED, DAY_MS, HOUR_MS, INTENT_RAISED, NO_TIER
 from stream.core.scores import STEPS_PER_UNIT, Scores
 from stream.core.user import User
+from stream.core.verdicts import changes
 
 Occasion = Literal['power_first', 'power_up', 'power_down', 'intent', 'churn_raised', 'churn_cleared']
 
@@ -39,6 +39,9 @@ class Kind(enum.StrEnum):
     INTENT = 'purchase_intent.alert'
     CHURN = 'churn.alert'
     SCORES = 'scores.updated'
+
+
+_KINDS = (Kind.POWER, Kind.INTENT, Kind.CHURN)      # as `stream.core.verdicts.changes` numbers them
 
 
 class ActionRule(msgspec.Struct, frozen=True):
@@ -110,14 +113,8 @@ def decide(headers: np.ndarray, as_of_ms: np.ndarray, scores: Scores, policy: Po
     as_of_ms  int64 [N]
     model     first 8 bytes of the model's SHA-256
     """
-    power = list(_power(headers, as_of_ms, scores, policy, model))
-    tiers = headers['tier'].astype(np.int64)        # the loop below applies this step's changes
-    for decision in power:
-        tiers[decision.row] = decision.tier
-    decisions = [*power, *_intent(headers, as_of_ms, scores, policy, tiers),
-                 *_churn(headers, as_of_ms, scores, policy, tiers)]
-    order = {Kind.POWER: 0, Kind.INTENT: 1, Kind.CHURN: 2}
-    return sorted(decisions, key=lambda decision: (decision.row, order[decision.kind]))
+    return [Decision(row, _KINDS[kind], occasion, tier, previous_tier)
+            for row, kind, occasion, tier, previous_tier in changes(headers, as_of_ms, scores, policy, model)]
 
 
 def apply(user: User, decision: Decision, power: float, as_of_ms: int, model: bytes) -> None:
@@ -135,55 +132,3 @@ def apply(user: User, decision: Decision, power: float, as_of_ms: int, model: by
         if decision.occasion == 'churn_raised':
             user.churn_at_ms = as_of_ms
 
-
-def _power(headers: np.ndarray, as_of_ms: np.ndarray, scores: Scores, policy: Policy,
-           model: bytes) -> Iterator[Decision]:
-    rows = np.arange(len(scores))
-    tier = headers['tier'].astype(np.int64)
-    below = _steps(scores.tiers.cumsum(axis=1))     # probability at or below each tier, in grid steps
-    median = np.minimum((below < STEPS_PER_UNIT / 2).sum(axis=1), scores.tiers.shape[1] - 1)
-    first = (tier == NO_TIER) & (headers['applied'] >= policy.tier_events_min)
-    known = (tier != NO_TIER) & (tier < scores.tiers.shape[1])
-    remodelled = (tier != NO_TIER) & (headers['model'] != np.void(model))
-    # Compare in whole grid steps: the difference of two floats may fall just short of a threshold that it meets.
-    published = np.where(known, tier, 0)
-    beyond = np.where(median > tier, below[:, -1] - below[rows, published], below[rows, np.maximum(published - 1, 0)])
-    move = np.abs(_steps(scores.power) - headers['power_grid'])
-    changed = (known & (median != tier) & (beyond >= round((0.5 + policy.tier_margin) * STEPS_PER_UNIT))
-               & (move >= round(policy.power_move_min * STEPS_PER_UNIT))
-               & _cooled(headers['power_at_ms'], as_of_ms, policy.power_cooldown_ms))
-    for row in np.flatnonzero(scores.usable & (first | changed | remodelled)):
-        new, old = int(median[row]), int(tier[row])
-        occasion: Occasion | None = (None if remodelled[row] else 'power_first' if first[row]
-                                     else 'power_up' if new > old else 'power_down')
-        yield Decision(int(row), Kind.POWER, occasion, new, old)
-
-
-def _intent(headers: np.ndarray, as_of_ms: np.ndarray, scores: Scores, policy: Policy,
-            tiers: np.ndarray) -> Iterator[Decision]:
-    raised = (headers['alerting'] & INTENT_RAISED) > 0
-    up = ~raised & (scores.intent >= policy.intent_raise) & _cooled(headers['intent_at_ms'], as_of_ms,
-                                                                   policy.intent_cooldown_ms)
-    down = raised & (scores.intent <= policy.intent_clear)
-    for row in np.flatnonzero(scores.usable & (up | down)):
-        tier = int(tiers[row])
-        yield Decision(int(row), Kind.INTENT, 'intent' if up[row] else None, tier, tier)
-
-
-def _churn(headers: np.ndarray, as_of_ms: np.ndarray, scores: Scores, policy: Policy,
-           tiers: np.ndarray) -> Iterator[Decision]:
-    raised = (headers['alerting'] & CHURN_RAISED) > 0
-    up = (~raised & (scores.churn >= policy.churn_raise) & (headers['orders'] >= policy.churn_orders_min)
-          & _cooled(headers['churn_at_ms'], as_of_ms, policy.churn_cooldown_ms))
-    down = raised & (scores.churn <= policy.churn_clear)
-    for row in np.flatnonzero(scores.usable & (up | down)):
-        tier = int(tiers[row])
-        yield Decision(int(row), Kind.CHURN, 'churn_raised' if up[row] else 'churn_cleared', tier, tier)
-
-
-def _steps(values: np.ndarray) -> np.ndarray:
-    return np.rint(values * STEPS_PER_UNIT)
-
-
-def _cooled(at_ms: np.ndarray, as_of_ms: np.ndarray, cooldown_ms: int) -> np.ndarray:
-    return (at_ms == 0) | (as_of_ms - at_ms >= cooldown_ms)

@@ -2,7 +2,7 @@
 """A user's record in memory, the fold that applies events to it, and its codec.
 
 This module is compiled because the fold limits the throughput of the whole worker. `stream.core.layout` defines the
-layout. The structs below repeat it for the compiler, and an import of this module checks that the two agree.
+layout. The structs of `layout.pxd` repeat it for the compiler, and an import of this module checks that the two agree.
 """
 cdef extern from *:
     const char* _SOURCE_HASH "SOURCE_HASH"
@@ -17,6 +17,7 @@ from cpython.dict cimport PyDict_GetItem
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memmove
 
+from stream.core.layout cimport TYPE_COUNT, Day, Header, Row
 from stream.core.parse cimport Event
 
 from stream.core.events import EventType
@@ -25,69 +26,12 @@ from stream.core.layout import CLAIMS_BYTES, DAY, DAYS_KEPT, FORMAT, FORMATS_REA
 from stream.errors import StateError
 
 cdef enum:
-    TYPE_COUNT = 14
     ID_BYTES = 8
 
 cdef int64_t DAY_MS = 86400000
 cdef int64_t NO_TIMER = NO_TIMER_MS
 cdef int KEPT = DAYS_KEPT
 cdef uint8_t ADD_TO_CART = EventType.ADD_TO_CART, PURCHASE = EventType.PURCHASE, REFUND = EventType.REFUND
-
-
-# ---- the layout, for the compiler -----------------------------------------------------------------------------------
-
-cdef packed struct Header:
-    uint16_t format
-    uint16_t events
-    uint16_t days
-    uint8_t alerting
-    int8_t tier
-    uint32_t outbox_bytes
-    uint32_t generation
-    int64_t step
-    int64_t next_offset[2]
-    uint32_t applied
-    uint32_t duplicate
-    uint32_t late
-    int64_t first_seen_ms
-    int64_t last_seen_ms
-    uint32_t counts[TYPE_COUNT]
-    double spend
-    double refunds
-    uint32_t orders
-    uint32_t last_basket
-    int64_t last_order_ms
-    uint32_t gaps
-    double gap_days
-    double gap_days_squared
-    int64_t due_ms
-    uint8_t silence
-    int32_t power_grid
-    int64_t power_at_ms
-    int64_t intent_at_ms
-    int64_t churn_at_ms
-    uint32_t decisions
-    char decision_id[16]
-    char model[8]
-    char claims[32]
-
-
-cdef packed struct Row:
-    int64_t ts_ms
-    uint32_t item
-    uint32_t basket
-    float amount
-    uint16_t category
-    uint8_t type
-    uint8_t rating
-
-
-cdef packed struct Day:
-    uint16_t day
-    uint16_t browses
-    uint16_t carts
-    uint16_t orders
-    float spend
 
 
 cdef Header _probe

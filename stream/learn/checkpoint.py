@@ -124,7 +124,7 @@ def _first_of_each_length(found: Iterable[Batch]) -> dict[int, dict[str, Tensor]
     kept: dict[int, dict[str, Tensor]] = {}
     for batch in found:
         kept.setdefault(batch.categories.shape[1], {
-            name: torch.from_numpy(getattr(batch, name)) for name in INPUT_NAMES})
+            name: torch.from_numpy(getattr(batch, name)[:batch.windows]) for name in INPUT_NAMES})
     return kept
 
 

@@ -29,9 +29,10 @@ def score(graph: Path, inputs: Features, rows_max: int = ROWS_MAX) -> dict[str, 
     names = [output.name for output in session.get_outputs()]
     answers, rows = [], []
     for batch in batches(inputs, rows_max):
-        answers.append(run(session, names, {
+        found = run(session, names, {
             'categories': batch.categories, 'numbers': batch.numbers, 'counters': batch.counters,
-            'row_id': batch.row_id}))
-        rows.append(batch.row_id[:, 0])
+            'row_id': batch.row_id})
+        answers.append([part[:batch.windows] for part in found])        # without padding rows
+        rows.append(batch.row_id[:batch.windows, 0])
     order = np.argsort(np.concatenate(rows))        # batches come by length
     return {name: np.concatenate(parts)[order] for name, *parts in zip(names, *answers, strict=True)}

@@ -58,5 +58,5 @@ class EmbeddedScorer:
         except Exception as error:      # onnxruntime's own exceptions have no common base
             raise ModelError(f'The model cannot run a batch of {batch.categories.shape}: {error}.',
                              'check that the model was exported by this version of the code.') from error
-        self.windows_scored += len(batch)
+        self.windows_scored += batch.windows
         return Outputs(*(np.asarray(output) for output in outputs))

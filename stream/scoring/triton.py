@@ -252,7 +252,7 @@ class TritonScorer:
         finally:
             self._statistics.in_flight -= 1
         outputs = self._checked(answer, batch)
-        self._statistics.windows += len(batch)
+        self._statistics.windows += batch.windows
         return outputs
 
     def _note_failure(self, error: grpc.aio.AioRpcError, batch: Batch, concurrency: ConcurrencyLimit,

@@ -153,7 +153,7 @@ def windows_per_s(session: onnxruntime.InferenceSession, work: Sequence[Batch]) 
     for batch in work:
         session.run(None, {'categories': batch.categories, 'numbers': batch.numbers, 'counters': batch.counters,
                            'row_id': batch.row_id})
-    return sum(map(len, work)) / (time.thread_time() - began)
+    return sum(batch.windows for batch in work) / (time.thread_time() - began)
 
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
@@ -176,7 +176,8 @@ def through_triton(graph: Path, work: dict[str, list[Batch]], runs: int, report:
                 for _ in range(runs):
                     for how, found in rates.items():
                         batches_ = work[f'{mix}, {how}']
-                        found.append(sum(map(len, batches_)) / asyncio.run(scored(triton, batches_, in_flight)))
+                        windows = sum(batch.windows for batch in batches_)
+                        found.append(windows / asyncio.run(scored(triton, batches_, in_flight)))
                 for how, found in rates.items():
                     report.spread(f'Triton, {mix}, {how}', found, 'windows/s')
                 report.spread(f'Triton, {mix}, buckets / padded',

@@ -270,7 +270,7 @@ def client_run(triton: Triton, batches: Sequence[Batch], seconds: Callable[[], f
     taken = seconds()
     spent = {'client': time.process_time() - before['client'],
              triton.name: cpu_s(watched[triton.name]) - before[triton.name]}
-    return Run(sum(map(len, batches)), taken, spent)
+    return Run(sum(batch.windows for batch in batches), taken, spent)
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
@@ -317,7 +317,7 @@ def bench(options: argparse.Namespace) -> int:
             backlog = Backlog(kafka, folder, 'model', options.model_events,
                               options.model_events // options.events_per_shopper)
             batches = recorded(backlog)
-            say(f'{len(batches)} batches, {sum(map(len, batches)):,} windows: {describe(batches)}')
+            say(f'{len(batches)} batches, {sum(batch.windows for batch in batches):,} windows: {describe(batches)}')
             with Triton(folder / 'triton') as triton:
                 theirs = ('bare client', lambda: client_run(
                     triton, batches, lambda: asyncio.run(bare(triton, batches, 'shopper', options.in_flight))))

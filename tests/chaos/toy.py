@@ -54,7 +54,7 @@ class WildScorer:
     def _outputs(self, batch: Batch) -> Outputs:
         noise = np.abs(batch.counters.astype(np.float64).sum(axis=1, keepdims=True)) * 1e3
         if self._mixed_up():
-            noise = noise[::-1]
+            noise[:batch.windows] = noise[:batch.windows][::-1].copy()
         draws = [(noise * factor) % 1 for factor in (1, 7, 13)]
         tiers = np.exp(4 * np.cos(noise * np.arange(1, 6)))
         return Outputs(draws[0], tiers / tiers.sum(axis=1, keepdims=True), draws[2] * 900, draws[1], batch.row_id)

@@ -1,9 +1,11 @@
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stream.core.decide import Decision, Kind, Policy, apply, decide
-from stream.core.layout import DAY_MS, HEADER_DTYPE
+from stream.core.layout import DAY_MS, HEADER_DTYPE, NO_TIER
 from stream.core.scores import Scores
 from stream.core.user import User, pack_header
 
@@ -23,7 +25,7 @@ def shopper(**state: object) -> User:
 
 def scores_of(intent: float = 0.5, churn: float = 0.6, tiers: tuple[float, ...] = (0.2, 0.6, 0.2),
               usable: bool = True) -> Scores:
-    table = np.array([tiers])
+    table = np.array([tiers], np.float64)
     return Scores(np.array([usable]), np.array([intent]), np.array([churn]),
                   table @ np.arange(len(tiers)) / (len(tiers) - 1), table, np.array([1.0]))
 
@@ -168,3 +170,83 @@ def test_clearing_an_alert_starts_no_cool_down():
     user = shopper(tier=1, power_grid=5000, alerting=2, churn_at_ms=5)
     assert decided(user, scores_of(churn=0.1)) == [(Kind.CHURN, 'churn_cleared')]
     assert user.churn_at_ms == 5
+
+
+# ---- against a plain calculation -------------------------------------------------------------------------------------
+
+def plain(header: np.void, as_of_ms: int, row: int, steps: tuple[int, int, int, list[int]], policy: Policy,
+          ) -> list[Decision]:
+    """The decisions for one usable row, whose scores are whole grid steps: intent, churn, power and each tier."""
+    intent, churn, power, shares = steps
+    old, highest = int(header['tier']), len(shares) - 1
+    median = next((tier for tier in range(highest) if 2 * sum(shares[:tier + 1]) >= 10_000), highest)
+
+    def cooled(at_ms: int, cooldown_ms: int) -> bool:
+        return at_ms == 0 or as_of_ms - at_ms >= cooldown_ms
+
+    found, tier = [], old
+    above, under = sum(shares[old + 1:]), sum(shares[:max(old, 0)])
+    if old != NO_TIER and header['model'].tobytes() != MODEL:
+        found, tier = [Decision(row, Kind.POWER, None, median, old)], median
+    elif old == NO_TIER and header['applied'] >= policy.tier_events_min:
+        found, tier = [Decision(row, Kind.POWER, 'power_first', median, old)], median
+    elif (old != NO_TIER and old <= highest and median != old
+          and (above if median > old else under) >= round((0.5 + policy.tier_margin) * 10_000)
+          and abs(power - int(header['power_grid'])) >= round(policy.power_move_min * 10_000)
+          and cooled(int(header['power_at_ms']), policy.power_cooldown_ms)):
+        found, tier = [Decision(row, Kind.POWER, 'power_up' if median > old else 'power_down', median, old)], median
+    if header['alerting'] & 1:
+        if intent <= round(policy.intent_clear * 10_000):
+            found.append(Decision(row, Kind.INTENT, None, tier, tier))
+    elif intent >= round(policy.intent_raise * 10_000) and cooled(int(header['intent_at_ms']),
+                                                                  policy.intent_cooldown_ms):
+        found.append(Decision(row, Kind.INTENT, 'intent', tier, tier))
+    if header['alerting'] & 2:
+        if churn <= round(policy.churn_clear * 10_000):
+            found.append(Decision(row, Kind.CHURN, 'churn_cleared', tier, tier))
+    elif (churn >= round(policy.churn_raise * 10_000) and header['orders'] >= policy.churn_orders_min
+          and cooled(int(header['churn_at_ms']), policy.churn_cooldown_ms)):
+        found.append(Decision(row, Kind.CHURN, 'churn_raised', tier, tier))
+    return found
+
+
+STEPS = st.one_of(st.integers(0, 10_000), st.sampled_from([2999, 3000, 3001, 4999, 5000, 5001, 6999, 7000, 7999, 8000]))
+AT_MS = st.sampled_from([0, 1, T0_MS, T0_MS - DAY_MS, T0_MS - DAY_MS + 1, T0_MS - 7 * DAY_MS, T0_MS - 7 * DAY_MS + 1])
+SHOPPERS = st.fixed_dictionaries({
+    'tier': st.integers(-1, 6), 'alerting': st.integers(0, 3), 'applied': st.integers(0, 5),
+    'orders': st.integers(0, 3), 'power_grid': st.integers(-1, 10_000), 'power_at_ms': AT_MS, 'intent_at_ms': AT_MS,
+    'churn_at_ms': AT_MS, 'model': st.sampled_from([MODEL, MODEL, b'model--0'])})
+
+
+@given(st.lists(st.tuples(SHOPPERS, STEPS, STEPS, STEPS, st.booleans(), st.lists(st.integers(0, 9), min_size=4,
+                                                                                max_size=4)), max_size=6))
+@settings(max_examples=300)
+def test_decisions_are_those_of_a_plain_calculation(rows: list[tuple]):
+    headers = np.frombuffer(b''.join(pack_header(shopper(**state)) for state, *_ in rows), HEADER_DTYPE)
+    tables = []
+    for *_, weights in rows:
+        cuts = [round(10_000 * sum(weights[:at]) / max(sum(weights), 1)) for at in range(1, len(weights))]
+        tables.append([one - other for one, other in zip([*cuts, 10_000], [0, *cuts], strict=True)])
+    scores = Scores(np.array([usable for *_, usable, _ in rows], bool), *(
+        np.array([row[column] for row in rows], np.float64) / 10_000 for column in (1, 2, 3)),
+        np.array(tables, np.float64).reshape(-1, 4) / 10_000, np.zeros(len(rows)))
+    wanted = [decision for at, (_, intent, churn, power, usable, _) in enumerate(rows) if usable
+              for decision in plain(headers[at], T0_MS, at, (intent, churn, power, tables[at]), POLICY)]
+    assert decide(headers, np.full(len(rows), T0_MS), scores, POLICY, MODEL) == wanted
+
+
+def test_a_damaged_header_leads_nowhere():
+    """Nobody checks the numbers of a stored record."""
+    for tier in (-128, -2, 3, 127):
+        for at_ms in (-2**63, 2**63 - 1):
+            header = np.frombuffer(pack_header(shopper(tier=tier, power_at_ms=at_ms)), HEADER_DTYPE)
+            for as_of_ms in (-2**63, 2**63 - 1):
+                assert decide(header, np.array([as_of_ms]), scores_of(), POLICY, MODEL) == []
+
+
+def test_arrays_that_do_not_belong_together_are_refused():
+    header = np.frombuffer(pack_header(shopper()), HEADER_DTYPE)
+    with pytest.raises(ValueError, match='for 1 users'):
+        decide(header[:0], np.array([T0_MS]), scores_of(), POLICY, MODEL)
+    with pytest.raises(ValueError, match='8 bytes'):
+        decide(header, np.array([T0_MS]), scores_of(), POLICY, b'short')

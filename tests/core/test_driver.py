@@ -212,9 +212,9 @@ class ScriptedScorer(ConstantScorer):
     async def score(self, batches: Sequence[Batch]) -> list[Outputs]:
         outputs = await super().score(batches)
         for batch, output in zip(batches, outputs, strict=True):
-            self.rows_asked += len(batch)
+            self.rows_asked += batch.windows
             slots = (batch.categories[..., 0] > 0).sum(axis=1)
-            self.asked += [(int(count), batch.categories.shape[1]) for count in slots]
+            self.asked += [(int(count), batch.categories.shape[1]) for count in slots[:batch.windows]]
             output.purchase_intent = np.array([[self._intent(int(count))] for count in slots], np.float32)
             output.churn = np.full((len(batch), 1), self._churn, np.float32)
         return outputs

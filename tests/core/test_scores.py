@@ -1,8 +1,12 @@
+from dataclasses import fields, replace
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from stream.core.features import Batch
-from stream.core.scores import Outputs, collect
+from stream.core.features import PADDING_ROW, Batch
+from stream.core.scores import OUTPUT_NAMES, Outputs, Scores, collect
 from stream.errors import ModelError
 
 
@@ -67,3 +71,85 @@ def test_a_short_or_misshapen_answer_is_noticed():
     flat.churn = flat.churn[:, 0]
     with pytest.raises(ModelError, match='shape'):
         collect([asked], [flat], 2)
+
+
+@pytest.mark.parametrize('nonsense', [0.25, float('nan'), 7.0])
+def test_padding_rows_get_no_scores(nonsense: float):
+    asked = batch(1, 0, PADDING_ROW, PADDING_ROW)
+    outputs = answer(asked)
+    outputs.purchase_intent[2:] = nonsense
+    scores = collect([asked], [outputs], 2)
+    assert scores.intent.tolist() == [0.25, 0.25]
+    assert scores.usable.all()
+
+
+def test_padding_rows_must_come_back_as_they_went():
+    asked = batch(0, PADDING_ROW)
+    wrong = answer(asked)
+    wrong.row_id_out = np.array([[0], [0]])
+    with pytest.raises(ModelError, match='other rows'):
+        collect([asked], [wrong], 1)
+
+
+def test_a_row_outside_of_the_table_is_an_error():
+    for row in (2, -2, 1 << 60):
+        with pytest.raises(IndexError):
+            collect([batch(row)], [answer(batch(row))], 2)
+
+
+def test_no_batches_give_no_usable_scores():
+    assert collect([], [], 2).usable.tolist() == [False, False]
+    assert collect([], [], 0).tiers.shape == (0, 1)
+
+
+# ---- against a plain calculation -------------------------------------------------------------------------------------
+
+def plain(asked: Batch, outputs: Outputs, rows: int) -> Scores:
+    """The scores, column by column. Errors: none; every row of `asked` is a row of the table."""
+    tiers = outputs.tier_probabilities.shape[1]
+    columns = np.zeros((rows, tiers + 3))
+    answered = np.zeros(rows, bool)
+    ids = asked.row_id[:, 0]
+    columns[ids] = np.concatenate([outputs.purchase_intent, outputs.churn, outputs.expected_spend,
+                                   outputs.tier_probabilities], axis=1)
+    answered[ids] = True
+    probabilities, spend = columns[:, [0, 1, *range(3, tiers + 3)]], columns[:, 2]
+    usable = (answered & np.all((probabilities >= 0) & (probabilities <= 1), axis=1) & np.isfinite(spend) & (spend >= 0)
+              & (np.abs(sum(columns[:, 3:].T, np.zeros(rows)) - 1) <= 1e-3))
+    columns[~usable] = 0
+    power = sum((columns[:, 3 + tier] * tier for tier in range(tiers)), np.zeros(rows)) / max(tiers - 1, 1)
+
+    def on_grid(values: np.ndarray, steps: int = 10_000) -> np.ndarray:
+        return np.rint(values * steps) / steps
+    return Scores(usable, on_grid(columns[:, 0]), on_grid(columns[:, 1]), on_grid(np.minimum(power, 1.0)),
+                  on_grid(columns[:, 3:]), on_grid(columns[:, 2], 100))
+
+
+# Halves of a grid step are rounded to the even step, in both kinds of floats.
+NUMBERS = st.one_of(st.floats(0, 1, width=32), st.integers(0, 20_000).map(lambda half: half / 20_000),
+                    st.sampled_from([0.0, -0.0, 1.0, -1e-9, 1 + 1e-6, float('nan'), float('inf'), -float('inf')]))
+
+
+@given(st.lists(st.tuples(NUMBERS, NUMBERS, st.one_of(NUMBERS, st.floats(0, 1e9, width=32))), min_size=1, max_size=6),
+       st.integers(1, 9), st.sampled_from([np.float32, np.float64]), st.integers(0, 2**32 - 1), st.floats(-2e-3, 2e-3))
+def test_scores_are_those_of_a_plain_calculation(numbers: list[tuple], tiers: int, dtype: type, seed: int, off: float):
+    rng = np.random.default_rng(seed)
+    asked = batch(*rng.permutation(len(numbers) + 1)[:len(numbers)])
+    shares = rng.dirichlet(np.full(tiers, rng.choice([0.01, 1.0])), len(numbers))
+    shares[rng.random(len(numbers)) < 0.3, 0] += off
+    intent, churn, spend = np.array(numbers, dtype).T[:, :, None]
+    outputs = Outputs(intent, shares.astype(dtype), spend, churn, asked.row_id)
+    with np.errstate(all='ignore'):
+        wanted = plain(asked, outputs, len(numbers) + 1)
+    apart = replace(outputs, **{name: np.repeat(getattr(outputs, name), 2, axis=0)[::2] for name in OUTPUT_NAMES})
+    packed = replace(outputs, **{name: unaligned(getattr(outputs, name)) for name in OUTPUT_NAMES})
+    for given_ in (outputs, apart, packed):
+        got = collect([asked], [given_], len(numbers) + 1)
+        for field in fields(Scores):
+            one, other = getattr(got, field.name), getattr(wanted, field.name)
+            assert (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes()), field.name
+
+
+def unaligned(part: np.ndarray) -> np.ndarray:
+    """The same numbers at an odd address, as in an answer from the network."""
+    return np.frombuffer(b'!' + part.tobytes(), part.dtype, offset=1).reshape(part.shape)

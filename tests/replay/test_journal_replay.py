@@ -65,7 +65,7 @@ class BatchScorer(ConstantScorer):
     async def score(self, batches: Sequence[Batch]) -> list[Outputs]:
         outputs = await super().score(batches)
         for batch, output in zip(batches, outputs, strict=True):
-            rows = len(batch)
+            rows = batch.windows
             seen = np.expm1(batch.counters[:, [COUNTER_NAMES.index('days_since_last_seen')]])
             mixed = batch.counters.sum(axis=1, keepdims=True) * 7.31 + rows * 0.37
             output.purchase_intent = (mixed % 1).astype(np.float32)
