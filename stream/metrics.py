@@ -68,9 +68,8 @@ class Metrics:
             'stream_reseeks_total', 'How often a partition was read again because a block was missing.',
             registry=at)
         self.stage_seconds = Histogram(
-            'stream_stage_seconds', 'Time that one beat spends in a stage. For write: time for one write to the stores.',
-            ['stage'],
-            buckets=_STAGE_BUCKETS_S, registry=at)
+            'stream_stage_seconds', 'Time that one beat spends in a stage. For write: time of one write to the stores.',
+            ['stage'], buckets=_STAGE_BUCKETS_S, registry=at)
         self.event_to_output_seconds = Histogram(
             'stream_event_to_output_seconds',
             "Time from the Kafka timestamp of a step's oldest event to the acknowledgement of the step's outputs.",
@@ -130,16 +129,35 @@ class Metrics:
 
         for reason in (*Reason, MISROUTED):     # from 0, so that the first dead letter is seen as an increase
             self.dead_letters.labels(reason)
-        for kind in Kind:
-            self.messages.labels(kind)
+        self._published = {kind: self.messages.labels(kind) for kind in Kind}
+        self._outcomes = ((self.events_applied, Fold.APPLIED), (self.events_duplicate, Fold.DUPLICATE),
+                          (self.events_late, Fold.LATE), (self.events_redelivered, Fold.SEEN))
         self._stages = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
 
-    def folded(self, counts: Sequence[int]) -> None:
-        """Count the events of one step by their outcome. `counts` is indexed by `Fold`."""
-        for counter, what in ((self.events_applied, Fold.APPLIED), (self.events_duplicate, Fold.DUPLICATE),
-                              (self.events_late, Fold.LATE), (self.events_redelivered, Fold.SEEN)):
-            if counts[what]:
-                counter.inc(counts[what])
+    def beat(self, blocks: int, events: int) -> None:
+        """A beat has taken so many blocks with so many records."""
+        self.beats.inc()
+        self.blocks.inc(blocks)
+        self.events_read.inc(events)
+
+    def folded(self, counts: Sequence[Sequence[int]]) -> None:
+        """Count the events of some steps by their outcome. The counts of a step are indexed by `Fold`."""
+        for counter, what in self._outcomes:
+            if number := sum([of_step[what] for of_step in counts]):
+                counter.inc(number)
+
+    def scored(self, rows: int, refused: int) -> None:
+        """So many windows were scored; the scores of `refused` of them are unusable."""
+        self.scored_rows.inc(rows - refused)
+        if refused:
+            self.refused_rows.inc(refused)
+
+    def published(self, scores: int, decisions: Sequence[Kind]) -> None:
+        """So many messages about scores are on their way, and messages about decisions of these kinds."""
+        if scores:
+            self._published[Kind.SCORES].inc(scores)
+        for kind in decisions:
+            self._published[kind].inc()
 
     def stage(self, stage: Stage, seconds: float) -> None:
         """A beat spent `seconds` in a stage."""

@@ -50,8 +50,8 @@ def test_a_step_adds_up_by_what_became_of_its_events():
     metrics = Metrics()
     counts = [0] * len(Fold)
     counts[Fold.APPLIED], counts[Fold.DUPLICATE], counts[Fold.LATE], counts[Fold.SEEN] = 5, 3, 2, 1
-    metrics.folded(counts)
-    metrics.folded(counts)
+    metrics.folded([counts])
+    metrics.folded([counts])
     seen = samples(metrics)
     assert [seen[f'stream_events_{what}_total'] for what in ('applied', 'duplicate', 'late', 'redelivered')] == [
         10, 6, 4, 2]

@@ -23,12 +23,10 @@ written.
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 import msgspec
 
-from stream.core.decide import Kind
 from stream.core.driver import StepScorer
 from stream.core.journal import RecoveredEntry, encode_entry
 from stream.core.outbox import Message, split_scores, unpack_outbox
@@ -207,15 +205,15 @@ class Beats:
 
     async def _beat(self, lanes: Sequence[Lane]) -> None:
         """Take one step of each of these lanes."""
-        self._tools.metrics.beats.inc()
         await self._read(lanes)
-        steps = []
+        steps: list[StepOutput] = []
         for lane in lanes:
             step = lane.next_step()
             if step is None:
                 lane.in_beat = False        # no timer was due after all
             else:
                 steps.append(step)
+        self._tools.metrics.folded([step.step.counts for step in steps])
         await self._finish(steps)
 
     async def _read(self, lanes: Sequence[Lane]) -> None:
@@ -228,6 +226,8 @@ class Beats:
         wanted = [(lane, unknown) for lane in lanes if (unknown := lane.look_up())]
         self._tools.metrics.stage('decode', time.perf_counter() - started)
         loaded = await self._load(wanted) if wanted else {}
+        fresh = [lane for lane in lanes if not lane.begun]
+        self._tools.metrics.beat(sum([lane.blocks for lane in fresh]), sum([lane.size for lane in fresh]))
         for lane in lanes:
             lane.begin(loaded.get(lane, {}))
 
@@ -294,6 +294,8 @@ class Beats:
                 step.lane.holding = ''
         for step, result in zip(steps, scored, strict=True):
             step.lane.collect(step, result)
+        self._tools.metrics.scored(sum([len(result.rows) for result in scored]),
+                                   sum([result.refused for result in scored]))
         self._tools.metrics.stage('score', time.perf_counter() - started)
         return []
 
@@ -403,11 +405,7 @@ class Beats:
         for topic, of_topic in ((self._rules.alerts, decisions), (self._rules.scores, scores)):
             if of_topic:
                 sendings.append(await begin(topic, lane.number, of_topic, lane.source))
-        counts = self._tools.metrics.messages
-        if scores:
-            counts.labels(Kind.SCORES).inc(len(scores))
-        for kind, count in Counter([message.kind for message in decisions]).items():
-            counts.labels(kind).inc(count)
+        self._tools.metrics.published(len(scores), [message.kind for message in decisions])
         return sendings
 
     def _done(self, steps: list[StepOutput]) -> None:
@@ -419,6 +417,7 @@ class Beats:
             lane.publishing = None
             assert published is not None
             published.set_result(None)
+        self._tools.metrics.steps.inc(len(steps))
         if self._write_timer is None and self.writer.waiting:
             self._write_timer = asyncio.get_running_loop().call_later(WRITE_DELAY_S, self._write_soon)
         self._wake.set()

@@ -222,6 +222,11 @@ class Lane:
         return self._run.size if self._run else 0
 
     @property
+    def blocks(self) -> int:
+        """Number of blocks of the run under way."""
+        return len(self._run.blocks) if self._run else 0
+
+    @property
     def sweeping(self) -> bool:
         """Whether the run under way is a sweep whose users are not known yet."""
         return self._run is not None and not self._run.blocks and self._run.steps is None
@@ -332,8 +337,6 @@ class Lane:
         if run.steps is not None:
             return
         run.users.update(loaded)
-        self._tools.metrics.blocks.inc(len(run.blocks))
-        self._tools.metrics.events_read.inc(run.size)
         if self._rules.journal:
             run.journal = self._entries(run)
         if run.blocks:
@@ -361,7 +364,6 @@ class Lane:
             self._run, self._sweeps_next = None, bool(run.blocks)
         if step is None:
             return None
-        self._tools.metrics.folded(step.counts)
         oldest_ms = min((block.first_ms for block in run.blocks if block.records), default=0)
         if step.waiting or not run.blocks:
             return StepOutput(self, step, journal, [], oldest_ms, None, 0)
@@ -375,9 +377,6 @@ class Lane:
         output.changes = list(map(change_of, users, output.step.new))
         output.messages = scored.messages
         self._users.keep(users, output.changes)
-        metrics = self._tools.metrics
-        metrics.scored_rows.inc(len(scored.rows) - scored.refused)
-        metrics.refused_rows.inc(scored.refused)
 
     def sign(self, output: StepOutput) -> LaneRecord:
         """The lane's record of the step, the last one that the step sends to the changelog. The step before is done."""
@@ -397,7 +396,6 @@ class Lane:
             self._writer.add(self.store, output.changes,
                              Meta(output.changelog, output.record, output.step.number, []))
         self.moved_at = time.monotonic()
-        self._tools.metrics.steps.inc()
 
     def trim(self) -> None:
         """Let the cache drop users whose records are written."""
