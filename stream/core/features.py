@@ -9,6 +9,7 @@ Windows are grouped by slot count into length buckets. Most windows are short, a
     numbers     float32 [rows, length, SLOT_NUMBERS] see SLOT_NUMBER_NAMES
     counters    float32 [rows, COUNTERS]             see COUNTER_GROUPS
     row_id      int64   [rows, 1]                    the model passes it through, so mixed-up rows are detected
+                                                 -1: a row of zeros that only fills up the batch
 
 Amounts and time spans are encoded as log(1 + x), spans in days. Each row has an as-of time, and every feature is
 computed as of that time, never as of "now".
