@@ -232,7 +232,7 @@ class Counting(ConstantScorer):
 
     async def score(self, batches: Any) -> Any:
         self.asked += 1
-        if self.refuses(sum(len(batch) for batch in batches)):
+        if self.refuses(sum(batch.windows for batch in batches)):
             raise ModelError('refused.', 'see the log.')
         return await super().score(batches)
 
