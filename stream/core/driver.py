@@ -6,7 +6,8 @@ for all of them:
 
     run      cut a run of events into steps
     sweep    make a step out of due silence timers
-    score    score a step's users, decide, explain, and put the messages into the users' outboxes
+    score    score a step's users, decide, explain, and put the messages into the users' outboxes. A caller that
+             explains later, or not at all, takes the three parts of it: `judge`, `explain` and `publish`
 
 A step is a group of events or timers. Its users are scored, decided and written together. A timer must fire at its due
 time, before any later event of the same user is folded. Two rules ensure this:
@@ -17,7 +18,7 @@ time, before any later event of the same user is folded. Two rules ensure this:
 
 The caller provides the scorer. The driver itself uses no clock, network or file.
 """
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 
 import msgspec
@@ -29,7 +30,7 @@ from stream.core.features import Features, Snapshots, batches, features
 from stream.core.layout import Fold
 from stream.core.messages import Origin, decision_message
 from stream.core.outbox import Message, ScoresPen, pack_messages
-from stream.core.reasons import explain, occlude, variants
+from stream.core.reasons import Claim, explain, occlude, variants, within_budget
 from stream.core.rules import StepRules
 from stream.core.scorer import Scorer
 from stream.core.scores import Scores, collect
@@ -76,6 +77,37 @@ class Step(msgspec.Struct):
     new: list[bool]
     counts: list[int]
     waiting: list[Event]
+
+
+class Judged(msgspec.Struct):
+    """Scores and decisions of a step, before they change a user.
+
+    rows       the touched users that were scored; the other fields have one row for each
+    decisions  ordered by row
+    """
+
+    rows: list[Touched]
+    snapshots: Snapshots
+    inputs: Features
+    scores: Scores
+    decisions: list[Decision]
+
+    def claims(self) -> list[Claim]:
+        """The rows with an alert or a tier change. They ask for reasons."""
+        urgency: dict[int, int] = {}
+        for decision in self.decisions:
+            if _has_reasons(decision):
+                urgency[decision.row] = min(_PRIORITY[decision.kind], urgency.get(decision.row, len(_PRIORITY)))
+        needed = variants(self.inputs, np.array(list(urgency), np.int64)).tolist()
+        return [Claim(row, urgent, rows) for (row, urgent), rows in zip(urgency.items(), needed, strict=True)]
+
+    def only(self, rows: Sequence[int]) -> 'Judged':
+        """A copy of these rows, numbered from 0."""
+        snapshots, place = self.snapshots.take(rows), {row: at for at, row in enumerate(rows)}
+        decisions = [msgspec.structs.replace(decision, row=place[decision.row])
+                     for decision in self.decisions if decision.row in place]
+        return Judged([self.rows[row] for row in rows], snapshots, features(snapshots), self.scores.take(rows),
+                      decisions)
 
 
 class Scored(msgspec.Struct):
@@ -137,17 +169,42 @@ class StepDriver:
 
         Errors   ModelError from the scorer. The users' alert state is then unchanged, and the step can be scored again.
         """
-        rows = [entry for entry in step.touched if entry.origin is not None]
+        judged = await self.judge(step)
+        if judged is None:
+            return Scored([], None, [], 0)
+        explained = within_budget(judged.claims(), self._rules.reasons_rows_max)
+        return self.publish(judged, await self.explain(judged, explained))
+
+    async def judge(self, step: Step) -> Judged | None:
+        """Score and decide. None if the step has nobody to score. Empties the outboxes of all touched users.
+
+        Errors   ModelError from the scorer. The step can be judged again.
+        """
         for entry in step.touched:
             entry.user.outbox = b''
+        rows = [entry for entry in step.touched if entry.origin is not None]
         if not rows:
-            return Scored([], None, [], 0)
+            return None
         snapshots = snapshot(rows)
         inputs = features(snapshots)
         scores = await _score(inputs, self._scorer)
         decisions = decide(snapshots.headers, snapshots.as_of_ms, scores, self._rules.policy, self._scorer.model.tag)
-        reasons = await _reasons(decisions, snapshots, inputs, scores, self._scorer, self._rules.reasons_rows_max)
-        decided = self._decided(rows, decisions, scores, reasons)
+        return Judged(rows, snapshots, inputs, scores, decisions)
+
+    async def explain(self, judged: Judged, rows: Collection[int]) -> dict[Decision, list[dict]]:
+        """Reasons for the alerts and tier changes of these rows, which ascend. Errors: ModelError from the scorer."""
+        if not rows:
+            return {}
+        occlusions = occlude(judged.snapshots, list(rows), judged.inputs)
+        occluded = await _score(occlusions.inputs, self._scorer)
+        explained = set(rows)
+        return {decision: explain(occlusions, occluded, decision.row, decision.kind, judged.scores)
+                for decision in judged.decisions if decision.row in explained and _has_reasons(decision)}
+
+    def publish(self, judged: Judged, reasons: Mapping[Decision, list[dict]]) -> Scored:
+        """Apply the decisions to the users, and write the messages into the users' outboxes."""
+        rows, scores = judged.rows, judged.scores
+        decided = self._decided(rows, judged.decisions, scores, reasons)
         return Scored(rows, scores, self._outboxes(rows, decided, scores), int(np.sum(~scores.usable)))
 
     def _fold(self, users: dict[str, User], events: list[Event]) -> Step:
@@ -207,22 +264,8 @@ async def _score(inputs: Features, scorer: Scorer) -> Scores:
     return collect(cut, await scorer.score(cut), len(inputs.counters))
 
 
-async def _reasons(
-    decisions: Sequence[Decision], snapshots: Snapshots, inputs: Features, scores: Scores, scorer: Scorer,
-    rows_max: int,
-) -> dict[Decision, list[dict]]:
-    """Reasons for as many alerts and tier changes as the budget allows, the most urgent first."""
-    alerts = [decision for decision in decisions if decision.occasion not in (None, 'power_first')]
-    by_priority = sorted(alerts, key=lambda decision: (_PRIORITY[decision.kind], decision.row))
-    unique = np.array(list(dict.fromkeys(decision.row for decision in by_priority)), np.int64)
-    rows = sorted(unique[np.cumsum(variants(inputs, unique)) <= rows_max].tolist())
-    if not rows:
-        return {}
-    occlusions = occlude(snapshots, rows, inputs)
-    occluded = await _score(occlusions.inputs, scorer)
-    explained = set(rows)
-    return {decision: explain(occlusions, occluded, decision.row, decision.kind, scores)
-            for decision in alerts if decision.row in explained}
+def _has_reasons(decision: Decision) -> bool:
+    return decision.occasion not in (None, 'power_first')
 
 
 def snapshot(touched: Sequence[Touched]) -> Snapshots:

@@ -73,6 +73,11 @@ class Snapshots:
     def __len__(self) -> int:
         return len(self.headers)
 
+    def take(self, rows: Sequence[int]) -> 'Snapshots':
+        """The snapshots of some users, in this order."""
+        return Snapshots(self.headers[rows], self.days[_spans(self.headers['days'], rows)],
+                         self.rows[_spans(self.headers['events'], rows)], self.as_of_ms[rows])
+
 
 @dataclass(slots=True)
 class Features:
@@ -137,6 +142,13 @@ def padded(inputs: Features, rows: np.ndarray, length: int) -> Batch:
 def buckets(hashes: np.ndarray | int, count: int) -> np.ndarray:
     """The bucket, of `count`, for each hash of an item or category; 0 if the event has none."""
     return np.where(hashes > 0, hashes % (count - 1) + 1, 0)
+
+
+def _spans(counts: np.ndarray, rows: Sequence[int]) -> np.ndarray:
+    """Where the parts of some users lie in an array that holds `counts[i]` parts of user i, user after user."""
+    counts = counts.astype(np.int64)
+    taken = counts[rows]
+    return np.repeat((np.cumsum(counts) - counts)[rows] - (np.cumsum(taken) - taken), taken) + np.arange(taken.sum())
 
 
 def _slots(snapshots: Snapshots) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

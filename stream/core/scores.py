@@ -49,6 +49,10 @@ class Scores:
     def __len__(self) -> int:
         return len(self.usable)
 
+    def take(self, rows: Sequence[int]) -> 'Scores':
+        """The scores of some rows, in this order."""
+        return Scores(*(getattr(self, field.name)[rows] for field in fields(self)))
+
 
 def collect(batches: Sequence[Batch], outputs: Sequence[Outputs], rows: int) -> Scores:
     """Join the answers to all batches, `rows` rows in total, into one table.
