@@ -306,7 +306,7 @@ def _shards(
     else:
         check_unused(state_dir)
     # A copy that can be sent to a process: the class of `settings` remembers the file that it was read from.
-    one_thread = Settings.model_construct(**(dict(settings) | {'scorer_threads': 1}))
+    one_thread = Settings.model_construct(None, **(dict(settings) | {'scorer_threads': 1}))
     return stack.enter_context(ShardProcesses(workers, ShardRecipe(
         partial(make_scorer, one_thread, None, off_loop=False), partial(state_of_shard, state_dir, workers),
         settings.replay_rules(), records)))
