@@ -7,8 +7,9 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import msgspec
 import orjson
@@ -27,6 +28,7 @@ from stream.cli.shared import (
     format_of,
     inputs_of,
     parsed,
+    processes_of,
     progress_bar,
     say,
     written,
@@ -35,6 +37,10 @@ from stream.cli.summary import ReplayOutcome, print_alerts, print_seen, print_su
 from stream.cli.worker import app as worker_commands
 from stream.config import Settings, as_toml
 from stream.errors import INSTALL_REPORT, InputError, StreamError, UsageError, extra_module
+
+if TYPE_CHECKING:
+    from stream.replay.processes import ShardProcesses
+    from stream.replay.topic_records import Inputs
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode='rich',
@@ -45,6 +51,10 @@ app = typer.Typer(
 Seed = Annotated[int, typer.Option(help='The same seed gives the same bytes.')]
 Model = Annotated[Path | None, typer.Option(metavar='DIR', help='Folder of a model version (setting `model`).')]
 WithReport = Annotated[bool, typer.Option('--report/--no-report', help='Write the HTML report.')]
+Workers = Annotated[str, typer.Option(
+    metavar='N|auto', help='Score in N processes, each with a part of the users. auto: one per core. The files are the '
+                           'same. Each process takes about a second to start, scores with one thread, and with '
+                           '--state-dir keeps its users in a folder of its own.')]
 Publish = Annotated[str | None, typer.Option(
     metavar='changes|all|events', help='What is written (setting `publish`). changes: decisions only; all: also the '
                                        'scores of every scored user; events: also one output per event.')]
@@ -105,6 +115,7 @@ def replay(
     state: Annotated[str | None, typer.Option(metavar='memory|rocksdb', help='Setting `state`.')] = None,
     state_dir: Annotated[Path | None, typer.Option(
         metavar='DIR', help='Keep the RocksDB state here (new or empty); without it, it is temporary.')] = None,
+    workers: Workers = '1',
     report: WithReport = True,
     as_json: AsJson = False,
     config: ConfigFile = None,
@@ -116,7 +127,7 @@ def replay(
     """
     flags = {'publish': publish, 'scorer': scorer, 'model': model, 'state': 'rocksdb' if state_dir else state}
     settings = effective_settings(config, **parsed(overrides) | {k: v for k, v in flags.items() if v is not None})
-    outcome = _replay(files, format_name, out, settings, report, state_dir, journal)
+    outcome = _replay(files, format_name, out, settings, report, state_dir, journal, processes_of(workers))
     if as_json:
         sys.stdout.write(orjson.dumps(msgspec.to_builtins(outcome.counts)).decode() + '\n')
     else:
@@ -185,13 +196,14 @@ def _stop(number: int, _frame: object) -> NoReturn:
 
 def _replay(
     files: list[Path], format_name: str, out: Path, settings: Settings, with_report: bool, state_dir: Path | None,
-    journal: Path | None = None,
+    journal: Path | None = None, workers: int = 1,
 ) -> ReplayOutcome:
     from stream.replay.journal_file import read_journal
     from stream.replay.journal_replay import JournalReplay
     from stream.replay.recorded_topics import RecordedTopics
     from stream.replay.recording import Recording
     from stream.replay.replay import Replay
+    from stream.replay.sharded import ShardedReplay
 
     _check_target(out, 'Messages')
     if with_report:
@@ -201,6 +213,8 @@ def _replay(
     if journal and format_name != 'kafka':
         raise UsageError('A journal can only be replayed with records of topics.',
                          'add --format kafka, and name a recording of the input topics.')
+    if journal and workers > 1:
+        raise UsageError('A journal is replayed by one process.', 'leave --workers out.')
     for path in (out, dead_letters, report):
         if path.is_dir() or path.resolve() in {file.resolve() for file in (*files, *filter(None, [journal]))}:
             raise UsageError(f'{path} is a folder, or one of the files to replay.', 'name another file with --out.')
@@ -221,7 +235,10 @@ def _replay(
         outputs = stack.enter_context(written(out))
         letters = stack.enter_context(written(dead_letters))
         rules = settings.replay_rules()
-        if isinstance(recording, Recording):
+        if isinstance(recording, Recording) and workers > 1:
+            shards = _shards(settings, state_dir, recording.records, workers, stack)
+            run, seen = ShardedReplay(recording, shards, rules, outputs, letters), recording
+        elif isinstance(recording, Recording):
             run = Replay(recording, _state(settings, state_dir, stack), scorer, rules, outputs, letters)
             seen = recording
         else:
@@ -232,7 +249,10 @@ def _replay(
                 scorer, rules, outputs, letters)
         progress.reset(task, description='replaying', total=recording.rows)
         started = time.monotonic()
-        counts = asyncio.run(run.run(lambda rows: progress.advance(task, rows)))
+        def advance(rows: int) -> None:
+            progress.advance(task, rows)
+
+        counts = run.run(advance) if isinstance(run, ShardedReplay) else asyncio.run(run.run(advance))
         seconds = time.monotonic() - started
         if isinstance(run, JournalReplay):
             for gap in run.missing():
@@ -271,14 +291,38 @@ def _scorer(settings: Settings) -> Any:
     return make_scorer(settings, lambda line: say(f'warning: {line}'), off_loop=False)
 
 
+def _shards(
+    settings: Settings, state_dir: Path | None, records: 'Inputs | None', workers: int, stack: ExitStack,
+) -> 'ShardProcesses':
+    """Processes that each hold some of the users."""
+    from stream.replay.processes import ShardProcesses
+    from stream.replay.shard import ShardRecipe
+    from stream.scoring.make import make_scorer
+    from stream.state.replay_state import check_unused, state_of_shard
+    if settings.state == 'memory':
+        state_dir = None
+    elif state_dir is None:
+        state_dir = _temporary_folder(stack)
+    else:
+        check_unused(state_dir)
+    # A copy that can be sent to a process: the class of `settings` remembers the file that it was read from.
+    one_thread = Settings.model_construct(None, **(dict(settings) | {'scorer_threads': 1}))
+    return stack.enter_context(ShardProcesses(workers, ShardRecipe(
+        partial(make_scorer, one_thread, None, off_loop=False), partial(state_of_shard, state_dir, workers),
+        settings.replay_rules(), records)))
+
+
+def _temporary_folder(stack: ExitStack) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix='stream-replay-'))
+    stack.callback(shutil.rmtree, folder)
+    return folder
+
+
 def _state(settings: Settings, state_dir: Path | None, stack: ExitStack) -> Any:
     from stream.state.replay_state import MemoryState, RocksState
     if settings.state == 'memory':
         return MemoryState()
-    if state_dir is None:
-        state_dir = Path(tempfile.mkdtemp(prefix='stream-replay-'))
-        stack.callback(shutil.rmtree, state_dir)
-    state = RocksState(state_dir)
+    state = RocksState(_temporary_folder(stack) if state_dir is None else state_dir)
     stack.callback(state.close)
     return state
 

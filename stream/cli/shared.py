@@ -2,6 +2,7 @@
 complete, progress, and words for a person."""
 import ctypes
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,7 @@ FormatName = Annotated[str, typer.Option(
 AsJson = Annotated[bool, typer.Option('--json', help='Print the counts as one line of JSON on standard output.')]
 
 M_ARENA_MAX = -8        # of malloc.h
+PROCESSES_MAX = 256
 
 def collect_seldom() -> None:
     """Collect garbage rarely. A block creates thousands of objects that stay: a search at every 700 cost 6 %."""
@@ -97,6 +99,16 @@ def parsed(overrides: list[str] | None, flag: str = '--set', names: str = 'see `
         except orjson.JSONDecodeError:
             values[name] = text     # a bare word
     return values
+
+
+def processes_of(workers: str) -> int:
+    """The number of processes that `--workers` asks for. Errors: UsageError if it is neither a number nor `auto`."""
+    if workers == 'auto':
+        return min(len(os.sched_getaffinity(0)), PROCESSES_MAX)
+    if not (workers.isascii() and workers.isdigit() and 1 <= int(workers) <= PROCESSES_MAX):
+        raise UsageError(f'--workers {workers} is not a number of processes.',
+                         f'name a number from 1 to {PROCESSES_MAX}, or `auto` for one per core.')
+    return int(workers)
 
 
 @contextmanager

@@ -1,12 +1,11 @@
-"""The step driver turns events and due timers into messages.
+"""The step driver turns events and due timers into steps.
 
 It has three callers: the worker, a replay of files, and a replay of a journal. The callers read and decode records,
-load the users, store the results and send the messages. This module does everything in between, in the same way for all
-of them:
+load the users, store the results and send the messages. What comes in between is the same for all of them: this module
+cuts and folds the steps, and `stream.core.step_scorer` scores them.
 
     run      cut a run of events into steps
     sweep    make a step out of due silence timers
-    score    score the users of one or more steps, decide, explain, and put the messages into the users' outboxes
 
 A step is a group of events or timers. Its users are scored, decided and written together. A timer must fire at its due
 time, before any later event of the same user is folded. Two rules ensure this:
@@ -15,30 +14,17 @@ time, before any later event of the same user is folded. Two rules ensure this:
     within the run    An event of the run may set a timer. The user's events at or after the due time wait for the next
                       step. Other users' events do not wait.
 
-The caller provides the scorer. The driver itself uses no clock, network or file.
+The driver uses no clock, network or file.
 """
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
 
 import msgspec
-import numpy as np
 
-from stream.core.decide import Decision, Kind, apply, decide
 from stream.core.events import Event
-from stream.core.features import Features, Snapshots, batches, features
-from stream.core.layout import Fold
-from stream.core.messages import Origin, decision_message
-from stream.core.outbox import Message, ScoresPen, pack_messages
-from stream.core.reasons import explain, occlude, variants
-from stream.core.rules import StepRules
-from stream.core.scorer import Scorer
-from stream.core.scores import Scores, collect
-from stream.core.user import User, clock_ms, fire_timer, fold_runs, join, overdue, stamp
-
-PADDING_SLOTS_MAX = 256         # padding that is cheaper than a separate request for a few short windows
-
-# When the budget for reasons is short, alerts that lead to spending come before tier changes. A first tier gets none.
-_PRIORITY = {Kind.CHURN: 0, Kind.INTENT: 1, Kind.POWER: 2}
+from stream.core.layout import Fold, WindowLimits
+from stream.core.messages import Origin
+from stream.core.user import User, clock_ms, fire_timer, fold_runs, overdue, stamp
 
 Silent = Callable[[], Iterable[User]]
 _by_due_time = attrgetter('due_ms', 'user_id')
@@ -78,25 +64,6 @@ class Step(msgspec.Struct):
     waiting: list[Event]
 
 
-class Scored(msgspec.Struct):
-    """The result of scoring a step.
-
-    rows      the touched users that were scored, in the order of `scores`
-    outboxes  all messages to publish, user by user, in order
-    refused   number of rows with scores that are NaN or out of range; such rows lead to no decision
-    """
-
-    rows: list[Touched]
-    scores: Scores | None
-    outboxes: list[tuple[User, list[Message]]]
-    refused: int
-
-    @property
-    def messages(self) -> list[Message]:
-        """All messages to publish, in order."""
-        return [message for _, messages in self.outboxes for message in messages]
-
-
 class StepDriver:
     """Drives one serial stream of steps.
 
@@ -104,10 +71,9 @@ class StepDriver:
     generation  generation of the owner, stored in the users' records; 0 if ownership never changes
     """
 
-    def __init__(self, rules: StepRules, scorer: Scorer, generation: int = 0) -> None:
+    def __init__(self, limits: WindowLimits, generation: int = 0) -> None:
         self.number = 0
-        self._rules = rules
-        self._scorer = StepScorer(rules, scorer)
+        self._limits = limits
         self._generation = generation
 
     def run(self, users: dict[str, User], events: list[Event], silent: Silent = nobody) -> Iterator[Step]:
@@ -129,17 +95,12 @@ class StepDriver:
 
     def sweep(self, users: Iterable[User], waiting: list[Event] | None = None) -> Step:
         """Fire the due timer of each user, in this order. Each user is scored as of the timer's due time."""
-        touched = [Touched(user, Origin(due_ms := fire_timer(user, self._rules.limits), due_ms), []) for user in users]
+        touched = [Touched(user, Origin(due_ms := fire_timer(user, self._limits), due_ms), []) for user in users]
         return self._step(touched, [0] * len(Fold), waiting or [])
 
-    async def score(self, step: Step) -> Scored:
-        """Score one step. See `StepScorer.score`."""
-        return (await self._scorer.score([step]))[0]
-
     def _fold(self, users: dict[str, User], events: list[Event]) -> Step:
-        limits = self._rules.limits
-        runs, counts, waiting = fold_runs(users, events, limits)
-        touched = [Touched(user, Origin(clock_ms(user, limits), 0) if applied else None, applied)
+        runs, counts, waiting = fold_runs(users, events, self._limits)
+        touched = [Touched(user, Origin(clock_ms(user, self._limits), 0) if applied else None, applied)
                    for user, applied in runs]
         return self._step(touched, counts, waiting)
 
@@ -147,127 +108,3 @@ class StepDriver:
         self.number += 1
         new = stamp([entry.user for entry in touched], self.number, self._generation)
         return Step(self.number, touched, new, counts, waiting)
-
-
-class StepScorer:
-    """Scores steps of any number of drivers together: a call of the model costs as much as scoring many windows."""
-
-    def __init__(self, rules: StepRules, scorer: Scorer) -> None:
-        self._rules = rules
-        self._scorer = scorer
-
-    async def score(self, steps: Sequence[Step]) -> list[Scored]:
-        """Score, decide, explain, and write the messages into the users' outboxes; return the result of each step.
-
-        steps    no user may be in two of them
-        Promise  the result of a step does not depend on the others, as long as the model scores each window on its own
-        Errors   ModelError from the scorer. The users' alert state is then unchanged; the steps can be scored again
-        """
-        rows: list[Touched] = []
-        ends: list[int] = []
-        for step in steps:
-            for entry in step.touched:
-                entry.user.outbox = b''
-                if entry.origin is not None:
-                    rows.append(entry)
-            ends.append(len(rows))
-        if not rows:
-            return [Scored([], None, [], 0) for _ in steps]
-        snapshots = snapshot(rows)
-        inputs = features(snapshots)
-        scores = await _score(inputs, self._scorer)
-        decisions = decide(snapshots.headers, snapshots.as_of_ms, scores, self._rules.policy, self._scorer.model.tag)
-        reasons = await self._reasons(decisions, snapshots, inputs, scores, ends) if decisions else {}
-        decided = self._decided(rows, decisions, scores, reasons)
-        results, start = [], 0
-        pen = ScoresPen(self._scorer.model, scores)
-        for end in ends:
-            of_step = scores if end - start == len(rows) else scores.part(start, end)
-            outboxes = self._outboxes(rows, start, end, decided, of_step.usable.tolist(), pen)
-            results.append(Scored(rows[start:end], of_step, outboxes, int(np.sum(~of_step.usable))))
-            start = end
-        return results
-
-    async def _reasons(
-        self, decisions: Sequence[Decision], snapshots: Snapshots, inputs: Features, scores: Scores,
-        ends: Sequence[int],
-    ) -> dict[Decision, list[dict]]:
-        """Reasons for as many alerts and tier changes as the budget of each step allows, the most urgent first."""
-        alerts = [decision for decision in decisions if decision.occasion not in (None, 'power_first')]
-        rows: list[int] = []
-        start = 0
-        for end in ends:
-            rows += _affordable([decision for decision in alerts if start <= decision.row < end], inputs,
-                                self._rules.reasons_rows_max)
-            start = end
-        if not rows:
-            return {}
-        occlusions = occlude(snapshots, rows, inputs)
-        occluded = await _score(occlusions.inputs, self._scorer)
-        explained = set(rows)
-        return {decision: explain(occlusions, occluded, decision.row, decision.kind, scores)
-                for decision in alerts if decision.row in explained}
-
-    def _decided(
-        self, rows: Sequence[Touched], decisions: Sequence[Decision], scores: Scores,
-        reasons: Mapping[Decision, list[dict]],
-    ) -> dict[int, list[Message]]:
-        """Apply the decisions to the users; return the messages about them, by row."""
-        model, decided = self._scorer.model, dict[int, list[Message]]()
-        for decision in decisions:
-            user, origin = rows[decision.row].user, rows[decision.row].origin
-            assert origin is not None
-            apply(user, decision, float(scores.power[decision.row]), origin.as_of_ms, model.tag)
-            if decision.occasion:
-                decided.setdefault(decision.row, []).append(decision_message(
-                    user, decision, decision.occasion, origin, decision.row, scores, model, self._rules.policy,
-                    reasons.get(decision)))
-        return decided
-
-    def _outboxes(
-        self, rows: Sequence[Touched], start: int, end: int, decided: Mapping[int, list[Message]],
-        usable: Sequence[bool], pen: ScoresPen,
-    ) -> list[tuple[User, list[Message]]]:
-        """Put the messages of rows [start, end) into the users' outboxes; return the users and their messages.
-
-        usable   of these rows
-        """
-        outboxes: list[tuple[User, list[Message]]] = []
-        if self._rules.publish == 'changes':
-            for row, messages in decided.items():
-                if start <= row < end:
-                    rows[row].user.outbox = pack_messages(messages)
-                    outboxes.append((rows[row].user, messages))
-            return outboxes
-        write, by_event = pen.write, self._rules.publish == 'events'
-        for row in range(start, end):
-            user, origin, messages = rows[row].user, rows[row].origin, decided.get(row)
-            if usable[row - start] and origin is not None:
-                messages = write(user, messages, row, origin.as_of_ms, origin.timer_ms,
-                                 rows[row].applied if by_event else None)
-            elif messages:
-                user.outbox = pack_messages(messages)
-            if messages:
-                outboxes.append((user, messages))
-        return outboxes
-
-
-def _affordable(alerts: Sequence[Decision], inputs: Features, rows_max: int) -> list[int]:
-    """The rows whose reasons fit into the budget of one step, ascending. The most urgent alerts are served first."""
-    if not alerts:
-        return []
-    by_priority = sorted(alerts, key=lambda decision: (_PRIORITY[decision.kind], decision.row))
-    unique = np.array(list(dict.fromkeys(decision.row for decision in by_priority)), np.int64)
-    return sorted(unique[np.cumsum(variants(inputs, unique)) <= rows_max].tolist())
-
-
-async def _score(inputs: Features, scorer: Scorer) -> Scores:
-    cut = list(batches(inputs, scorer.rows_max, PADDING_SLOTS_MAX))
-    return collect(cut, await scorer.score(cut), len(inputs.counters))
-
-
-def snapshot(touched: Sequence[Touched]) -> Snapshots:
-    """The scored users' records as snapshots, one row per entry. Every entry must have an origin."""
-    headers, days, rows = join([entry.user for entry in touched])
-    return Snapshots.join([headers], [days], [rows],
-                          [entry.origin.as_of_ms for entry in touched if entry.origin is not None])

@@ -76,6 +76,11 @@ class Snapshots:
         return Snapshots(np.frombuffer(b''.join(headers), HEADER_DTYPE), np.frombuffer(b''.join(days), DAY_DTYPE),
                          np.frombuffer(b''.join(rows), ROW_DTYPE), np.array(as_of_ms, np.int64))
 
+    def take(self, rows: Sequence[int]) -> 'Snapshots':
+        """The snapshots of some users, in this order."""
+        return Snapshots(self.headers[rows], self.days[_spans(self.headers['days'], rows)],
+                         self.rows[_spans(self.headers['events'], rows)], self.as_of_ms[rows])
+
     def __len__(self) -> int:
         return len(self.headers)
 
@@ -162,3 +167,9 @@ def buckets(hashes: np.ndarray | int, count: int) -> np.ndarray:
     """The bucket, of `count`, for each hash of an item or category; 0 if the event has none."""
     return np.where(hashes > 0, hashes % (count - 1) + 1, 0)
 
+
+def _spans(counts: np.ndarray, rows: Sequence[int]) -> np.ndarray:
+    """Where the parts of some users lie in an array that holds `counts[i]` parts of user i, user after user."""
+    counts = counts.astype(np.int64)
+    taken = counts[rows]
+    return np.repeat((np.cumsum(counts) - counts)[rows] - (np.cumsum(taken) - taken), taken) + np.arange(taken.sum())

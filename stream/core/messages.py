@@ -71,6 +71,13 @@ def decision_message(
                    value)
 
 
+def with_reasons(message: Message, reasons: list[dict]) -> Message:
+    """The message of a decision that was just taken, with these reasons: the bytes that it would have had at once."""
+    assert message.content is not None
+    value = message.content | {'reasons': reasons}
+    return Message(message.kind, message.message_id, message.key, message.as_of_ms, orjson.dumps(value), value)
+
+
 def _identity(user: User, origin: Origin, model: ModelInfo, *what: str | int) -> bytes:
     clicks, carts = user.next_offset
     return xxh3_128_digest(orjson.dumps(

@@ -9,9 +9,11 @@ Three kinds of parts are removed, one at a time:
 
 An explanation costs tens of scores. So only alerts and tier changes are explained, and only within a budget.
 """
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
+import msgspec
 import numpy as np
 
 from stream.core.decide import Kind
@@ -36,6 +38,18 @@ _DEEDS = {
 }
 
 
+class Claim(msgspec.Struct, frozen=True):
+    """One row of a step that asks for reasons.
+
+    urgency   0 is the most urgent
+    variants  the most model rows that its explanation may need
+    """
+
+    row: int
+    urgency: int
+    variants: int
+
+
 @dataclass(slots=True)
 class Occlusions:
     """Occluded variants of some rows: what each variant lacks, and the features to score.
@@ -51,6 +65,16 @@ class Occlusions:
     group: list[str]
     slot: np.ndarray
     inputs: Features
+
+
+def within_budget(claims: Iterable[Claim], rows_max: int) -> list[int]:
+    """The rows to explain, in ascending order: the most urgent claims, as long as all of them need `rows_max` at most.
+
+    claims   of one step, one per row
+    """
+    by_urgency = sorted(claims, key=lambda claim: (claim.urgency, claim.row))
+    totals = accumulate(claim.variants for claim in by_urgency)
+    return sorted(claim.row for claim, total in zip(by_urgency, totals, strict=True) if total <= rows_max)
 
 
 def variants(base: Features, rows: np.ndarray) -> np.ndarray:

@@ -55,6 +55,10 @@ class Scores:
     def __len__(self) -> int:
         return len(self.usable)
 
+    def take(self, rows: Sequence[int]) -> 'Scores':
+        """The scores of some rows, in this order."""
+        return Scores(*(getattr(self, field.name)[rows] for field in fields(self)))
+
     def part(self, start: int, end: int) -> 'Scores':
         """Rows [start, end)."""
         return Scores(self.usable[start:end], self.intent[start:end], self.churn[start:end], self.power[start:end],

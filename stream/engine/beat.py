@@ -5,7 +5,8 @@ turn of a thread, the wake-ups. A beat pays it once for all lanes. It passes thr
 
     _dispatch   starts a beat as soon as lanes are ready
     _read       decodes the lanes' runs, and loads the touched users' records
-    _score      scores the steps of all lanes together, decides, explains, and puts messages into the outboxes
+    _score      scores the steps of all lanes together, decides, and puts messages into the outboxes
+    _explain    finds the reasons of alerts, for the lanes that have some
     _journal    sends the journal's entries, if there is a journal
     _changelog  sends the users' records, and the lane's own record last
     _outputs    sends messages and dead letters
@@ -23,13 +24,15 @@ written.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from itertools import chain
+from typing import TypeVar
 
 import msgspec
 
-from stream.core.driver import StepScorer
 from stream.core.journal import RecoveredEntry, encode_entry
 from stream.core.outbox import Message, split_scores, unpack_outbox
+from stream.core.step_scorer import Judged, Reasons, StepScorer, nobody_scored
 from stream.core.user import User
 from stream.engine.lane import Lane, StepOutput, Tools
 from stream.engine.publisher import Record, Sending
@@ -39,6 +42,7 @@ from stream.errors import ModelError, ScorerUnavailable
 from stream.state.store import LANE_KEY, Meta
 
 log = logging.getLogger(__name__)
+T = TypeVar('T')
 BEAT_EVENTS = 128           # a beat of so many events takes no more lanes, and does not wait for the beat before it
 LEAVE_S = 0.02              # how much later than the first acknowledgement of a beat those of its other lanes may come
 WRITE_DELAY_S = 0.25        # how long a finished step waits for the write to the store
@@ -250,34 +254,77 @@ class Beats:
     async def _finish(self, steps: list[StepOutput]) -> None:
         """Score the steps, then publish them. Stops quietly if told to: the next owner takes the steps again."""
         try:
-            refused = await self._score(steps)
+            published = await self._score(steps)
         except Stopped:
             return
         finally:
             self._scoring -= 1
-        for step in refused:        # each on its own: one that the model refuses must not hold up the others
-            self._scoring += 1
-            self._beats.create_task(self._finish([step]))
-        if not refused:
-            await self._publish(steps)
+        await self._publish(published)
 
     async def _score(self, steps: list[StepOutput]) -> list[StepOutput]:
-        """Score, decide and explain. While the scorer is unavailable, the lanes hold their events and retry.
+        """Score and decide. Returns the steps that can be published now; the others follow on their own.
 
-        Returns   the steps, if there are several and the model refuses them together; nothing has happened to them
+        If the model refuses several steps together, each is scored again alone: one must not hold up the others. If
+        alerts need reasons, which cost another call of the model, only their lanes wait for it.
         """
         if not steps:
             return []
-        held, started = False, time.perf_counter()
+        started = time.perf_counter()
+        folded = [step.step for step in steps]
+        try:
+            judged = await self._held(steps, lambda: self._scorer.judge(folded))
+        except ModelError:
+            for step in steps:
+                self._scoring += 1
+                self._beats.create_task(self._finish([step]))
+            return []
+        if judged is None:
+            for step in steps:
+                step.lane.collect(step, nobody_scored())
+            return steps
+        explained = self._scorer.affordable(judged)
+        calm = [number for number, rows in enumerate(explained) if not rows]
+        if len(calm) < len(steps):
+            self._beats.create_task(self._explain(steps, judged, explained))
+        self._collect(steps, judged, {}, calm)
+        self._tools.metrics.stage('score', time.perf_counter() - started)
+        return [steps[number] for number in calm]
+
+    async def _explain(self, steps: Sequence[StepOutput], judged: Judged, rows: Sequence[Sequence[int]]) -> None:
+        """Find the reasons of these rows of each step, then publish the steps that have some."""
+        numbers = [number for number, of_step in enumerate(rows) if of_step]
+        late = [steps[number] for number in numbers]
+        try:
+            reasons = await self._held(late, lambda: self._scorer.explain(judged, [*chain.from_iterable(rows)]), True)
+        except Stopped:
+            return
+        self._collect(steps, judged, reasons, numbers)
+        await self._publish(late)
+
+    def _collect(self, steps: Sequence[StepOutput], judged: Judged, reasons: Reasons, numbers: Sequence[int]) -> None:
+        """Apply the decisions of some of the judged steps, and collect what these steps send and store."""
+        results = self._scorer.publish(judged, reasons, numbers)
+        for number, scored in zip(numbers, results, strict=True):
+            steps[number].lane.collect(steps[number], scored)
+        self._tools.metrics.scored(sum([len(scored.rows) for scored in results]),
+                                   sum([scored.refused for scored in results]))
+
+    async def _held(self, steps: Sequence[StepOutput], call: Callable[[], Awaitable[T]], alone: bool = False) -> T:
+        """The result of a call of the scorer. While the scorer is unavailable, the steps' lanes hold their events.
+
+        alone    whether to hold the lanes also if the model refuses the call; else only if there is one step
+        Errors   Stopped if told to stop; ModelError if the model refuses several steps
+        """
+        held = False
         numbers = ', '.join(str(step.lane.number) for step in steps)
         try:
             while True:
                 try:
-                    scored = await self._scorer.score([step.step for step in steps])
+                    result = await call()
                     break
                 except ModelError as error:
-                    if len(steps) > 1 and not isinstance(error, ScorerUnavailable):
-                        return steps
+                    if len(steps) > 1 and not alone and not isinstance(error, ScorerUnavailable):
+                        raise
                     if not held:
                         log.warning('lanes %s are holding their events: %s', numbers, error)
                         self._tools.metrics.scorer_holds.inc()
@@ -288,16 +335,11 @@ class Beats:
                     await self._hold(getattr(error, 'retry_after_ms', HOLD_RETRY_S * 1000) / 1000)
             if held:
                 log.info('lanes %s are scoring again.', numbers)
+            return result
         finally:
             self._scoring += held
             for step in steps:
                 step.lane.holding = ''
-        for step, result in zip(steps, scored, strict=True):
-            step.lane.collect(step, result)
-        self._tools.metrics.scored(sum([len(result.rows) for result in scored]),
-                                   sum([result.refused for result in scored]))
-        self._tools.metrics.stage('score', time.perf_counter() - started)
-        return []
 
     async def _hold(self, seconds: float) -> None:
         """Wait before the next attempt. Errors: Stopped if told to stop."""

@@ -22,13 +22,14 @@ import msgspec
 from aiokafka import TopicPartition
 
 from stream.core.dead_letters import DeadLetter
-from stream.core.driver import Scored, Step, StepDriver
+from stream.core.driver import Step, StepDriver
 from stream.core.events import Decoder, Event, Refusal, Source
 from stream.core.journal import EventsEntry, TimersEntry, encode_entry
 from stream.core.outbox import Message
 from stream.core.partitioners import PartitionerName, misrouted
 from stream.core.rules import StepRules
 from stream.core.scorer import Scorer
+from stream.core.step_scorer import Scored
 from stream.core.user import Change, User, change_of, newest_ms
 from stream.engine.blocks import Block, FetchedRecord
 from stream.engine.consumer import BlockConsumer
@@ -177,7 +178,7 @@ class Lane:
         self._tools = tools
         self._rules = tools.rules
         self._writer = writer
-        self._driver = StepDriver(tools.rules.steps, tools.scorer, generation)
+        self._driver = StepDriver(tools.rules.steps.limits, generation)
         self._users = UserCache(tools.rules.users_cached_bytes)
         self._foreign: set[str] = set()     # users in the state who belong on another partition, found by their timers
         self._stream_ms = [0, 0]

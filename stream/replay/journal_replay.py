@@ -20,6 +20,7 @@ from stream.core.journal import EventsEntry, Kept, RecoveredEntry, TimersEntry, 
 from stream.core.layout import NO_TIMER_MS
 from stream.core.rules import ReplayRules
 from stream.core.scorer import Scorer
+from stream.core.step_scorer import StepScorer
 from stream.core.user import User, decode, encode
 from stream.errors import InputError, StateError, UsageError
 from stream.replay.account import Account, Counts
@@ -72,7 +73,7 @@ class JournalReplay:
         self._recorded = recorded
         self._journal = journal
         self._new_state = new_state
-        self._scorer = scorer
+        self._steps = StepScorer(rules, scorer)
         self._rules = rules
         self._decode_line = decoder(rules.events, recorded.inputs)
         _check(journal, scorer.model.sha256, rules)
@@ -84,7 +85,7 @@ class JournalReplay:
                  which is a defect.
         """
         for number, entries in self._journal.items():
-            lane = _Lane(number, self._new_state(number), StepDriver(self._rules, self._scorer))
+            lane = _Lane(number, self._new_state(number), StepDriver(self._rules.limits))
             for step, counted in groupby(steps_of(entries), key=lambda counted: counted[0].step):
                 if step != lane.step + 1:
                     raise _misfit(lane, step)
@@ -167,7 +168,7 @@ class JournalReplay:
         survivors   users who keep the result of the step; None: all
         before      records of the users before the step; the other users go back to them
         """
-        scored = await lane.driver.score(step)
+        scored, = await self._steps.score([step])
         messages = scored.messages
         if survivors is None:
             lane.state.save(entry.user for entry in step.touched)

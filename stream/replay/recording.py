@@ -153,7 +153,7 @@ class Recording:
 
     def decoder(self, rules: EventRules) -> Callable[[bytes], Event | Refusal]:
         """A function that decodes the rows that are not bad. Events from records get their source and offset."""
-        return Decoder(rules) if self.records is None else topic_records.decoder(rules, self.records)
+        return row_decoder(rules, self.records)
 
     def _chunks(
         self, places: np.ndarray, order: np.ndarray | None, events_max: int, span_ms_max: int,
@@ -217,6 +217,11 @@ class Recording:
                 ends.append(file.tell())
             next(rows, None)        # asks for one more row, to notice if the last file has grown
         return ends
+
+
+def row_decoder(rules: EventRules, records: Inputs | None) -> Callable[[bytes], Event | Refusal]:
+    """As `Recording.decoder`, for `Recording.records`."""
+    return Decoder(rules) if records is None else topic_records.decoder(rules, records)
 
 
 def _peek_places(rows: list[Row], peek: Callable[[bytes], int | None]) -> list[int | None]:

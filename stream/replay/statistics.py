@@ -3,7 +3,7 @@
 Memory grows with the number of hours and of users at risk, not with the number of events.
 """
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,9 +62,11 @@ class Statistics:
 
     def add_decisions(self, messages: Sequence[Message]) -> None:
         """Count decisions by hour and label, and keep track of the users at risk."""
-        for message in messages:
-            value = message.content
-            assert value is not None        # the replay has just taken these decisions
+        self.add_contents(message.content for message in messages if message.content is not None)
+
+    def add_contents(self, contents: Iterable[dict[str, Any]]) -> None:
+        """The same, of what the messages say."""
+        for value in contents:
             label = ' '.join(filter(None, (value['type'], value.get('state'))))
             self.alerts_per_hour[value['as_of_ms'] // HOUR_MS][label] += 1
             if value['type'] == Kind.CHURN:

@@ -10,10 +10,10 @@ from stream.scoring.constant import ConstantScorer
 ROOT = Path(__file__).parents[2]
 
 
-def make_scorer(settings: Settings, warn: Callable[[str], None], off_loop: bool = True) -> Scorer:
+def make_scorer(settings: Settings, warn: Callable[[str], None] | None, off_loop: bool = True) -> Scorer:
     """Make the scorer. It does not connect to Triton yet.
 
-    warn       is called with each mismatch between the model's training data and the settings
+    warn       is called with each mismatch between the model's training data and the settings; None: nobody is told
     off_loop   whether the event loop must stay free while the embedded model runs
     Errors     ModelError if the model's folder does not match its manifest, or cannot be loaded.
     """
@@ -22,7 +22,8 @@ def make_scorer(settings: Settings, warn: Callable[[str], None], off_loop: bool 
     model = shipped(settings.model)
     scorer = _triton(settings, model) if settings.scorer == 'triton' else _embedded(settings, model, off_loop)
     for line in mismatches(scorer.manifest, settings):
-        warn(f'{line}: do not trust its scores.')
+        if warn is not None:
+            warn(f'{line}: do not trust its scores.')
     if settings.scorer == 'triton' and settings.fallback == 'embedded':
         from stream.scoring.fallback import FallbackScorer
         return FallbackScorer(scorer, _embedded(settings, model, off_loop))

@@ -3,7 +3,8 @@
 Both kinds also keep an index of silence timers by due time, and write it together with the users.
 """
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +13,7 @@ from stream.core.user import User, change_of
 from stream.errors import UsageError
 from stream.state.store import Memory, Meta, PartitionStore
 
-_CACHE_MIB, _WRITE_BUFFERS_MIB = 256, 128
+_CACHE_MIB, _WRITE_BUFFERS_MIB, _SHARE_MIB_MIN = 256, 128, 8
 
 
 class State(Protocol):
@@ -92,11 +93,11 @@ class MemoryState:
 class RocksState:
     """Keeps records and timers in one directory. It uses a worker's partition store, without a changelog."""
 
-    def __init__(self, directory: Path) -> None:
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise UsageError(f'The state directory {directory} is not a folder, or it is not empty.',
-                             'name a new folder: a replay starts without history.')
-        self._store = PartitionStore(directory, Memory(_CACHE_MIB, _WRITE_BUFFERS_MIB))
+    def __init__(self, directory: Path, states: int = 1) -> None:
+        """`states` is the number of states of the replay: they share its memory for RocksDB."""
+        check_unused(directory)
+        cache_mib, write_buffers_mib = (max(mib // states, _SHARE_MIB_MIN) for mib in (_CACHE_MIB, _WRITE_BUFFERS_MIB))
+        self._store = PartitionStore(directory, Memory(cache_mib, write_buffers_mib))
 
     def load(self, user_ids: Iterable[str]) -> dict[str, User]:
         return self._store.load(user_ids)
@@ -112,3 +113,21 @@ class RocksState:
 
     def close(self) -> None:
         self._store.close()
+
+
+def state_of_shard(directory: Path | None, shards: int, shard: int) -> State:
+    """The state of one of the shards of a replay, in a folder of its own below `directory`; None: in memory."""
+    return MemoryState() if directory is None else RocksState(directory / f'shard-{shard}', shards)
+
+
+def check_unused(directory: Path) -> None:
+    """Errors: UsageError if the directory exists and is not empty."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UsageError(f'The state directory {directory} is not a folder, or it is not empty.',
+                         'name a new folder: a replay starts without history.')
+
+
+def load_silent(state: State, clock_ms: int, users_max: int, active: Collection[str]) -> list[User]:
+    """Users with a timer due by `clock_ms`, except the `active` ones: the first `users_max` by due time, then id."""
+    due = state.due(clock_ms, users_max + len(active))
+    return list(state.load(islice((user_id for user_id in due if user_id not in active), users_max)).values())

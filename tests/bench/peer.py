@@ -20,8 +20,9 @@ import orjson
 from stream.cli.shared import collect_seldom
 from stream.config import load_settings
 from stream.core.decide import Kind
-from stream.core.driver import Scored, Step, StepScorer
+from stream.core.driver import Step
 from stream.core.outbox import Message, pack_messages
+from stream.core.step_scorer import Scored, StepScorer
 from stream.engine import assignment, beat, worker
 from stream.engine.beat import Beats
 from stream.engine.blocks import Block

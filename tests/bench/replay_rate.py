@@ -2,6 +2,9 @@
 
     .venv/bin/python tests/bench/replay_rate.py --events 1000000 --runs 5
 
+With `--workers 2` it measures how many times as fast a replay with the model is with so many processes, on all cores.
+The start of the processes counts.
+
 Every figure is the median of interleaved runs in one process, with the smallest and the largest. `speed` is the time of
 a fixed loop of plain Python next to each run. If it varies, the machine was busy with something else.
 """
@@ -13,6 +16,7 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,12 +26,15 @@ from stream.core.features import Batch
 from stream.core.rules import ReplayRules
 from stream.core.scorer import Scorer
 from stream.core.scores import Outputs
+from stream.replay.processes import ShardProcesses
 from stream.replay.recording import Recording
 from stream.replay.replay import Replay
+from stream.replay.shard import ShardRecipe
+from stream.replay.sharded import ShardedReplay
 from stream.scoring.constant import ConstantScorer
 from stream.scoring.embedded import EmbeddedScorer
 from stream.simulator.shop import SimulatorOptions, simulate
-from stream.state.replay_state import MemoryState
+from stream.state.replay_state import MemoryState, state_of_shard
 
 EVENTS_PER_SHOPPER = 170        # of the simulator's default of 180 days, rounded down
 
@@ -54,6 +61,30 @@ def replay_s(path: Path, scorer: Scorer) -> float:
     return time.perf_counter() - began
 
 
+def sharded_s(path: Path, workers: int) -> float:
+    """Seconds of one replay with the model in several processes, from their start to their end."""
+    began = time.perf_counter()
+    recording, rules = Recording([path], 'events'), ReplayRules()
+    recording.scan()
+    recipe = ShardRecipe(partial(EmbeddedScorer, SHIPPED_MODEL, off_loop=False), partial(state_of_shard, None, workers),
+                         rules, recording.records)
+    with ShardProcesses(workers, recipe) as shards:
+        ShardedReplay(recording, shards, rules, io.BytesIO(), io.BytesIO()).run()
+    return time.perf_counter() - began
+
+
+def measure_workers(path: Path, workers: int, runs: int) -> None:
+    """Compare replays with the model that directly follow each other."""
+    ratios = []
+    for number in range(runs):
+        one = replay_s(path, EmbeddedScorer(SHIPPED_MODEL, off_loop=False))
+        several = sharded_s(path, workers)
+        ratios.append(one / several)
+        print(f'run {number + 1}: one process {one:.1f} s, {workers} workers {several:.1f} s; speed {loop_ms():.0f} ms',
+              flush=True)
+    print(f'{workers} workers, compared with one process: {spread(ratios, 2)} times as fast')
+
+
 def loop_ms() -> float:
     """Milliseconds of a fixed loop."""
     began, total = time.perf_counter(), 0
@@ -73,8 +104,10 @@ def main() -> None:
     parser.add_argument('--events', type=int, default=1_000_000)
     parser.add_argument('--model-events', type=int, default=60_000, help='of them, replayed with the model')
     parser.add_argument('--runs', type=int, default=5)
+    parser.add_argument('--workers', type=int, default=1, help='more than 1: measure only these, on all cores')
     options = parser.parse_args()
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    if options.workers == 1:
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     gc.set_threshold(100_000, 10, 10)       # as the command does
 
     with TemporaryDirectory() as folder:
@@ -83,6 +116,9 @@ def main() -> None:
         lines = list(islice(shop.lines(), options.events))
         many.write_bytes(b'\n'.join(lines) + b'\n')
         few.write_bytes(b'\n'.join(lines[:options.model_events]) + b'\n')
+        if options.workers > 1:
+            measure_workers(few, options.workers, options.runs)
+            return
         count = len(lines)
         del lines, shop
 

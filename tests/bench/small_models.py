@@ -36,10 +36,10 @@ import numpy as np
 import onnxruntime
 from rich.console import Console
 
-from stream.core.driver import PADDING_SLOTS_MAX
 from stream.core.events import EventRules
 from stream.core.features import LENGTHS, SLOTS_MAX, Batch, Features, batches, padded
 from stream.core.layout import DAY_MS, WindowLimits
+from stream.core.step_scorer import PADDING_SLOTS_MAX
 from stream.learn import dataset
 from stream.learn.backbones import EncoderOptions
 from stream.learn.checkpoint import some_training_windows, some_windows

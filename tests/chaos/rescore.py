@@ -5,11 +5,12 @@ see: rows that changed places, another model, scores of another moment.
 """
 from collections.abc import Iterable, Sequence
 
-from stream.core.driver import Touched, snapshot
+from stream.core.driver import Touched
 from stream.core.features import batches, features
 from stream.core.messages import Origin
 from stream.core.scorer import Scorer
 from stream.core.scores import collect
+from stream.core.step_scorer import snapshot
 from stream.core.user import decode
 
 GRID_STEPS = 3      # floating point differs in the last bits with the batch, so a score may fall on the next step

@@ -21,6 +21,7 @@ from stream.core.messages import ModelInfo
 from stream.core.outbox import Message, unpack_outbox
 from stream.core.rules import Publish, StepRules
 from stream.core.scores import Outputs
+from stream.core.step_scorer import StepScorer
 from stream.core.user import User, decode, encode
 from tests.chaos.log import SOURCES, Record, Run, Sample, Topic
 from tests.chaos.reference import partition_of
@@ -188,7 +189,8 @@ class _Lane:
             if step > newest:
                 newest, unsent = step, {}
             unsent[record.key] = record.value
-        self._driver = StepDriver(StepRules(limits=toy.limits, publish=toy._publish, reasons_rows_max=0), self._scorer)
+        rules = StepRules(limits=toy.limits, publish=toy._publish, reasons_rows_max=0)
+        self._driver, self._steps = StepDriver(toy.limits), StepScorer(rules, self._scorer)
         self._driver.number = max(lane['step'], newest)
         self._stream_ms = lane['stream_ms']
         self._lane_positions = lane['positions']
@@ -293,7 +295,7 @@ class _Lane:
         """One step. `done`: the positions of a run that ends with it."""
         toy, log, partition = self._toy, self._log, self._partition
         touched = step.touched
-        scored = await self._driver.score(step)
+        scored, = await self._steps.score([step])
         toy.crash()
         if touched and toy.bug('forget_counters', 90):
             touched[0].user.applied -= 1

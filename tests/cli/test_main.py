@@ -1,5 +1,6 @@
 """The installed command, as a person or a script would use it."""
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -63,6 +64,37 @@ def test_replay_in_rocksdb_equals_memory(folder: Path):
     assert (folder / 'memory.jsonl').read_bytes() == (folder / 'temporary.jsonl').read_bytes()
     assert (folder / 'memory.jsonl').read_bytes() == (folder / 'kept.jsonl').read_bytes()
     assert 'not empty' in stream(folder, *arguments, '--state-dir', 'state', expect=UsageError.exit_code).stderr
+
+
+@pytest.mark.parametrize('publish', ['changes', 'all', 'events'])
+def test_replay_with_several_workers_equals_one(folder: Path, publish: str):
+    arguments = ('replay', 'events.jsonl', '--scorer', 'constant', '--publish', publish, '--json')
+    told = [stream(folder, *arguments, '--out', f'workers{workers}.jsonl', '--workers', workers).stdout
+            for workers in ('1', '2')]
+    assert told[0] == told[1]
+    for suffix in ('.jsonl', '.dead.jsonl', '.html'):
+        assert (folder / f'workers1{suffix}').read_bytes() == (folder / f'workers2{suffix}').read_bytes()
+
+
+def test_several_workers_keep_their_state_apart(folder: Path):
+    arguments = ('replay', 'events.jsonl', '--scorer', 'constant', '--no-report', '--workers', '2')
+    stream(folder, *arguments, '--out', 'apart.jsonl', '--state-dir', 'apart')
+    assert sorted(path.name for path in (folder / 'apart').iterdir()) == ['shard-0', 'shard-1']
+    assert 'not empty' in stream(folder, *arguments, '--state-dir', 'apart', expect=UsageError.exit_code).stderr
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_replay_with_workers_leaves_nothing(tmp_path: Path, folder: Path, number: signal.Signals):
+    with subprocess.Popen([STREAM, 'replay', folder / 'events.jsonl', '--workers', '2', '--no-report', '--model',
+                           str(MODEL)], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob('*.part')):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        process.communicate(timeout=60)     # all processes have closed standard error
+    assert process.returncode == (128 + 15 if number == signal.SIGTERM else 130)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_settings_reach_the_replay(folder: Path):
@@ -141,6 +173,11 @@ def test_config_prints_what_is_in_effect_and_the_schema(tmp_path: Path):
     (('replay', 'events.jsonl', '--out', 'events.jsonl'), UsageError.exit_code, 'files to replay'),
     (('replay', 'events.jsonl', '--state-dir', 'events.jsonl', '--scorer', 'constant'), UsageError.exit_code,
      'not a folder'),
+    (('replay', 'events.jsonl', '--workers', '0'), UsageError.exit_code, 'from 1 to'),
+    (('replay', 'events.jsonl', '--workers', '257'), UsageError.exit_code, 'from 1 to'),
+    (('replay', 'events.jsonl', '--workers', '1.5'), UsageError.exit_code, '`auto`'),
+    (('replay', 'journal.jsonl', '--format', 'kafka', '--journal', 'journal.jsonl', '--workers', '2'),
+     UsageError.exit_code, 'leave --workers out'),
     (('export', '.'), ModelError.exit_code, 'not a checkpoint'),
     (('replay', 'events.jsonl', '--set', 'currency_rates={"USD":-1}'), UsageError.exit_code, 'currency_rates'),
     (('replay', 'events.jsonl', '--set', 'silence_days=[40000000000000]'), UsageError.exit_code, 'silence_days'),

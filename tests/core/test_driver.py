@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stream.core.decide import Kind, Policy
-from stream.core.driver import PADDING_SLOTS_MAX, Scored, Step, StepDriver, Touched, snapshot
+from stream.core.driver import Step, StepDriver, Touched
 from stream.core.events import Event, EventType, Source
 from stream.core.features import LENGTHS, Batch
 from stream.core.layout import DAY_MS, Fold, WindowLimits
@@ -15,6 +15,7 @@ from stream.core.messages import Origin
 from stream.core.outbox import Message, unpack_outbox
 from stream.core.rules import Publish, StepRules
 from stream.core.scores import Outputs
+from stream.core.step_scorer import PADDING_SLOTS_MAX, Scored, StepScorer, snapshot
 from stream.core.user import User, encode
 from stream.errors import ModelError
 from stream.scoring.constant import ConstantScorer
@@ -25,7 +26,7 @@ POLICY = Policy(tier_events_min=1, churn_orders_min=0)
 
 
 def driver(generation: int = 0) -> StepDriver:
-    return StepDriver(StepRules(limits=LIMITS, policy=POLICY), ConstantScorer(), generation)
+    return StepDriver(LIMITS, generation)
 
 
 # ---- which events and timers a step takes ---------------------------------------------------------------------------
@@ -231,7 +232,7 @@ def touched_users(**events: int) -> list[Touched]:
 def run(touched: Sequence[Touched], scorer: ConstantScorer, publish: Publish = 'changes', budget: int = 1000) -> Scored:
     rules = StepRules(policy=POLICY, publish=publish, reasons_rows_max=budget)
     step = Step(1, list(touched), [True] * len(touched), [0] * len(Fold), [])
-    return asyncio.run(StepDriver(rules, scorer).score(step))
+    return asyncio.run(StepScorer(rules, scorer).score([step]))[0]
 
 
 def alerts(scored: Scored) -> list[Message]:

@@ -32,6 +32,7 @@ from stream.core.outbox import unpack_outbox
 from stream.core.partitioners import partition
 from stream.core.rules import Publish, ReplayRules
 from stream.core.scores import Outputs
+from stream.core.step_scorer import StepScorer
 from stream.core.user import User, decode, encode
 from stream.errors import InputError, UsageError
 from stream.replay.journal_file import Journal, described, read_journal
@@ -144,7 +145,8 @@ class StandIn:
         self._kill_chance = kills
         self._decode = decoder(rules.events, INPUTS)
         self._digest = rules_digest(rules.events, rules)
-        self._driver = StepDriver(rules, SCORER)
+        self._driver = StepDriver(rules.limits)
+        self._scorer = StepScorer(rules, SCORER)
         self._clock_ms = 0
         self._generation = 0
         self._partial = False
@@ -177,7 +179,7 @@ class StandIn:
         names = [user.user_id for user in unsent] if self._partial or self._draw.random() < 0.5 else None
         self.entries.append(RecoveredEntry(self.lane, newest, names if newest else None))
         self._partial = False
-        self._driver = StepDriver(self._rules, SCORER, self._generation)
+        self._driver = StepDriver(self._rules.limits, self._generation)
         self._driver.number = newest
         for user in unsent:
             self.published |= dict.fromkeys(message.value for message in unpack_outbox(user))
@@ -232,7 +234,7 @@ class StandIn:
             self._take(self._driver.sweep(due))
 
     def _take(self, step: Step) -> None:
-        asyncio.run(self._driver.score(step))
+        asyncio.run(self._scorer.score([step]))
         for place, entry in enumerate(step.touched):
             try:
                 self._maybe_killed()
