@@ -118,6 +118,19 @@ def test_a_user_does_not_change_with_the_company():
     assert np.array_equal(one.categories[:-1], many.categories[many.starts[1]:many.starts[2]])
 
 
+@pytest.mark.parametrize('rows', [[2, 0], [1], [0, 1, 2], []])
+def test_taken_snapshots_are_those_of_these_users_alone(rows: list[int]):
+    users = [user_of((0, VIEW, 1.0, 0), (DAY_MS, BUY, 5.0, 3)), User('nobody'), user_of((5, BUY, 6.0, 3))]
+
+    def joined(some: list[User]) -> Snapshots:
+        return Snapshots.join([pack_header(user) for user in some], [user.days for user in some],
+                              [user.rows for user in some], [T0_MS + 2 * DAY_MS for _ in some])
+
+    taken, alone = joined(users).take(rows), joined([users[row] for row in rows])
+    for name in ('headers', 'days', 'rows', 'as_of_ms'):
+        assert getattr(taken, name).tobytes() == getattr(alone, name).tobytes()
+
+
 def test_every_counter_is_finite_for_an_empty_user_and_after_refunds():
     inputs = inputs_of([User('new'), user_of((0, EventType.REFUND, 50.0, 0))], [T0_MS, T0_MS])
     assert inputs.counters.shape == (2, COUNTERS)

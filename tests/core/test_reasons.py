@@ -7,7 +7,7 @@ from stream.core.decide import Kind
 from stream.core.events import Event, EventType, Source
 from stream.core.features import COUNTER_NAMES, Snapshots, features
 from stream.core.layout import DAY_MS, WindowLimits
-from stream.core.reasons import REASONS_MAX, Occlusions, explain, occlude, variants, words
+from stream.core.reasons import REASONS_MAX, Claim, Occlusions, explain, occlude, variants, within_budget, words
 from stream.core.scores import Scores
 from stream.core.user import User, fold, pack_header
 
@@ -101,3 +101,9 @@ def test_a_variant_without_a_usable_score_is_no_reason():
     occluded = scored(np.zeros(len(occlusions.group)))
     occluded.usable[:] = False
     assert explain(occlusions, occluded, 0, Kind.INTENT, scored(np.array([0.9]))) == []
+
+
+@pytest.mark.parametrize(('rows_max', 'rows'), [(100, [0, 3, 5]), (65, [0, 3, 5]), (64, [3, 5]), (49, [3]), (19, [])])
+def test_the_budget_goes_to_the_most_urgent_and_then_to_the_first(rows_max: int, rows: list[int]):
+    claims = [Claim(0, 2, 15), Claim(5, 0, 30), Claim(3, 0, 20)]
+    assert within_budget(claims, rows_max) == rows
