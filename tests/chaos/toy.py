@@ -190,7 +190,7 @@ class _Lane:
                 newest, unsent = step, {}
             unsent[record.key] = record.value
         rules = StepRules(limits=toy.limits, publish=toy._publish, reasons_rows_max=0)
-        self._driver, self._steps = StepDriver(toy.limits), StepScorer(rules, self._scorer)
+        self._driver, self._step_scorer = StepDriver(toy.limits), StepScorer(rules, self._scorer)
         self._driver.number = max(lane['step'], newest)
         self._stream_ms = lane['stream_ms']
         self._lane_positions = lane['positions']
@@ -295,7 +295,7 @@ class _Lane:
         """One step. `done`: the positions of a run that ends with it."""
         toy, log, partition = self._toy, self._log, self._partition
         touched = step.touched
-        scored, = await self._steps.score([step])
+        scored, = await self._step_scorer.score([step])
         toy.crash()
         if touched and toy.bug('forget_counters', 90):
             touched[0].user.applied -= 1

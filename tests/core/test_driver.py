@@ -153,10 +153,10 @@ def test_a_long_silence_fires_its_timers_one_sweep_each_before_the_event():
 
 
 def test_a_run_without_events_is_one_step_that_changes_nothing():
-    counting = driver()
-    step, = counting.run({}, [])
+    step, = driver().run({}, [])
     assert (step.number, step.touched, sum(step.counts), step.waiting) == (1, [], 0, [])
-    assert asyncio.run(counting.score(step)).messages == []
+    scored, = asyncio.run(StepScorer(StepRules(limits=LIMITS, policy=POLICY), ConstantScorer()).score([step]))
+    assert scored.messages == []
 
 
 def test_a_redelivered_run_fires_nothing_and_scores_nobody():
@@ -344,3 +344,26 @@ def test_a_scorer_that_fails_leaves_the_alert_state_alone():
     with pytest.raises(ModelError):
         run(touched, Failing())
     assert encode(touched[0].user) == before
+
+
+def test_steps_that_are_scored_together_get_what_each_would_get_alone():
+    """Messages, outboxes, refusals, and the reasons of each step's own budget."""
+    def steps() -> list[Step]:
+        parts = [touched_users(a=2, b=1), [], touched_users(c=1, d=2, e=2), touched_users(f=3)]
+        return [Step(1, touched, [True] * len(touched), [0] * len(Fold), []) for touched in parts]
+
+    def chance(slots: int) -> float:
+        return {2: 0.9, 3: float('nan')}.get(slots, 0.0)
+
+    for publish in ('changes', 'all', 'events'):
+        rules = StepRules(policy=POLICY, publish=publish, reasons_rows_max=6)
+        scorer = StepScorer(rules, ScriptedScorer(chance))
+        together = asyncio.run(scorer.score(steps()))
+        alone = [asyncio.run(scorer.score([step]))[0] for step in steps()]
+        assert [scored.messages for scored in together] == [scored.messages for scored in alone]
+        assert [scored.refused for scored in together] == [0, 0, 0, 1]
+        assert [[(user.user_id, user.outbox) for user, _ in scored.outboxes] for scored in together] == [
+            [(user.user_id, user.outbox) for user, _ in scored.outboxes] for scored in alone]
+        reasons = [json.loads(message.value)['reasons'] is not None for scored in together
+                   for message in alerts(scored) if message.kind is Kind.INTENT]
+        assert reasons == [True, True, False]       # the budget of the third step covers one of its two alerts

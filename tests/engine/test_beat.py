@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from aiokafka import ConsumerRecord, TopicPartition
 
@@ -287,6 +288,45 @@ async def test_a_step_that_the_model_refuses_holds_up_its_own_lane_alone(stores:
         scorer.refuses = lambda rows: False
         await until(lambda: poisoned.done == [2, 0])
     assert [store.meta.users for store in stores] == [2, 2]
+
+
+class Alerting(ConstantScorer):
+    """Raises an intent alert for every window with two slots. The call for its reasons waits for the gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = asyncio.Event()
+        self.asked = 0
+
+    async def score(self, batches: Any) -> Any:
+        self.asked += 1
+        if self.asked == 2:
+            await self.gate.wait()
+        outputs = await super().score(batches)
+        for batch, output in zip(batches, outputs, strict=True):
+            slots = (batch.categories[..., 0] > 0).sum(axis=1, keepdims=True)
+            output.purchase_intent = np.where(slots == 2, 0.9, 0.1).astype(np.float32)
+        return outputs
+
+
+@on_a_loop
+async def test_only_the_lanes_with_an_alert_wait_for_reasons(stores: list[PartitionStore]):
+    kafka, scorer = FakeKafka(2), Alerting()
+    rules = replace(RULES, block_events_max=10, steps=StepRules(publish='changes'))
+    beats, (alerting, lane) = lanes_on(kafka, stores, scorer, rules)
+    async with running(beats):
+        await until(lambda: lane.running and alerting.running)
+        alerting.admit(block(0, record(0, 'u', NOW_MS), record(1, 'u', NOW_MS + 1)))
+        lane.admit(block(1, record(0, 'w', NOW_MS)))
+        await until(lambda: lane.done == [1, 0] and scorer.asked == 2)
+        lane.admit(block(1, record(1, 'x', NOW_MS + 2)))        # goes on meanwhile
+        await until(lambda: lane.done == [2, 0])
+        assert alerting.done == [0, 0]
+        assert kafka.topics['alerts'] == []
+        scorer.gate.set()
+        await until(lambda: alerting.done == [2, 0])
+    (_, alert, _), = kafka.topics['alerts']
+    assert json.loads(alert or b'')['reasons']
 
 
 @on_a_loop
