@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.producer.message_accumulator import BatchBuilder
 
 from stream.core.events import Source
@@ -249,10 +250,37 @@ async def drive(of: Shop, shoppers: Shoppers, rate: float, seconds: float, numbe
         if started:
             started(began_s)
         return send_prepared(of.brokers, of.inputs, requests, began_s, stop)
+    await _led(of.brokers, of.inputs, of.partitions)
     try:
         return await asyncio.to_thread(prepare_and_send)
     finally:
         stop.set()
+
+
+async def _led(brokers: str, topics: Iterable[str], partitions: int) -> None:
+    """Wait until each partition has a leader that answers."""
+    consumer = AIOKafkaConsumer(bootstrap_servers=brokers)
+    await consumer.start()
+    try:
+        await consumer.end_offsets([TopicPartition(topic, number) for topic in topics for number in range(partitions)])
+    finally:
+        await consumer.stop()
+
+
+async def warm_broker(brokers: str, seconds: float = 6.0, rate: float = 1000.0) -> None:
+    """Send events that nobody reads. A broker that was just started answers half a second late: its JVM interprets."""
+    topics, shoppers = ('warm-clicks', 'warm-carts'), Shoppers(1_000, 8)
+    admin = AIOKafkaAdminClient(bootstrap_servers=brokers)
+    await admin.start()
+    try:
+        await admin.create_topics([NewTopic(name, shoppers.partitions, 1, topic_configs={
+            'message.timestamp.type': 'LogAppendTime'}) for name in topics])
+        await _led(brokers, topics, shoppers.partitions)
+        requests = prepared(topics, drawn(shoppers, rate, seconds, SMOOTH_S), time.time() * 1000)
+        await asyncio.to_thread(send_prepared, brokers, topics, requests, time.monotonic(), threading.Event())
+        await admin.delete_topics(list(topics))
+    finally:
+        await admin.close()
 
 
 @dataclass

@@ -15,7 +15,7 @@ from tests.bench.changelog import Pool, fill_changelog
 from tests.bench.figures import Report
 from tests.bench.live import APPEND_TIME, broker, make_topics, process_cpu_s, shop, wake_ups
 from tests.bench.load import Shoppers
-from tests.bench.open_loop import BURST_S, SMOOTH_S, Output, Sent, drive, latencies_ms
+from tests.bench.open_loop import BURST_S, SMOOTH_S, Output, Sent, drive, latencies_ms, warm_broker
 from tests.integration.running import Shop, Worker
 
 SENDER_CORE_MAX = 0.25      # above it, the sender disturbs what it measures
@@ -83,8 +83,9 @@ def triton(folder: Path, with_triton: bool) -> Iterator[str]:
 @contextlib.contextmanager
 def restorable(options: argparse.Namespace, users: int, window: int, scorer: str = 'constant',
                **settings: Any) -> Iterator[tuple[Shop, Shoppers, str]]:
-    """A shop, its shoppers and Triton's address. A worker of it restores all users, with so many events each.
+    """A shop, its shoppers and Triton's address. A worker of it restores all users, with `window` events each.
 
+    Without events there is nobody to restore.
     The topics keep the time of appending. There is a Triton only if that is the scorer.
     """
     with broker() as (brokers, folder), triton(folder, scorer == 'triton') as address:
@@ -92,9 +93,11 @@ def restorable(options: argparse.Namespace, users: int, window: int, scorer: str
         with shop(brokers, folder, options, **{
                 'publish': 'all', 'scorer': scorer, 'session_timeout_ms': 120_000,
                 'model': str(ROOT / 'triton_models/shopper/1')} | more | settings) as of:
+            asyncio.run(warm_broker(brokers))
             make_topics(of, input=APPEND_TIME, alerts=APPEND_TIME, scores=APPEND_TIME)
             shoppers = Shoppers(users, of.partitions)
-            fill_changelog(of, shoppers, Pool(window), users)
+            if window:
+                fill_changelog(of, shoppers, Pool(window), users)
             yield of, shoppers, address
 
 
