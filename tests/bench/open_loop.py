@@ -14,6 +14,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,7 +100,7 @@ def drawn(shoppers: Shoppers, rate: float, seconds: float, tick_s: float, seed: 
     sources = (draw.random(len(moments)) < CARTS_SHARE).tolist()
     partitions, whose = shoppers.partition_of[whose].tolist(), whose.tolist()
     begins = np.flatnonzero(np.diff(moments, prepend=-1.0)).tolist()
-    for begin, end in zip(begins, [*begins[1:], len(moments)], strict=True):
+    for begin, end in pairwise([*begins, len(moments)]):
         users: dict[tuple[int, int], list[bytes]] = defaultdict(list)
         for event in range(begin, end):
             users[int(sources[event]), partitions[event]].append(shoppers.ids[whose[event]])

@@ -109,8 +109,8 @@ async def used(of: Shop, pid: int, worker: Worker | None, shoppers: Shoppers, ra
     driving = asyncio.create_task(drive(of, shoppers, rate, warm_s + seconds, **how,
                                         started=lambda at: loop.call_soon_threadsafe(beginning.set_result, at)))
     await asyncio.wait((driving, beginning), return_when=asyncio.FIRST_COMPLETED)
-    if driving.done():
-        return driving.result(), Use(0, 0, 0, 0)
+    if not beginning.done():
+        await driving       # it failed
     began_s = beginning.result()
     readings = []
     for at_s in (began_s + warm_s, began_s + warm_s + seconds):
