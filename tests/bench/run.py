@@ -2,9 +2,9 @@
 
     python -m tests.bench.run [--peers FOLDER] [--only latency,users] [--out build/bench]
 
-`make bench` calls it. With `PEERS=DIR` the benches of the peers' harness are included. Each bench is also a command of its own, and its
-docstring says what it measures. All together take about three and a half hours, and nothing else should run on the
-machine. Five million users need 15 GB of disk for a while.
+`make bench` calls it. With `PEERS=DIR` the benches of the peers' harness are included. Each bench is also a command of
+its own, and its docstring says what it measures. All together take about three and a half hours, and nothing else
+should run on the machine. Five million users need 15 GB of disk for a while.
 """
 import argparse
 import json
