@@ -231,11 +231,10 @@ def bench(options: argparse.Namespace) -> int:
                               '1' if what == 'core' else 'ms')
         for rate in rates:
             for what, floor in FIGURES.items():
-                def values(system: str, what: str = what, rate: float = rate) -> list[float]:
-                    return getattr(found[system, rate], what)
-                best = min(variants, key=lambda variant: statistics.median(values(variant)))
+                values = {system: getattr(found[system, rate], what) for system in (*variants, OURS)}
+                best = min((statistics.median(values[variant]), variant) for variant in variants)[1]
                 for variant in variants:
-                    ratios = [our / max(their, floor) for our, their in zip(values(OURS), values(variant), strict=True)]
+                    ratios = [our / max(their, floor) for our, their in zip(values[OURS], values[variant], strict=True)]
                     report.spread(f'{job}, {rate:,.0f} events/s: {what}, ours / Kafka Streams {variant}'
                                   f'{", its best" if variant == best else ""}', ratios, 'x')
     return report.end()

@@ -227,7 +227,7 @@ def _exactly(connection: socket.socket, count: int) -> bytes:
 
 async def drive(of: Shop, shoppers: Shoppers, rate: float, seconds: float, numbers: int = 0, tick_s: float = BURST_S,
                 seed: int = 1, each_partition: bool = False, hot_share: float = 0.0,
-                started: Callable[[float], None] | None = None) -> Sent:
+                started: Callable[[float], object] | None = None) -> Sent:
     """Send events at a fixed rate, whatever the worker does. The inputs store the time of appending.
 
     rate             events a second over both topics, Poisson
@@ -343,7 +343,8 @@ def latencies_ms(sent: Sent, outputs: Iterable[Output], skip_s: float = 0.0,
                 waiting[user, source].append((offset + place, at_ms))
     from_ms = sent.first_ms + skip_s * 1000
     found = []
-    for output in outputs:
+    # Topics are read one after another. A later decision must not answer an event before the scores that did.
+    for output in sorted(outputs, key=lambda output: output.at_ms):
         for source, upto in ((0, output.clicks), (1, output.carts)):
             queue = waiting.get((output.user, source))
             while queue and queue[0][0] < upto:

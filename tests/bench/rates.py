@@ -16,8 +16,9 @@ from tests.bench.live import memory_mib, output_topics, wait_done
 from tests.bench.open_loop import Sent, read_outputs
 from tests.bench.steady import Use, add_load_options, percentiles, restorable, sender, used, waited_ms
 
-CORE_MAX = {('constant', 100): 0.08, ('constant', 500): 0.17, ('constant', 2000): 0.35}
-LATENCY_MS_MAX = {('triton', 500): (20, 45, 90), ('triton', 1000): (25, 60, 120), ('embedded', 1000): (12, 35, 60)}
+CORE_MAX: dict[tuple[str, float], float] = {('constant', 100): 0.08, ('constant', 500): 0.17, ('constant', 2000): 0.35}
+LATENCY_MS_MAX: dict[tuple[str, float], tuple[float, float, float]] = {
+    ('triton', 500): (20, 45, 90), ('triton', 1000): (25, 60, 120), ('embedded', 1000): (12, 35, 60)}
 STEP_MS_MAX, STEP_ROWS = 0.6, 2.0
 
 
