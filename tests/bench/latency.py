@@ -97,7 +97,8 @@ def measure(of: Shop, shoppers: Shoppers, options: argparse.Namespace, report: R
     say('    stages, mean ms per step: ' + ', '.join(_stages(worker)))
     assert worker.metric('stream_dead_letters_total') == 0
     assert worker.stop() == 0, worker.said()[-3000:]
-    return sent, [output for output in read_outputs(of, output_topics(of)) if output.at_ms >= sent.first_ms]
+    first_ms = sent.first_ms
+    return sent, [output for output in read_outputs(of, output_topics(of)) if output.at_ms >= first_ms]
 
 
 def _stages(worker: Any) -> list[str]:

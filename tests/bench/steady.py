@@ -132,7 +132,8 @@ def percentiles(report: Report, name: str, values_ms: np.ndarray, p50_at_most: f
 def waited_ms(sent: Sent, outputs: Iterable[Output], warm_s: float,
               which: Callable[[bytes], bool] = bool) -> np.ndarray:
     """Latencies after the warm-up, of the events of some users. Errors: AssertionError if an event has no output."""
-    later = (output for output in outputs if output.at_ms >= sent.first_ms)
+    first_ms = sent.first_ms
+    later = [output for output in outputs if output.at_ms >= first_ms]
     found, missing = latencies_ms(sent, later, warm_s, which)
     assert not missing, f'{missing:,} events have no output'
     return found
