@@ -13,11 +13,8 @@ that the worker had at the end, by the same client library. The difference of th
 """
 import argparse
 import asyncio
-import contextlib
 import time
-from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,36 +22,15 @@ import numpy as np
 from stream.core.features import Batch, Snapshots, batches, features
 from stream.core.scores import OUTPUT_NAMES
 from stream.core.user import User, pack_header
-from stream.scoring.make import ROOT
-from tests.bench.changelog import Pool, fill_changelog
 from tests.bench.figures import Report, main, parser, say
-from tests.bench.live import APPEND_TIME, broker, cpu_s, make_topics, memory_mib, output_topics, shop, wait_done
+from tests.bench.live import memory_mib, output_topics, wait_done
 from tests.bench.load import Shoppers, Templates, drain_s
-from tests.bench.open_loop import Output, Sent, drive, latencies_ms, read_outputs
+from tests.bench.open_loop import BURST_S, Output, Sent, read_outputs
+from tests.bench.steady import add_load_options, percentiles, restorable, sender, used, waited_ms
 from tests.integration.running import Shop
 
 BACKLOG = {'constant': 200_000, 'embedded': 20_000, 'triton': 20_000}
 ROWS_MAX = 256
-
-
-def percentiles(report: Report, name: str, values_ms: np.ndarray, p99_at_most: float | None = None) -> float:
-    """p50, p99 and p99.9 as figures; returns p99."""
-    p50, p99, p999 = np.percentile(values_ms, (50, 99, 99.9))
-    report.add(f'{name}: p50', p50, 'ms')
-    report.add(f'{name}: p99', p99, 'ms', at_most=p99_at_most)
-    report.add(f'{name}: p99.9', p999, 'ms')
-    return float(p99)
-
-
-@contextlib.contextmanager
-def triton(folder: Path, with_triton: bool) -> Iterator[str]:
-    """The address of a Triton server, or '' without one."""
-    if not with_triton:
-        yield ''
-        return
-    from deploy.local.parts import Triton
-    with Triton(folder / 'triton') as served:
-        yield served.address
 
 
 def steps_of(outputs: list[Output], from_ms: float) -> list[tuple[int, int]]:
@@ -108,21 +84,20 @@ def measure(of: Shop, shoppers: Shoppers, options: argparse.Namespace, report: R
         numbers = templates.numbers
         report.add('highest rate', events / seconds, 'events/s')
         rate = events / seconds * options.share
-    before = cpu_s(worker), worker.metric('stream_steps_total'), worker.metric('stream_scored_rows_total')
-    sent = asyncio.run(drive(of, shoppers, rate, options.warm_s + options.seconds, numbers, seed=2))
-    lasted = options.warm_s + options.seconds
-    cpu, steps, rows = cpu_s(worker), worker.metric('stream_steps_total'), worker.metric('stream_scored_rows_total')
+    sent, use = asyncio.run(used(of, worker.process.pid, worker, shoppers, rate, options.warm_s, options.seconds,
+                                 numbers=numbers, tick_s=options.tick_ms / 1000, seed=2))
     asyncio.run(wait_done(of))
+    lasted = options.warm_s + options.seconds
     report.add('rate', sent.events / lasted, 'events/s')
-    report.add("the loop's own delay: p99", float(np.percentile(sent.late_ms, 99)), 'ms')
-    report.add("the worker's share of a core", (cpu - before[0]) / lasted, '1')
-    report.add('steps per second', (steps - before[1]) / lasted, '1/s')
-    report.add('windows scored per step', (rows - before[2]) / max(steps - before[1], 1), '1')
+    sender(report, 'open loop', sent, lasted)
+    report.add("the worker's share of a core", use.core, '1')
+    report.add('steps per second', use.steps, '1/s')
+    report.add('windows scored per step', use.rows_a_step, '1')
     report.add('peak memory', memory_mib(worker, 'VmHWM'), 'MiB')
     say('    stages, mean ms per step: ' + ', '.join(_stages(worker)))
     assert worker.metric('stream_dead_letters_total') == 0
     assert worker.stop() == 0, worker.said()[-3000:]
-    first_ms = min(batch[3] for batch in sent.batches)
+    first_ms = sent.first_ms
     return sent, [output for output in read_outputs(of, output_topics(of)) if output.at_ms >= first_ms]
 
 
@@ -139,34 +114,26 @@ def _stages(worker: Any) -> list[str]:
 
 def bench(options: argparse.Namespace) -> int:
     report = Report('latency', options)
-    with broker() as (brokers, folder), triton(folder, options.scorer == 'triton') as address:
-        more = {'triton': address} if address else {}
-        with shop(brokers, folder, options, publish='all', scorer=options.scorer, session_timeout_ms=120_000,
-                  model=str(ROOT / 'triton_models/shopper/1'), **more) as of:
-            make_topics(of, input=APPEND_TIME, alerts=APPEND_TIME, scores=APPEND_TIME)
-            shoppers = Shoppers(options.users, of.partitions)
-            fill_changelog(of, shoppers, Pool(options.window), options.users)
-            sent, outputs = measure(of, shoppers, options, report)
-            found, missing = latencies_ms(sent, outputs, options.warm_s)
-            assert not missing, f'{missing:,} events have no output'
-            p99 = percentiles(report, 'event to output', found, 150)
-            alerts = [output for output in outputs if output.topic == of.settings['alerts_topic']]
-            report.add('decisions per 1,000 events, including the warm-up', 1000 * len(alerts) / sent.events, '1')
-            if alerts:
-                percentiles(report, f'event to decision, {len(alerts):,} decisions', decisions_ms(sent, alerts))
-            if address:
-                from_ms = min(batch[3] for batch in sent.batches) + options.warm_s * 1000
-                steps = steps_of([output for output in outputs if output.topic == of.settings['scores_topic']], from_ms)
-                users = list(of.users().values())[:20_000]
-                alone = percentiles(report, "Triton's alone", asyncio.run(triton_alone_ms(address, steps, users)))
-                report.add("event to output, p99, relative to Triton's alone", p99 / alone, '1', at_most=3)
+    with restorable(options, options.users, options.window, options.scorer) as (of, shoppers, address):
+        sent, outputs = measure(of, shoppers, options, report)
+        p99 = percentiles(report, 'event to output', waited_ms(sent, outputs, options.warm_s), p99_at_most=150)
+        alerts = [output for output in outputs if output.topic == of.settings['alerts_topic']]
+        report.add('decisions per 1,000 events, including the warm-up', 1000 * len(alerts) / sent.events, '1')
+        if alerts:
+            percentiles(report, f'event to decision, {len(alerts):,} decisions', decisions_ms(sent, alerts))
+        if address:
+            from_ms = sent.first_ms + options.warm_s * 1000
+            steps = steps_of([output for output in outputs if output.topic == of.settings['scores_topic']], from_ms)
+            users = list(of.users().values())[:20_000]
+            alone = percentiles(report, "Triton's alone", asyncio.run(triton_alone_ms(address, steps, users)))
+            report.add("event to output, p99, relative to Triton's alone", p99 / alone, '1', at_most=3)
     return report.end()
 
 
 def decisions_ms(sent: Sent, alerts: list[Output]) -> np.ndarray:
     """For each decision of events, from the appending of the newest event that it names to its own."""
     at_ms = [{}, {}]
-    for source, partition, offset, when, users in sent.batches:
+    for source, partition, offset, when, users, _ in sent.batches:
         for place in range(len(users)):
             at_ms[source][partition, offset + place + 1] = when
     found = []
@@ -181,10 +148,7 @@ def decisions_ms(sent: Sent, alerts: list[Output]) -> np.ndarray:
 if __name__ == '__main__':
     made = parser(__doc__)
     made.add_argument('--scorer', choices=('constant', 'embedded', 'triton'), default='constant')
-    made.add_argument('--seconds', type=float, default=60)
-    made.add_argument('--warm-s', type=float, default=10)
-    made.add_argument('--users', type=int, default=100_000)
-    made.add_argument('--window', type=int, default=22, help='events of each user at the beginning')
+    add_load_options(made, tick_ms=BURST_S * 1000)
     made.add_argument('--backlog', type=int, default=0, help='events whose working off shows the highest rate; 0: by '
                       'scorer')
     made.add_argument('--share', type=float, default=0.5, help='of the highest rate')

@@ -96,8 +96,23 @@ def wait_balanced(workers: Sequence[Worker], partitions: int) -> None:
 
 def cpu_s(worker: Worker) -> float:
     """Seconds of CPU that the process has used."""
-    fields = Path(f'/proc/{worker.process.pid}/stat').read_text().rpartition(')')[2].split()
+    return process_cpu_s(worker.process.pid)
+
+
+def process_cpu_s(pid: int, proc: Path = Path('/proc')) -> float:
+    """Seconds of CPU that a process has used, ended threads included."""
+    fields = (proc / str(pid) / 'stat').read_text().rpartition(')')[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS_A_SECOND
+
+
+def wake_ups(pid: int, proc: Path = Path('/proc')) -> int:
+    """How often the running threads of a process have waited for something: their voluntary context switches."""
+    total = 0
+    for status in (proc / str(pid) / 'task').glob('*/status'):
+        with contextlib.suppress(OSError):      # a thread may end meanwhile
+            total += next(int(line.split()[1]) for line in status.read_text().splitlines()
+                          if line.startswith('voluntary_ctxt_switches'))
+    return total
 
 
 def memory_mib(worker: Worker, which: str = 'VmRSS') -> float:

@@ -2,8 +2,9 @@
 
     python -m tests.bench.run [--peers FOLDER] [--only latency,users] [--out build/bench]
 
-`make bench` calls it. With `PEERS=DIR` the peers' harness is included. Each bench is also a command of its own, and its
-docstring says what it measures. All together take about two hours, and nothing else should run on the machine.
+`make bench` calls it. With `PEERS=DIR` the benches of the peers' harness are included. Each bench is also a command of
+its own, and its docstring says what it measures. All together take about three and a half hours, and nothing else
+should run on the machine. Five million users need 15 GB of disk for a while.
 """
 import argparse
 import json
@@ -14,15 +15,18 @@ from pathlib import Path
 from tests.bench.figures import ROOT, say
 
 BENCHES: dict[str, tuple[str, ...]] = {
+    'rates': ('rates',),
     'skew': ('skew',),
+    'hot_user': ('hot_user',),
     'triton': ('triton',),
     'latency': ('latency', '--scorer', 'triton'),
     'latency-constant': ('latency', '--scorer', 'constant'),
     'restart': ('restart',),
     'recovery': ('recovery',),
-    'users': ('users',),
+    'users': ('users', '--users', '1000000,5000000:4'),
     'disk': ('disk',),
-    'scaling': ('scaling',),
+    'scale': ('scale',),
+    'scaling': ('scaling', '--workers', '1,4', '--events', '400000', '--runs', '7'),
     'memory': ('memory',),
     'small_models': ('small_models', '--triton'),
 }
@@ -35,7 +39,8 @@ def main() -> int:
     made.add_argument('--out', type=Path, default=ROOT / 'build' / 'bench', help='where each leaves its figures')
     options = made.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    benches = ({'peers': ('peers', str(options.peers.resolve()))} if options.peers else {}) | BENCHES
+    peers = {name: (name, str(options.peers.resolve())) for name in ('peers', 'kstreams')} if options.peers else {}
+    benches = peers | BENCHES
     if unknown := set(filter(None, options.only.split(','))) - benches.keys():
         made.error(f'no bench {", ".join(sorted(unknown))}; there are: {", ".join(benches)}')
     rows, failed = [], []
