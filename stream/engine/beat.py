@@ -51,7 +51,7 @@ LOOK_S = 1.0                # how often timers are looked at while nothing arriv
 MERGE_LOOK_S = 0.05         # how often a lane that waits for one topic checks whether it has more records
 ENTRY_USERS_MAX = 500       # the most users in one journal entry of a take-over
 READS_ON_LOOP_MAX = 64      # so many users are read without a thread, if the disk is fast
-READ_SLOW_S = 0.005         # a read on the event loop that takes longer is slow: the next ones use a thread
+READ_SLOW_S = 0.003         # if reads on the event loop take longer, on average, the next ones use a thread
 READ_SLOW_FOR_S = 10.0
 
 
@@ -73,6 +73,7 @@ class Beats:
         self._stopping = asyncio.Event()
         self._in_flight = 0         # events in unfinished runs
         self._scoring = 0           # beats that are being scored and are not held up
+        self._read_s = 0.0              # moving average of the reads on the event loop
         self._read_slow_until = 0.0
         self._write_timer: asyncio.TimerHandle | None = None
         self._beats: asyncio.TaskGroup
@@ -247,8 +248,10 @@ class Beats:
         if not few or started < self._read_slow_until:
             return await in_thread(load)
         loaded = load()
-        if (now_s := time.monotonic()) - started > READ_SLOW_S:
-            self._read_slow_until = now_s + READ_SLOW_FOR_S
+        now_s = time.monotonic()
+        self._read_s += (now_s - started - self._read_s) / 8
+        if self._read_s > READ_SLOW_S:
+            self._read_s, self._read_slow_until = 0.0, now_s + READ_SLOW_FOR_S
         return loaded
 
     async def _finish(self, steps: list[StepOutput]) -> None:

@@ -2,6 +2,7 @@
 import asyncio
 import json
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -288,6 +289,24 @@ async def test_a_step_that_the_model_refuses_holds_up_its_own_lane_alone(stores:
         scorer.refuses = lambda rows: False
         await until(lambda: poisoned.done == [2, 0])
     assert [store.meta.users for store in stores] == [2, 2]
+
+
+@on_a_loop
+async def test_a_slow_disk_is_read_in_threads(store: PartitionStore, monkeypatch: pytest.MonkeyPatch):
+    threads, plain = [], store.load
+
+    def slow(user_ids: list[str]) -> dict[str, User]:
+        threads.append(threading.current_thread() is threading.main_thread())
+        time.sleep(.05)     # stands for the disk
+        return plain(user_ids)
+
+    monkeypatch.setattr(store, 'load', slow)
+    beats, lane = lane_on(FakeKafka(), store)
+    async with running(beats):
+        for offset in range(4):
+            lane.admit(block(0, record(offset, f'u{offset}', NOW_MS + offset)))
+            await until(lambda: lane.done == [offset + 1, 0])       # noqa: B023 - awaited before the next turn
+    assert threads == [True, False, False, False]
 
 
 class Alerting(ConstantScorer):
