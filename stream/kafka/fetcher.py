@@ -1,7 +1,9 @@
 """The fetcher of the group's consumer, with less work for each fetch than aiokafka's own.
 
 Relies on `Fetcher` of aiokafka 0.14: `_fetch_requests_routine` calls the two methods that are replaced here, and
-`fetched_records` takes from `_records` what they put there. The project allows no later release. What differs:
+`fetched_records` takes from `_records` what they put there. It also relies on the fields of `TopicPartitionState`, on
+`ClusterMetadata._partitions`, on `AIOKafkaClient._conns`, and on what requests.py says. The project allows no later
+release. What differs:
 
 - Records are returned as aiokafka's parser made them. A `ConsumerRecord` of each would take longer than folding it.
 - A fetch that brings little is followed by a pause, in which the records of all partitions gather. A fetch costs as
@@ -15,6 +17,8 @@ import time
 from typing import Any
 
 from aiokafka import TopicPartition
+from aiokafka.client import ConnectionGroup
+from aiokafka.conn import CloseReason
 from aiokafka.consumer.fetcher import Fetcher, FetchResult, OffsetResetStrategy, PartitionRecords
 from aiokafka.errors import (
     KafkaError,
@@ -27,11 +31,14 @@ from aiokafka.errors import (
 )
 from aiokafka.record.memory_records import MemoryRecords
 
-from stream.kafka.requests import FetchRequest
+from stream.kafka.requests import FetchRequest, post
 
 log = logging.getLogger(__name__)
 FETCH_PAUSE_S = 0.005       # pause after a fetch that brings less than `FETCH_BYTES_MANY`
 FETCH_BYTES_MANY = 64 << 10
+NO_LEADER = -1
+
+_Planned = tuple[TopicPartition, Any, Any, bytes]       # its state, the node of its leader, its topic
 
 
 class _Fetch(FetchRequest):
@@ -48,58 +55,78 @@ class LightFetcher(Fetcher):
 
     _fetch_again_s: float       # when the next request may be sent, in monotonic seconds
     _turn: int                  # the place in the list of partitions at which the next request begins
+    _planned: list[_Planned]
+    _one_leader: bool           # of all planned partitions
+    _planned_for: tuple[Any, Any]       # the assignment and the metadata
 
     @classmethod
     def adopt(cls, fetcher: Any) -> None:
         """Make this fetcher one of this class. The consumer has no way to give it another one."""
         fetcher.__class__ = cls
-        fetcher._fetch_again_s, fetcher._turn = 0.0, 0
+        fetcher._fetch_again_s, fetcher._turn, fetcher._planned, fetcher._planned_for = 0.0, 0, [], (None, None)
 
     def _get_actions_per_node(self, assignment: Any) -> Any:
         """What to do next, as the method that it replaces."""
         records: Any = self._records
-        in_flight, leader_of = self._in_flight, self._client.cluster.leader_for_partition
-        fetchable: dict[Any, list[tuple[TopicPartition, Any]]] = {}
+        in_flight = self._in_flight
+        fetchable: dict[Any, list[_Planned]] = {}
         resets: dict[Any, list[TopicPartition]] = {}
         backoffs: dict[Any, float] = {}     # node -> the longest of its partitions' whose records nobody has taken
         resumes, leaderless = [], False
-        for tp in assignment.tps:
-            node = leader_of(tp)
-            if tp in records:
+        plan = self._plan(assignment)
+        if records and self._one_leader:
+            backoff = max([result.calculate_backoff() for result in records.values()])
+            if backoff:
+                return [], {}, backoff, False, []       # the usual case after a fetch: nobody has taken its records yet
+        for planned in plan:
+            tp, state, node, _ = planned
+            if records and tp in records:
                 if backoff := records[tp].calculate_backoff():
                     backoffs[node] = max(backoffs.get(node, 0.0), backoff)
+            elif node in in_flight:
                 continue
-            if node in in_flight:
-                continue
-            state = assignment.state_value(tp)
-            if node is None or node == -1:
+            elif node == NO_LEADER:
                 leaderless = True
-            elif not state.has_valid_position:
+            elif state._position is None:
                 resets.setdefault(node, []).append(tp)
-            elif state.paused:
+            elif state._paused:
                 resumes.append(state.resume_fut)
             elif node in fetchable:
-                fetchable[node].append((tp, state))
+                fetchable[node].append(planned)
             else:
-                fetchable[node] = [(tp, state)]
+                fetchable[node] = [planned]
         requests = [(node, self._request(partitions)) for node, partitions in fetchable.items()
                     if node not in backoffs and node not in resets]
         timeout_s = min(backoffs.values()) if backoffs else self._fetcher_timeout
         return requests, resets, timeout_s, leaderless, resumes
 
-    def _request(self, partitions: list[tuple[TopicPartition, Any]]) -> _Fetch:
+    def _plan(self, assignment: Any) -> list[_Planned]:
+        """The partitions of the assignment with their leaders. Made again if either has changed."""
+        cluster = self._client.cluster
+        leaders: Any = cluster._partitions      # is replaced with each update of the metadata
+        if self._planned_for[0] is not assignment or self._planned_for[1] is not leaders:
+            self._planned_for = assignment, leaders
+            self._planned = []
+            for tp in assignment.tps:
+                node = cluster.leader_for_partition(tp)
+                self._planned.append((tp, assignment.state_value(tp), NO_LEADER if node is None else node,
+                                      tp.topic.encode()))
+            self._one_leader = len({node for _, _, node, _ in self._planned}) == 1
+        return self._planned
+
+    def _request(self, partitions: list[_Planned]) -> _Fetch:
         # A response that is full lacks the last partitions, so each request begins with another one.
         self._turn += 1
         begin = self._turn % len(partitions)
         topics: dict[bytes, list[tuple[int, int]]] = {}
         asked: dict[tuple[str, int], tuple[TopicPartition, Any, int]] = {}
-        for tp, state in partitions[begin:] + partitions[:begin]:
-            topic, position = tp.topic.encode(), state.position
+        for tp, state, _, topic in partitions[begin:] + partitions[:begin]:
+            position = state._position
             asked[tp] = tp, state, position
             if topic in topics:
-                topics[topic].append((tp.partition, position))
+                topics[topic].append((tp[1], position))
             else:
-                topics[topic] = [(tp.partition, position)]
+                topics[topic] = [(tp[1], position)]
         return _Fetch((self._fetch_max_wait_ms, self._fetch_min_bytes, self._fetch_max_bytes, self._isolation_level,
                        self._max_partition_fetch_bytes), topics, asked)
 
@@ -109,7 +136,7 @@ class LightFetcher(Fetcher):
             pause_s = self._fetch_again_s - time.monotonic()
             if pause_s > 0:
                 await asyncio.sleep(pause_s)
-            response: Any = await self._client.send(node_id, request)
+            response: Any = await self._answer(node_id, request)
         except KafkaError as error:
             log.error('Fetching from broker %s failed: %s', node_id, error)
             await asyncio.sleep(self._retry_backoff)
@@ -119,6 +146,19 @@ class LightFetcher(Fetcher):
         if not assignment.active:
             return False
         return await self._keep(assignment, request, *response)
+
+    async def _answer(self, node_id: Any, request: _Fetch) -> Any:
+        client: Any = self._client
+        connection = client._conns.get((node_id, ConnectionGroup.DEFAULT))
+        if connection is None or not connection.connected():
+            return await client.send(node_id, request)      # connects first
+        response = post(connection, request)
+        timer = self._loop.call_later(client._request_timeout_ms / 1000, connection.close,
+                                      CloseReason.CONNECTION_TIMEOUT)
+        try:
+            return await response
+        finally:
+            timer.cancel()
 
     async def _keep(self, assignment: Any, request: _Fetch, failed: int, parts: list[Any]) -> bool:
         if failed:
