@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import OffsetOutOfRangeError
 
 from deploy.local.parts import Kafka
 from stream.config import Settings
@@ -17,8 +18,6 @@ from stream.errors import KafkaError
 from stream.kafka.batch import RecordBatch
 from stream.kafka.clients import fetch_position
 from stream.kafka.fetcher import LightFetcher
-
-Way = Callable[[Any], Any]
 
 
 async def create(brokers: str, topic: str, partitions: int = 1, **config: str) -> None:
@@ -275,7 +274,6 @@ def test_fetches_skip_aborted_records_and_end_at_the_same_place_as_aiokafkas(kaf
 
 def test_fetches_tell_the_time_of_every_partition_and_offsets_that_are_gone(kafka: Kafka):
     async def test() -> None:
-        from aiokafka.errors import OffsetOutOfRangeError
         await create(kafka.brokers, 'quiet', 4)
         tps = [TopicPartition('quiet', number) for number in range(4)]
         async with publishing(kafka.brokers) as publisher, reading(kafka.brokers, *tps, light=True) as consumer:
