@@ -61,7 +61,7 @@ class LightFetcher(Fetcher):
 
     @classmethod
     def adopt(cls, fetcher: Any) -> None:
-        """Make this fetcher one of this class. The consumer has no way to give it another one."""
+        """Make this fetcher one of this class, before it fetches. A consumer makes its fetcher itself."""
         fetcher.__class__ = cls
         fetcher._fetch_again_s, fetcher._turn, fetcher._planned, fetcher._planned_for = 0.0, 0, [], (None, None)
 

@@ -39,6 +39,7 @@ from aiokafka.errors import (
     TopicAuthorizationFailedError,
     UnknownError,
     UnknownProducerId,
+    UnknownTopicOrPartitionError,
     UnsupportedVersionError,
     for_code,
 )
@@ -180,8 +181,14 @@ class Producer:
     # ---- what callers hand over --------------------------------------------------------------------------------------
 
     async def partitions_of(self, topic: str) -> int:
-        """The topic's number of partitions. Errors: KafkaError of aiokafka if it is not known in time."""
-        return len(await self._client._wait_on_metadata(topic))
+        """The topic's number of partitions. Errors: KafkaError of aiokafka if it is not known within the time limit."""
+        deadline_s = self._loop.time() + self._timeout_s
+        while True:
+            try:
+                return len(await self._client._wait_on_metadata(topic))
+            except UnknownTopicOrPartitionError:        # after the time limit of one request
+                if self._loop.time() >= deadline_s:
+                    raise
 
     def send(self, topic: str, partition: int, batches: Sequence[RecordBatch]) -> asyncio.Future[int]:
         """Queue the batches, of which there must be some; return a future of the offset after the last record.

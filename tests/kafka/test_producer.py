@@ -140,6 +140,7 @@ class FakeClient:
         self._conns: dict[Any, Any] = {}
         self.cluster = SimpleNamespace(leader_for_partition=lambda tp: self.leaders.get(tuple(tp), 1))
         self.closed = False
+        self.unknown = 0        # how often no topic is known yet
         self.id_answers: list[Any] = []
 
     async def bootstrap(self) -> None:
@@ -177,6 +178,10 @@ class FakeClient:
         pass
 
     async def _wait_on_metadata(self, topic: str) -> set[int]:
+        await asyncio.sleep(0.01)
+        if self.unknown:
+            self.unknown -= 1
+            raise errors.UnknownTopicOrPartitionError
         return {0, 1, 2}
 
 
@@ -374,6 +379,16 @@ def test_sequence_numbers_begin_again_after_the_largest():
         await producer.send('a', 0, [batch(b'4')])
         assert [request[0][2] for request in broker.requests] == [0, last, 1]
     run(test)
+
+
+def test_a_topic_is_looked_for_until_the_time_limit():
+    async def test(producer: Producer, broker: FakeBroker, client: FakeClient) -> None:
+        client.unknown = 3
+        assert await producer.partitions_of('a') == 3
+        client.unknown = 10_000
+        with pytest.raises(errors.UnknownTopicOrPartitionError):
+            await producer.partitions_of('b')
+    run(test, timeout_ms=200)
 
 
 def test_large_batches_go_in_several_requests():
