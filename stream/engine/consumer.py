@@ -11,14 +11,12 @@ know Faust. `Membership` hides what Faust does in a rebalance.
 """
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.abc import ConsumerRebalanceListener
-from aiokafka.consumer.fetcher import Fetcher, FetchResult
 from aiokafka.errors import (
     CommitFailedError,
     ConsumerStoppedError,
@@ -32,12 +30,11 @@ from stream.config import Settings
 from stream.engine.blocks import Block, cut
 from stream.errors import StateError
 from stream.kafka.clients import client_arguments, fetch_position
+from stream.kafka.fetcher import LightFetcher
 
 log = logging.getLogger(__name__)
 POLL_MS = 200
 NOWHERE = TopicPartition('', 0)     # no topic has this name, so a poll for it returns no records
-FETCH_PAUSE_S = 0.005       # pause after a fetch that brings less than `FETCH_BYTES_MANY`
-FETCH_BYTES_MANY = 64 << 10
 ROOM_LOOK_MS = 10       # poll timeout while some lane has no room
 REBALANCE_MORE_MS = 10_000      # added to `drain_timeout_ms`, for the commit and the group's answer
 
@@ -94,39 +91,6 @@ class Membership(Protocol):
     def rebalance_ends(self) -> None: ...
 
 
-class LightFetcher(Fetcher):
-    """Returns records as the client parsed them, and pauses between fetches that bring little.
-
-    Making a `ConsumerRecord` of a record would take longer than folding it. A fetch costs as much as scoring a few
-    windows, and a broker answers as soon as it has one record. During the pause, the records of all partitions gather.
-    """
-
-    _fetch_again_s: float       # when the next request may be sent, in monotonic seconds
-
-    async def _proc_fetch_request(self, assignment: Any, node_id: Any, request: Any) -> Any:
-        pause_s = self._fetch_again_s - time.monotonic()
-        if pause_s > 0:
-            try:
-                await asyncio.sleep(pause_s)
-            except asyncio.CancelledError:
-                return False        # as the client's own method does: it is closed, or its partitions are revoked
-        woken = await super()._proc_fetch_request(assignment, node_id, request)
-        fetched_bytes = 0
-        results: Any = self._records.values()
-        for result in results:
-            if isinstance(result, FetchResult) and result.has_more():
-                parsed: Any = result._partition_records
-                parsed._consumer_record = _as_parsed
-                fetched_bytes += parsed._records.size_in_bytes()
-        if fetched_bytes < FETCH_BYTES_MANY:
-            self._fetch_again_s = time.monotonic() + FETCH_PAUSE_S
-        return woken
-
-
-def _as_parsed(tp: Any, record: Any) -> Any:
-    return record
-
-
 class BlockConsumer:
     """Reads the input topics as a member of the group. Set `owner` before it starts.
 
@@ -173,9 +137,7 @@ class BlockConsumer:
             fetch_max_wait_ms=POLL_MS,
         )
         await self._driver.start()
-        fetcher: Any = self._driver._fetcher
-        fetcher.__class__ = LightFetcher        # the client makes its fetcher itself
-        fetcher._fetch_again_s = 0.0
+        LightFetcher.adopt(self._driver._fetcher)
 
     def subscribe(self, topics: Iterable[str], membership: Membership) -> None:
         """Join the group for these topics."""
@@ -199,7 +161,7 @@ class BlockConsumer:
             wanted = [tp for tp in self.positions if self.owner.wants(tp)]
             all_wanted = len(wanted) == len(self.positions)
             try:
-                fetched = await driver.getmany(*(wanted or ([] if all_wanted else [NOWHERE])),
+                fetched = await driver.getmany(*([] if all_wanted else wanted or [NOWHERE]),
                                                timeout_ms=POLL_MS if all_wanted else ROOM_LOOK_MS)
             except ConsumerStoppedError:
                 return

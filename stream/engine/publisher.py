@@ -2,11 +2,9 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
-from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError as DriverError
-from aiokafka.errors import MessageSizeTooLargeError
+from aiokafka.errors import MessageSizeTooLargeError, RecordListTooLargeError
 
 from stream.config import Settings
 from stream.core.dead_letters import Header
@@ -14,9 +12,9 @@ from stream.core.outbox import Message
 from stream.errors import KafkaError
 from stream.kafka.batch import RecordBatch
 from stream.kafka.clients import client_arguments
+from stream.kafka.producer import Producer
 
 BATCH_BYTES_MAX = 900_000       # below 1 MiB, the broker's default limit for one batch
-REQUEST_BYTES_MAX = 4 << 20
 
 Record = tuple[bytes, bytes | None, Sequence[Header]]       # key, value, headers
 
@@ -26,21 +24,18 @@ class Publisher:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._producer: AIOKafkaProducer | None = None
+        self._producer: Producer | None = None
         self._partitions: dict[str, int] = {}
 
     @property
-    def _driver(self) -> AIOKafkaProducer:
+    def _driver(self) -> Producer:
         if self._producer is None:
             raise RuntimeError('start() comes first')
         return self._producer
 
     async def start(self) -> None:
         """Connect an idempotent producer whose records all replicas acknowledge. Errors: those of aiokafka."""
-        self._producer = AIOKafkaProducer(
-            **client_arguments(self._settings), acks='all', enable_idempotence=True, linger_ms=0,
-            max_batch_size=BATCH_BYTES_MAX, max_request_size=REQUEST_BYTES_MAX,
-            request_timeout_ms=self._settings.send_timeout_ms)
+        self._producer = Producer(client_arguments(self._settings), self._settings.send_timeout_ms)
         await self._producer.start()
 
     async def stop(self) -> None:
@@ -77,56 +72,34 @@ class Publisher:
                                  lambda batch, at: batch.add_messages(messages, at, source))
 
     async def _begin(self, topic: str, partition: int, count: int, add: Callable[[RecordBatch, int], int]) -> 'Sending':
-        place = f'{topic}-{partition}'
+        place, timestamp_ms = f'{topic}-{partition}', int(time.time() * 1000)
         try:
             partition %= await self._partitions_of(topic)
-            batch = RecordBatch(BATCH_BYTES_MAX, int(time.time() * 1000))
-            at = add(batch, 0)
-            if at == count:
-                return Sending(await self._hand_over(batch, topic, partition), count, place)
+            batches, at = [], 0
+            while at < count:
+                batches.append(RecordBatch(BATCH_BYTES_MAX, timestamp_ms))
+                at = add(batches[-1], at)
+            return Sending(self._driver.send(topic, partition, batches), place)
         except DriverError as error:
             raise _failed(error, place) from error
-        # The producer takes the next batch of a partition only when the one before is on its way.
-        return Sending(asyncio.create_task(self._send_all(topic, partition, count, batch, at, add)), 0, place)
-
-    async def _send_all(self, topic: str, partition: int, count: int, batch: RecordBatch, at: int,
-                        add: Callable[[RecordBatch, int], int]) -> 'Sent':
-        sent = [(batch.record_count(), await self._hand_over(batch, topic, partition))]
-        while at < count:
-            batch = RecordBatch(BATCH_BYTES_MAX, int(time.time() * 1000))
-            at = add(batch, at)
-            sent.append((batch.record_count(), await self._hand_over(batch, topic, partition)))
-        acknowledged = await asyncio.gather(*(future for _, future in sent))
-        return Sent(acknowledged[-1].offset + sent[-1][0])
-
-    async def _hand_over(self, batch: Any, topic: str, partition: int) -> asyncio.Future:
-        batch.close()
-        return await self._driver.send_batch(batch, topic, partition=partition)
 
     async def _partitions_of(self, topic: str) -> int:
         count = self._partitions.get(topic)
         if count is None:
-            count = self._partitions[topic] = len(await self._driver.partitions_for(topic))
+            count = self._partitions[topic] = await self._driver.partitions_of(topic)
         return count
-
-
-class Sent(NamedTuple):
-    """The acknowledgement of several batches: the offset after the last record."""
-
-    offset: int
 
 
 class Sending:
     """Records on their way to one topic partition.
 
-    future   done when all records are acknowledged, or one has failed
+    future   the offset after the last record; done when all records are acknowledged, or one has failed
     """
 
-    __slots__ = ('_count', '_place', 'future')
+    __slots__ = ('_place', 'future')
 
-    def __init__(self, future: asyncio.Future[Any], count: int, place: str) -> None:
+    def __init__(self, future: asyncio.Future[int], place: str) -> None:
         self.future = future
-        self._count = count
         self._place = place
 
     async def end(self) -> int:
@@ -137,14 +110,14 @@ class Sending:
     def offset(self) -> int:
         """The offset after the last record, once `future` is done. Errors: KafkaError if a record has failed."""
         try:
-            return self.future.result().offset + self._count
+            return self.future.result()
         except DriverError as error:
             raise _failed(error, self._place) from error
 
 
 def _failed(error: DriverError, place: str) -> KafkaError:
     topic = place.rpartition('-')[0]
-    if isinstance(error, MessageSizeTooLargeError):
+    if isinstance(error, (MessageSizeTooLargeError, RecordListTooLargeError)):
         return KafkaError(f'A record for {topic} exceeds the size limit of the topic: {error}.',
                           f'raise max.message.bytes of {topic} to the value that `stream topics` prints.')
     return KafkaError(f'Kafka did not acknowledge records for {place}: {error!r}.',

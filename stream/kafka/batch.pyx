@@ -1,7 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """A batch of records for a producer, written directly as bytes in Kafka's record format 2.
 
-It replaces aiokafka's own builder, which makes an object of every record. `AIOKafkaProducer.send_batch` accepts either.
+It replaces aiokafka's own builder, which makes an object of every record. producer.py sends it, and
+`AIOKafkaProducer.send_batch` accepts either.
 The CloudEvents headers of a message are written from the facts that it carries.
 
 Source   Kafka protocol guide, "Record Batch"; CloudEvents 1.0.2, Kafka protocol binding, binary mode.
@@ -266,10 +267,13 @@ cdef class RecordBatch:
         return self._size
 
     def _set_producer_state(self, int64_t producer_id, int16_t producer_epoch, int32_t base_sequence):
+        if (producer_id, producer_epoch, base_sequence) != (
+                self._producer_id, self._producer_epoch, self._base_sequence):
+            self._built = False
         self._producer_id, self._producer_epoch, self._base_sequence = producer_id, producer_epoch, base_sequence
 
     def _build(self):
-        """The bytes of the batch. The producer has set its state before."""
+        """The bytes of the batch. The producer has set its state before. They change only if it sets another one."""
         cdef char* at
         self._closed = True
         if not self._built:

@@ -23,7 +23,7 @@ from stream.engine import beat
 from stream.engine.beat import Beats
 from stream.engine.blocks import Block
 from stream.engine.lane import Lane, LaneRules, Tools
-from stream.engine.publisher import Record, Sending, Sent
+from stream.engine.publisher import Record, Sending
 from stream.errors import ModelError, ScorerUnavailable
 from stream.metrics import Metrics
 from stream.scoring.constant import ConstantScorer
@@ -65,14 +65,14 @@ class FakeKafka:
         self.sends.append(topic)
         self.places.append((topic, partition))
         self.topics[topic] += records
-        end = Sent(len(self.topics[topic]))
+        end = len(self.topics[topic])
 
-        async def acknowledge() -> Sent:
+        async def acknowledge() -> int:
             for gate in (topic, (topic, partition)):
                 if gate in self.gates:
                     await self.gates[gate].wait()
             return end
-        return Sending(asyncio.create_task(acknowledge()), 0, f'{topic}-{partition}')
+        return Sending(asyncio.create_task(acknowledge()), f'{topic}-{partition}')
 
     async def begin_messages(self, topic: str, partition: int, messages: list[Message], source: bytes) -> Sending:
         return await self.begin(topic, partition, [(message.key, message.value, []) for message in messages])
