@@ -259,6 +259,7 @@ class Beats:
             return
         finally:
             self._scoring -= 1
+            self._wake.set()        # events may have waited for the end of the scoring
         await self._publish(published)
 
     async def _score(self, steps: list[StepOutput]) -> list[StepOutput]:
@@ -291,12 +292,20 @@ class Beats:
         return [steps[number] for number in calm]
 
     async def _explain(self, steps: Sequence[StepOutput], judged: Judged, rows: Sequence[Sequence[int]]) -> None:
-        """Find the reasons of these rows of each step, then publish the steps that have some."""
+        """Find the reasons of these rows of each step, then publish the steps that have some.
+
+        If the model refuses several steps together, each is explained again alone.
+        """
         numbers = [number for number, of_step in enumerate(rows) if of_step]
         late = [steps[number] for number in numbers]
         try:
-            reasons = await self._held(late, lambda: self._scorer.explain(judged, [*chain.from_iterable(rows)]), True)
+            reasons = await self._held(late, lambda: self._scorer.explain(judged, [*chain.from_iterable(rows)]), 0)
         except Stopped:
+            return
+        except ModelError:
+            for alone in numbers:
+                self._beats.create_task(self._explain(
+                    steps, judged, [of_step if number == alone else [] for number, of_step in enumerate(rows)]))
             return
         self._collect(steps, judged, reasons, numbers)
         await self._publish(late)
@@ -309,10 +318,10 @@ class Beats:
         self._tools.metrics.scored(sum([len(scored.rows) for scored in results]),
                                    sum([scored.refused for scored in results]))
 
-    async def _held(self, steps: Sequence[StepOutput], call: Callable[[], Awaitable[T]], alone: bool = False) -> T:
-        """The result of a call of the scorer. While the scorer is unavailable, the steps' lanes hold their events.
+    async def _held(self, steps: Sequence[StepOutput], call: Callable[[], Awaitable[T]], counts: int = 1) -> T:
+        """The result of a call of the scorer. While it cannot answer, the steps' lanes hold their events.
 
-        alone    whether to hold the lanes also if the model refuses the call; else only if there is one step
+        counts   as how many beats in `_scoring` the call counts, while it is not held up
         Errors   Stopped if told to stop; ModelError if the model refuses several steps
         """
         held = False
@@ -323,12 +332,13 @@ class Beats:
                     result = await call()
                     break
                 except ModelError as error:
-                    if len(steps) > 1 and not alone and not isinstance(error, ScorerUnavailable):
+                    if len(steps) > 1 and not isinstance(error, ScorerUnavailable):
                         raise
                     if not held:
                         log.warning('lanes %s are holding their events: %s', numbers, error)
                         self._tools.metrics.scorer_holds.inc()
-                        self._scoring -= 1      # other lanes need not wait for this beat
+                        self._scoring -= counts     # other lanes need not wait for this beat
+                        self._wake.set()
                     held = True
                     for step in steps:
                         step.lane.holding = str(error)
@@ -337,7 +347,7 @@ class Beats:
                 log.info('lanes %s are scoring again.', numbers)
             return result
         finally:
-            self._scoring += held
+            self._scoring += counts if held else 0
             for step in steps:
                 step.lane.holding = ''
 

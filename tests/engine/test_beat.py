@@ -329,6 +329,55 @@ async def test_only_the_lanes_with_an_alert_wait_for_reasons(stores: list[Partit
     assert json.loads(alert or b'')['reasons']
 
 
+class Unreasonable(Alerting):
+    """Refuses to explain, as told: the calls with more rows than there are users of the step are for reasons."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate.set()
+        self.refuses: Callable[[int], bool] = lambda rows: rows > 2
+
+    async def score(self, batches: Any) -> Any:
+        if self.refuses(sum(batch.windows for batch in batches)):
+            raise ModelError('no reasons.', 'see the log.')
+        return await super().score(batches)
+
+
+@on_a_loop
+async def test_a_lane_whose_reasons_are_refused_holds_up_no_other(stores: list[PartitionStore]):
+    kafka, scorer = FakeKafka(2), Unreasonable()
+    rules = replace(RULES, block_events_max=10, steps=StepRules(publish='changes'))
+    beats, (alerting, lane) = lanes_on(kafka, stores, scorer, rules)
+    async with running(beats):
+        await until(lambda: lane.running and alerting.running)
+        alerting.admit(block(0, record(0, 'u', NOW_MS), record(1, 'u', NOW_MS + 1)))
+        await until(lambda: alerting.holding)
+        for offset in range(3):
+            lane.admit(block(1, record(offset, f'w{offset}', NOW_MS + offset)))
+            await until(lambda: lane.done == [offset + 1, 0])       # noqa: B023 - awaited before the next turn
+        assert alerting.done == [0, 0]
+        scorer.refuses = lambda rows: False
+        await until(lambda: alerting.done == [2, 0])
+        assert beats._scoring == 0
+
+
+@on_a_loop
+async def test_reasons_that_are_refused_for_two_lanes_are_asked_for_one_by_one(stores: list[PartitionStore]):
+    kafka, scorer, asked = FakeKafka(2), Unreasonable(), list[int]()
+    scorer.refuses = lambda rows: asked.append(rows) or rows == max(asked) > 2     # the call for both has the most rows
+    rules = replace(RULES, block_events_max=10, steps=StepRules(publish='changes'))
+    beats, lanes = lanes_on(kafka, stores, scorer, rules)
+    async with running(beats):
+        await until(lambda: all(lane.running for lane in lanes))
+        for number, lane in enumerate(lanes):
+            lane.admit(block(number, record(0, f'u{number}', NOW_MS), record(1, f'u{number}', NOW_MS + 1)))
+        await until(lambda: [lane.done for lane in lanes] == [[2, 0], [2, 0]])
+    assert asked[0] == 2
+    assert asked[2:] == [asked[1] // 2] * 2
+    assert all(json.loads(alert or b'')['reasons'] for _, alert, _ in kafka.topics['alerts'])
+    assert len(kafka.topics['alerts']) == 2
+
+
 @on_a_loop
 async def test_steps_are_written_later_and_many_at_once(store: PartitionStore, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(beat, 'WRITE_DELAY_S', 3600)
