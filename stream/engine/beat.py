@@ -188,13 +188,16 @@ class Beats:
             return []
         if self._scoring and sum([lane.intake.events for lane in self._lanes if not lane.in_beat]) < BEAT_EVENTS:
             return []
-        now_s, size, lanes = time.monotonic(), 0, []
+        now_s, size, full, lanes = time.monotonic(), 0, False, []
         for lane in self._lanes:
             lane.queueing = False
             if size < BEAT_EVENTS and lane.ready(now_s):
-                # One run is always admitted, even if it is larger than the limit.
+                # One run is always admitted, even if it is larger than the limit. If a run has to wait for room, so do
+                # those behind it: small runs could take whatever room there is and keep it waiting for ever.
                 if not lane.begun:
-                    if self._in_flight and self._in_flight + lane.size > self._rules.events_in_flight_max:
+                    full = full or (
+                        self._in_flight > 0 and self._in_flight + lane.size > self._rules.events_in_flight_max)
+                    if full:
                         lane.queueing = True
                         continue
                     self._in_flight += lane.size

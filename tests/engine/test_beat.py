@@ -379,6 +379,28 @@ async def test_reasons_that_are_refused_for_two_lanes_are_asked_for_one_by_one(s
 
 
 @on_a_loop
+async def test_small_runs_do_not_overtake_one_that_waits_for_room_again_and_again(
+        stores: list[PartitionStore], tmp_path: Path, memory: Memory):
+    kafka = FakeKafka(3)
+    gate = kafka.gates['changelog', 0] = asyncio.Event()
+    beats, (first, large, small) = lanes_on(
+        kafka, [*stores, PartitionStore(tmp_path / 'users-12', memory)],
+        rules=replace(RULES, block_events_max=10, events_in_flight_max=4))
+    async with running(beats):
+        await until(lambda: first.running and large.running and small.running)
+        first.admit(block(0, record(0, 'u', NOW_MS), record(1, 'u', NOW_MS + 1)))
+        await until(lambda: kafka.sends)
+        large.admit(block(1, *[record(offset, 'v', NOW_MS + offset) for offset in range(3)]))
+        await until(lambda: large.queueing)
+        for offset in range(2):     # the first one may have been ahead in turn
+            small.admit(block(2, record(offset, 'w', NOW_MS + offset)))
+            await until(lambda: small.queueing or small.done == [offset + 1, 0])     # noqa: B023 - awaited at once
+        assert small.queueing
+        gate.set()
+        await until(lambda: [lane.done[0] for lane in (first, large, small)] == [2, 3, 2])
+
+
+@on_a_loop
 async def test_steps_are_written_later_and_many_at_once(store: PartitionStore, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(beat, 'WRITE_DELAY_S', 3600)
     kafka, writes = FakeKafka(), []
