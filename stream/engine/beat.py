@@ -368,9 +368,15 @@ class Beats:
     async def _publish(self, steps: list[StepOutput], first: int = 0) -> None:
         """Take the steps through the stages from number `first` on."""
         stages = (self._predecessor, self._journal, self._changelog, self._outputs)
-        for stage in stages[first:]:
-            if steps:
-                steps = await stage(steps)
+        try:
+            for stage in stages[first:]:
+                if steps:
+                    steps = await stage(steps)
+        except BaseException:
+            # The beats end here. The next owner must not meet records that were still to be handed over.
+            for step in steps:
+                step.drop()
+            raise
         if steps:
             self._done(steps)
 

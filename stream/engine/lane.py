@@ -122,6 +122,11 @@ class StepOutput(msgspec.Struct, eq=False):
         self.begun, self.sendings, self.awaited = False, [], []
         return offsets
 
+    def drop(self) -> None:
+        """The step is given up: send no more of it."""
+        for sending in self.sendings:
+            sending.drop()
+
 
 @dataclass
 class _Run:

@@ -91,13 +91,18 @@ class Publisher:
 
     async def _send_all(self, topic: str, partition: int, count: int, batch: RecordBatch, at: int,
                         add: Callable[[RecordBatch, int], int]) -> 'Sent':
-        sent = [(batch.record_count(), await self._hand_over(batch, topic, partition))]
-        while at < count:
-            batch = RecordBatch(BATCH_BYTES_MAX, int(time.time() * 1000))
-            at = add(batch, at)
-            sent.append((batch.record_count(), await self._hand_over(batch, topic, partition)))
-        acknowledged = await asyncio.gather(*(future for _, future in sent))
-        return Sent(acknowledged[-1].offset + sent[-1][0])
+        sent = [Sending(await self._hand_over(batch, topic, partition), batch.record_count(), '')]
+        try:
+            while at < count:
+                batch = RecordBatch(BATCH_BYTES_MAX, int(time.time() * 1000))
+                at = add(batch, at)
+                sent.append(Sending(await self._hand_over(batch, topic, partition), batch.record_count(), ''))
+            await asyncio.gather(*(sending.future for sending in sent))
+        except BaseException:
+            for sending in sent:
+                sending.drop()
+            raise
+        return Sent(sent[-1].offset())
 
     async def _hand_over(self, batch: Any, topic: str, partition: int) -> asyncio.Future:
         batch.close()
@@ -140,6 +145,11 @@ class Sending:
             return self.future.result().offset + self._count
         except DriverError as error:
             raise _failed(error, self._place) from error
+
+    def drop(self) -> None:
+        """Wait no longer. What the producer has taken is still sent; what it has not taken is not sent any more."""
+        if not self.future.cancel() and not self.future.cancelled():
+            self.future.exception()     # asyncio would report an error that nobody has looked at
 
 
 def _failed(error: DriverError, place: str) -> KafkaError:

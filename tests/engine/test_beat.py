@@ -1,5 +1,6 @@
 """Beats with a fake Kafka: the order of the sends, and the state after a worker dies at any point of a beat."""
 import asyncio
+import gc
 import json
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from aiokafka import ConsumerRecord, TopicPartition
+from aiokafka.errors import KafkaTimeoutError
 
 from stream.core.events import Decoder, EventRules
 from stream.core.layout import DAY_MS, WindowLimits
@@ -23,7 +25,7 @@ from stream.engine.beat import Beats
 from stream.engine.blocks import Block
 from stream.engine.lane import Lane, LaneRules, Tools
 from stream.engine.publisher import Record, Sending, Sent
-from stream.errors import ModelError, ScorerUnavailable
+from stream.errors import KafkaError, ModelError, ScorerUnavailable
 from stream.metrics import Metrics
 from stream.scoring.constant import ConstantScorer
 from stream.state.store import LaneRecord, Memory, Meta, PartitionStore
@@ -398,6 +400,33 @@ async def test_small_runs_do_not_overtake_one_that_waits_for_room_again_and_agai
         assert small.queueing
         gate.set()
         await until(lambda: [lane.done[0] for lane in (first, large, small)] == [2, 3, 2])
+
+
+@on_a_loop
+async def test_an_error_of_several_lanes_is_reported_once(stores: list[PartitionStore]):
+    class Failing(FakeKafka):
+        async def begin(self, topic: str, partition: int, records: list[Record]) -> Sending:
+            sending = await super().begin(topic, partition, records)
+            if topic != 'changelog':
+                return sending
+            future = asyncio.get_running_loop().create_future()
+            asyncio.get_running_loop().call_later(.01, future.set_exception, KafkaTimeoutError())
+            return Sending(future, 0, topic)
+
+    reported: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
+    beats, lanes = lanes_on(Failing(2), stores)
+    async with running(beats) as task:
+        await until(lambda: all(lane.running for lane in lanes))
+        for number, lane in enumerate(lanes):
+            lane.admit(block(number, record(0, f'u{number}', NOW_MS)))
+        await until(task.done)
+        assert isinstance(task.exception(), KafkaError)
+    del beats, lanes, lane, task
+    await asyncio.sleep(0)
+    gc.collect()
+    await asyncio.sleep(.02)
+    assert reported == []
 
 
 @on_a_loop
