@@ -75,6 +75,7 @@ class Beats:
         self._scoring = 0           # beats that are being scored and are not held up
         self._read_slow_until = 0.0
         self._write_timer: asyncio.TimerHandle | None = None
+        self._write_now = False
         self._beats: asyncio.TaskGroup
         self._task: asyncio.Task[None] | None = None
 
@@ -163,6 +164,9 @@ class Beats:
         """Start a beat whenever lanes are ready, until told to stop."""
         while not self._stopping.is_set():
             self._wake.clear()
+            if self._write_now:
+                self._write_now = False
+                self._beats.create_task(self._write())
             while self._joining:
                 self._beats.create_task(self._take_over(self._joining.pop()))
             lanes = self._ready()
@@ -486,12 +490,15 @@ class Beats:
     # ---- the stores ------------------------------------------------------------------------------------------------
 
     def _write_soon(self) -> None:
-        """Start to write what waits. At the end, `_sign_off` writes instead."""
+        """Have `_dispatch` start to write what waits. At the end, `_sign_off` writes instead.
+
+        A timer may call this while the beats end with an error. They take no task then, so none is started here.
+        """
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
-        if not self._stopping.is_set():
-            self._beats.create_task(self._write())
+        self._write_now = True
+        self._wake.set()
 
     async def _write(self) -> None:
         """Write all finished steps to the stores."""

@@ -3,6 +3,7 @@ import asyncio
 import gc
 import json
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -426,6 +427,30 @@ async def test_an_error_of_several_lanes_is_reported_once(stores: list[Partition
     await asyncio.sleep(0)
     gc.collect()
     await asyncio.sleep(.02)
+    assert reported == []
+
+
+@on_a_loop
+async def test_the_timer_of_a_write_may_ring_while_the_beats_end_with_an_error(
+        stores: list[PartitionStore], monkeypatch: pytest.MonkeyPatch):
+    reported: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
+    kafka, reading = FakeKafka(2), threading.Event()
+    monkeypatch.setattr(beat, 'READS_ON_LOOP_MAX', 0)
+    monkeypatch.setattr(beat, 'WRITE_DELAY_S', .1)
+    monkeypatch.setattr(stores[1], 'load', lambda users: reading.set() or time.sleep(.5) or {})
+    beats, (lane, slow) = lanes_on(kafka, stores)
+    async with running(beats) as task:
+        await until(lambda: lane.running and slow.running)
+        lane.admit(block(0, record(0, 'u', NOW_MS)))
+        await until(lambda: lane.done == [1, 0])        # the timer has begun
+        slow.admit(block(1, record(0, 'v', NOW_MS)))
+        await until(reading.is_set)
+        monkeypatch.setattr(lane, 'look_up', lambda: 1 / 0)
+        beats._scoring = 0
+        lane.admit(block(0, record(1, 'u', NOW_MS)))
+        await until(task.done)
+        assert isinstance(task.exception(), ZeroDivisionError)
     assert reported == []
 
 
