@@ -232,7 +232,8 @@ class Beats:
         sweeps = [lane for lane in lanes if lane.sweeping]
         if sweeps:
             await self._write()     # the timer index lacks what is not written
-            await in_thread(lambda: [lane.find_due() for lane in sweeps])
+            clocks = [(lane, lane.clock_ms()) for lane in sweeps]
+            await in_thread(lambda: [lane.find_due(until_ms) for lane, until_ms in clocks])
         started = time.perf_counter()
         wanted = [(lane, unknown) for lane in lanes if (unknown := lane.look_up())]
         self._tools.metrics.stage('decode', time.perf_counter() - started)
