@@ -76,6 +76,7 @@ class Beats:
         self._read_s = 0.0              # moving average of the reads on the event loop
         self._read_slow_until = 0.0
         self._write_timer: asyncio.TimerHandle | None = None
+        self._write_now = False
         self._beats: asyncio.TaskGroup
         self._task: asyncio.Task[None] | None = None
 
@@ -164,6 +165,9 @@ class Beats:
         """Start a beat whenever lanes are ready, until told to stop."""
         while not self._stopping.is_set():
             self._wake.clear()
+            if self._write_now:
+                self._write_now = False
+                self._beats.create_task(self._write())
             while self._joining:
                 self._beats.create_task(self._take_over(self._joining.pop()))
             lanes = self._ready()
@@ -189,13 +193,16 @@ class Beats:
             return []
         if self._scoring and sum([lane.intake.events for lane in self._lanes if not lane.in_beat]) < BEAT_EVENTS:
             return []
-        now_s, size, lanes = time.monotonic(), 0, []
+        now_s, size, full, lanes = time.monotonic(), 0, False, []
         for lane in self._lanes:
             lane.queueing = False
             if size < BEAT_EVENTS and lane.ready(now_s):
-                # One run is always admitted, even if it is larger than the limit.
+                # One run is always admitted, even if it is larger than the limit. If a run has to wait for room, so do
+                # those behind it: small runs could take whatever room there is and keep it waiting for ever.
                 if not lane.begun:
-                    if self._in_flight and self._in_flight + lane.size > self._rules.events_in_flight_max:
+                    full = full or (
+                        self._in_flight > 0 and self._in_flight + lane.size > self._rules.events_in_flight_max)
+                    if full:
                         lane.queueing = True
                         continue
                     self._in_flight += lane.size
@@ -226,7 +233,8 @@ class Beats:
         sweeps = [lane for lane in lanes if lane.sweeping]
         if sweeps:
             await self._write()     # the timer index lacks what is not written
-            await in_thread(lambda: [lane.find_due() for lane in sweeps])
+            clocks = [(lane, lane.clock_ms()) for lane in sweeps]
+            await in_thread(lambda: [lane.find_due(until_ms) for lane, until_ms in clocks])
         started = time.perf_counter()
         wanted = [(lane, unknown) for lane in lanes if (unknown := lane.look_up())]
         self._tools.metrics.stage('decode', time.perf_counter() - started)
@@ -262,6 +270,7 @@ class Beats:
             return
         finally:
             self._scoring -= 1
+            self._wake.set()        # events may have waited for the end of the scoring
         await self._publish(published)
 
     async def _score(self, steps: list[StepOutput]) -> list[StepOutput]:
@@ -294,12 +303,20 @@ class Beats:
         return [steps[number] for number in calm]
 
     async def _explain(self, steps: Sequence[StepOutput], judged: Judged, rows: Sequence[Sequence[int]]) -> None:
-        """Find the reasons of these rows of each step, then publish the steps that have some."""
+        """Find the reasons of these rows of each step, then publish the steps that have some.
+
+        If the model refuses several steps together, each is explained again alone.
+        """
         numbers = [number for number, of_step in enumerate(rows) if of_step]
         late = [steps[number] for number in numbers]
         try:
-            reasons = await self._held(late, lambda: self._scorer.explain(judged, [*chain.from_iterable(rows)]), True)
+            reasons = await self._held(late, lambda: self._scorer.explain(judged, [*chain.from_iterable(rows)]), 0)
         except Stopped:
+            return
+        except ModelError:
+            for alone in numbers:
+                self._beats.create_task(self._explain(
+                    steps, judged, [of_step if number == alone else [] for number, of_step in enumerate(rows)]))
             return
         self._collect(steps, judged, reasons, numbers)
         await self._publish(late)
@@ -312,10 +329,10 @@ class Beats:
         self._tools.metrics.scored(sum([len(scored.rows) for scored in results]),
                                    sum([scored.refused for scored in results]))
 
-    async def _held(self, steps: Sequence[StepOutput], call: Callable[[], Awaitable[T]], alone: bool = False) -> T:
-        """The result of a call of the scorer. While the scorer is unavailable, the steps' lanes hold their events.
+    async def _held(self, steps: Sequence[StepOutput], call: Callable[[], Awaitable[T]], counts: int = 1) -> T:
+        """The result of a call of the scorer. While it cannot answer, the steps' lanes hold their events.
 
-        alone    whether to hold the lanes also if the model refuses the call; else only if there is one step
+        counts   as how many beats in `_scoring` the call counts, while it is not held up
         Errors   Stopped if told to stop; ModelError if the model refuses several steps
         """
         held = False
@@ -326,12 +343,13 @@ class Beats:
                     result = await call()
                     break
                 except ModelError as error:
-                    if len(steps) > 1 and not alone and not isinstance(error, ScorerUnavailable):
+                    if len(steps) > 1 and not isinstance(error, ScorerUnavailable):
                         raise
                     if not held:
                         log.warning('lanes %s are holding their events: %s', numbers, error)
                         self._tools.metrics.scorer_holds.inc()
-                        self._scoring -= 1      # other lanes need not wait for this beat
+                        self._scoring -= counts     # other lanes need not wait for this beat
+                        self._wake.set()
                     held = True
                     for step in steps:
                         step.lane.holding = str(error)
@@ -340,7 +358,7 @@ class Beats:
                 log.info('lanes %s are scoring again.', numbers)
             return result
         finally:
-            self._scoring += held
+            self._scoring += counts if held else 0
             for step in steps:
                 step.lane.holding = ''
 
@@ -358,9 +376,15 @@ class Beats:
     async def _publish(self, steps: list[StepOutput], first: int = 0) -> None:
         """Take the steps through the stages from number `first` on."""
         stages = (self._predecessor, self._journal, self._changelog, self._outputs)
-        for stage in stages[first:]:
-            if steps:
-                steps = await stage(steps)
+        try:
+            for stage in stages[first:]:
+                if steps:
+                    steps = await stage(steps)
+        except BaseException:
+            # The beats end here. The next owner must not meet records that were still to be handed over.
+            for step in steps:
+                step.drop()
+            raise
         if steps:
             self._done(steps)
 
@@ -470,12 +494,15 @@ class Beats:
     # ---- the stores ------------------------------------------------------------------------------------------------
 
     def _write_soon(self) -> None:
-        """Start to write what waits. At the end, `_sign_off` writes instead."""
+        """Have `_dispatch` start to write what waits. At the end, `_sign_off` writes instead.
+
+        A timer may call this while the beats end with an error. They take no task then, so none is started here.
+        """
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
-        if not self._stopping.is_set():
-            self._beats.create_task(self._write())
+        self._write_now = True
+        self._wake.set()
 
     async def _write(self) -> None:
         """Write all finished steps to the stores."""

@@ -122,6 +122,11 @@ class StepOutput(msgspec.Struct, eq=False):
         self.begun, self.sendings, self.awaited = False, [], []
         return offsets
 
+    def drop(self) -> None:
+        """The step is given up: send no more of it."""
+        for sending in self.sendings:
+            sending.drop()
+
 
 @dataclass
 class _Run:
@@ -271,10 +276,10 @@ class Lane:
     def _timers_due(self) -> bool:
         return not self._writer.none_due(self.store, self.clock_ms())
 
-    def find_due(self) -> None:
-        """For a sweep: read which users have a due timer. Every finished step must have been written."""
+    def find_due(self, until_ms: int) -> None:
+        """For a sweep: read which users have a timer due by then. Every finished step must have been written."""
         assert self._run is not None
-        self._run.due = self.store.due(self.clock_ms(), self._rules.sweep_users_max)
+        self._run.due = self.store.due(until_ms, self._rules.sweep_users_max)
         if len(self._run.due) == self._rules.sweep_users_max:
             self._clock_look_s = 0.0        # there may be more
 

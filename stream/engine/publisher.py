@@ -114,6 +114,11 @@ class Sending:
         except DriverError as error:
             raise _failed(error, self._place) from error
 
+    def drop(self) -> None:
+        """Wait no longer. What the producer has taken is still sent; what it has not taken is not sent any more."""
+        if not self.future.cancel() and not self.future.cancelled():
+            self.future.exception()     # asyncio would report an error that nobody has looked at
+
 
 def _failed(error: DriverError, place: str) -> KafkaError:
     topic = place.rpartition('-')[0]

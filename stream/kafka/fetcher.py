@@ -6,8 +6,7 @@ Relies on `Fetcher` of aiokafka 0.14: `_fetch_requests_routine` calls the two me
 release. What differs:
 
 - Records are returned as aiokafka's parser made them. A `ConsumerRecord` of each would take longer than folding it.
-- A fetch that brings little is followed by a pause, in which the records of all partitions gather. A fetch costs as
-  much as scoring a few windows, and a broker answers as soon as it has one record.
+- A fetch that brings little is followed by a pause, in which the records of all partitions gather: see pace.py.
 - Requests and responses are encoded and decoded in compiled code.
 - Leaders only are asked: the worker names no rack, so no broker names another replica.
 """
@@ -31,11 +30,10 @@ from aiokafka.errors import (
 )
 from aiokafka.record.memory_records import MemoryRecords
 
+from stream.kafka.pace import Pace
 from stream.kafka.requests import FetchRequest, post
 
 log = logging.getLogger(__name__)
-FETCH_PAUSE_S = 0.005       # pause after a fetch that brings less than `FETCH_BYTES_MANY`
-FETCH_BYTES_MANY = 64 << 10
 NO_LEADER = -1
 
 _Planned = tuple[TopicPartition, Any, Any, bytes]       # its state, the node of its leader, its topic
@@ -53,6 +51,7 @@ class _Fetch(FetchRequest):
 class LightFetcher(Fetcher):
     """Replaces the fetcher that a consumer has made, by `adopt`."""
 
+    _pace: Pace
     _fetch_again_s: float       # when the next request may be sent, in monotonic seconds
     _turn: int                  # the place in the list of partitions at which the next request begins
     _planned: list[_Planned]
@@ -63,7 +62,8 @@ class LightFetcher(Fetcher):
     def adopt(cls, fetcher: Any) -> None:
         """Make this fetcher one of this class, before it fetches. A consumer makes its fetcher itself."""
         fetcher.__class__ = cls
-        fetcher._fetch_again_s, fetcher._turn, fetcher._planned, fetcher._planned_for = 0.0, 0, [], (None, None)
+        fetcher._pace, fetcher._fetch_again_s = Pace(), 0.0
+        fetcher._turn, fetcher._planned, fetcher._planned_for = 0, [], (None, None)
 
     def _get_actions_per_node(self, assignment: Any) -> Any:
         """What to do next, as the method that it replaces."""
@@ -178,8 +178,9 @@ class LightFetcher(Fetcher):
                 woken = True
                 fetched_bytes += len(data)
                 self._take(assignment, tp, state, offset, aborted, data)
-        if fetched_bytes < FETCH_BYTES_MANY:
-            self._fetch_again_s = time.monotonic() + FETCH_PAUSE_S
+        if woken:
+            self._pace.fetched(fetched_bytes)
+            self._fetch_again_s = time.monotonic() + self._pace.pause_s
         return woken
 
     def _take(self, assignment: Any, tp: TopicPartition, state: Any, offset: int, aborted: Any, data: bytes) -> None:

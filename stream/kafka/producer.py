@@ -88,15 +88,20 @@ class _Place:
 
 
 class _Entry:
-    """A batch in the queue of its place. Only the last one of a call of `send` has a future."""
+    """A batch in the queue of its place.
 
-    __slots__ = ('attempts', 'batch', 'deadline_s', 'error', 'future', 'place')
+    future   that of the call of `send`, which all its batches share
+    last     whether it is the last batch of its call
+    """
 
-    def __init__(self, place: _Place, batch: RecordBatch, deadline_s: float) -> None:
+    __slots__ = ('attempts', 'batch', 'deadline_s', 'error', 'future', 'last', 'place')
+
+    def __init__(self, place: _Place, batch: RecordBatch, deadline_s: float, future: asyncio.Future[int]) -> None:
         self.place = place
         self.batch = batch
         self.deadline_s = deadline_s
-        self.future: asyncio.Future[int] | None = None
+        self.future = future
+        self.last = False
         self.attempts = 0
         self.error: KafkaError | None = None        # of the last attempt
 
@@ -159,7 +164,7 @@ class Producer:
         """Send what is queued, at most until its time limit, and disconnect. What is left then fails."""
         self._closed = True
         try:
-            left = [entry.future for place in self._places.values() for entry in place.queue if entry.future]
+            left = [entry.future for place in self._places.values() for entry in place.queue if entry.last]
             if left:
                 await asyncio.wait(left, timeout=self._timeout_s)
         finally:
@@ -195,7 +200,7 @@ class Producer:
 
         It is done when all batches are acknowledged, or when one of them has failed. What is queued in one turn of the
         event loop goes out in one request to each broker. The future has an error of aiokafka, which `send` itself
-        raises if nothing can be sent there any more.
+        raises if nothing can be sent there any more. If it is cancelled, batches that were not sent yet are not sent.
         """
         place = self._places.get((topic, partition))
         if place is None:
@@ -207,10 +212,11 @@ class Producer:
         if error is not None:
             raise error
         deadline_s = self._loop.time() + self._timeout_s
+        future = self._loop.create_future()
         for batch in batches:
             batch.close()
-            place.queue.append(_Entry(place, batch, deadline_s))
-        future = place.queue[-1].future = self._loop.create_future()
+            place.queue.append(_Entry(place, batch, deadline_s, future))
+        place.queue[-1].last = True
         if not place.busy:
             self._make_ready(place)
         if self._timer is None:
@@ -232,8 +238,10 @@ class Producer:
         sizes: dict[Any, int] = {}                      # node -> bytes in its last request
         leaderless: list[_Entry] = []
         for place in self._ready:
+            while place.queue and not place.queue[0].attempts and place.queue[0].future.cancelled():
+                place.queue.popleft()
             if not place.queue:
-                continue        # it has failed since
+                continue        # it has failed since, or nobody waits for it any more
             entry = place.queue[0]
             place.busy = True
             node = self._client.cluster.leader_for_partition(place.tp)
@@ -357,7 +365,7 @@ class Producer:
         place.busy = False
         if place.queue:
             self._make_ready(place)
-        if entry.future is not None and not entry.future.done():
+        if entry.last and not entry.future.done():
             entry.future.set_result(offset + count)
 
     # ---- errors ------------------------------------------------------------------------------------------------------
@@ -396,7 +404,7 @@ class Producer:
         entries = list(place.queue)
         place.queue.clear()
         for entry in entries:
-            if entry.future is not None and not entry.future.done():
+            if not entry.future.done():
                 entry.future.set_exception(error)
                 entry.future.exception()        # whoever waits gets it; nobody has to wait
 

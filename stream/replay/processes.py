@@ -44,6 +44,7 @@ class ShardProcesses:
         """Starts the processes. They load the model while the replay reads its first rows."""
         self.count = count
         self._connections: list[Connection] = []
+        self._open: list[Connection] = []       # those of the processes that have not sent their last reply
         self._processes = []
         self._ready: deque[Connection] = deque()
         context = get_context('spawn')
@@ -54,6 +55,7 @@ class ShardProcesses:
                 process = context.Process(target=_serve, args=(recipe, number, theirs, gc.get_threshold()), daemon=True,
                                           name=f'shard {number + 1}')
                 self._connections.append(cast(Connection, ours))
+                self._open.append(cast(Connection, ours))
                 process.start()
                 self._processes.append(process)
                 theirs.close()      # so that the end of the process is the end of the stream
@@ -88,7 +90,7 @@ class ShardProcesses:
         Errors   StreamError if a process has ended, or what the shard raised.
         """
         if not self._ready:
-            self._ready.extend(cast(list[Connection], wait(self._connections)))
+            self._ready.extend(cast(list[Connection], wait(self._open)))
         connection = self._ready.popleft()
         shard = self._connections.index(connection)
         try:
@@ -97,6 +99,8 @@ class ShardProcesses:
             raise self._why_gone(shard) from error
         if isinstance(reply, Failed):
             raise _error(reply)
+        if isinstance(reply, Sums):
+            self._open.remove(connection)       # the process ends now, which is no failure
         return shard, reply
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """Beats with a fake Kafka: the order of the sends, and the state after a worker dies at any point of a beat."""
 import asyncio
+import gc
 import json
 import threading
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from aiokafka import ConsumerRecord, TopicPartition
+from aiokafka.errors import KafkaTimeoutError
 
 from stream.core.events import Decoder, EventRules
 from stream.core.layout import DAY_MS, WindowLimits
@@ -24,7 +26,7 @@ from stream.engine.beat import Beats
 from stream.engine.blocks import Block
 from stream.engine.lane import Lane, LaneRules, Tools
 from stream.engine.publisher import Record, Sending
-from stream.errors import ModelError, ScorerUnavailable
+from stream.errors import KafkaError, ModelError, ScorerUnavailable
 from stream.metrics import Metrics
 from stream.scoring.constant import ConstantScorer
 from stream.state.store import LaneRecord, Memory, Meta, PartitionStore
@@ -346,6 +348,129 @@ async def test_only_the_lanes_with_an_alert_wait_for_reasons(stores: list[Partit
         await until(lambda: alerting.done == [2, 0])
     (_, alert, _), = kafka.topics['alerts']
     assert json.loads(alert or b'')['reasons']
+
+
+class Unreasonable(Alerting):
+    """Refuses to explain, as told: the calls with more rows than there are users of the step are for reasons."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate.set()
+        self.refuses: Callable[[int], bool] = lambda rows: rows > 2
+
+    async def score(self, batches: Any) -> Any:
+        if self.refuses(sum(batch.windows for batch in batches)):
+            raise ModelError('no reasons.', 'see the log.')
+        return await super().score(batches)
+
+
+@on_a_loop
+async def test_a_lane_whose_reasons_are_refused_holds_up_no_other(stores: list[PartitionStore]):
+    kafka, scorer = FakeKafka(2), Unreasonable()
+    rules = replace(RULES, block_events_max=10, steps=StepRules(publish='changes'))
+    beats, (alerting, lane) = lanes_on(kafka, stores, scorer, rules)
+    async with running(beats):
+        await until(lambda: lane.running and alerting.running)
+        alerting.admit(block(0, record(0, 'u', NOW_MS), record(1, 'u', NOW_MS + 1)))
+        await until(lambda: alerting.holding)
+        for offset in range(3):
+            lane.admit(block(1, record(offset, f'w{offset}', NOW_MS + offset)))
+            await until(lambda: lane.done == [offset + 1, 0])       # noqa: B023 - awaited before the next turn
+        assert alerting.done == [0, 0]
+        scorer.refuses = lambda rows: False
+        await until(lambda: alerting.done == [2, 0])
+        assert beats._scoring == 0
+
+
+@on_a_loop
+async def test_reasons_that_are_refused_for_two_lanes_are_asked_for_one_by_one(stores: list[PartitionStore]):
+    kafka, scorer, asked = FakeKafka(2), Unreasonable(), list[int]()
+    scorer.refuses = lambda rows: asked.append(rows) or rows == max(asked) > 2     # the call for both has the most rows
+    rules = replace(RULES, block_events_max=10, steps=StepRules(publish='changes'))
+    beats, lanes = lanes_on(kafka, stores, scorer, rules)
+    async with running(beats):
+        await until(lambda: all(lane.running for lane in lanes))
+        for number, lane in enumerate(lanes):
+            lane.admit(block(number, record(0, f'u{number}', NOW_MS), record(1, f'u{number}', NOW_MS + 1)))
+        await until(lambda: [lane.done for lane in lanes] == [[2, 0], [2, 0]])
+    assert asked[0] == 2
+    assert asked[2:] == [asked[1] // 2] * 2
+    assert all(json.loads(alert or b'')['reasons'] for _, alert, _ in kafka.topics['alerts'])
+    assert len(kafka.topics['alerts']) == 2
+
+
+@on_a_loop
+async def test_small_runs_do_not_overtake_one_that_waits_for_room_again_and_again(
+        stores: list[PartitionStore], tmp_path: Path, memory: Memory):
+    kafka = FakeKafka(3)
+    gate = kafka.gates['changelog', 0] = asyncio.Event()
+    beats, (first, large, small) = lanes_on(
+        kafka, [*stores, PartitionStore(tmp_path / 'users-12', memory)],
+        rules=replace(RULES, block_events_max=10, events_in_flight_max=4))
+    async with running(beats):
+        await until(lambda: first.running and large.running and small.running)
+        first.admit(block(0, record(0, 'u', NOW_MS), record(1, 'u', NOW_MS + 1)))
+        await until(lambda: kafka.sends)
+        large.admit(block(1, *[record(offset, 'v', NOW_MS + offset) for offset in range(3)]))
+        await until(lambda: large.queueing)
+        for offset in range(2):     # the first one may have been ahead in turn
+            small.admit(block(2, record(offset, 'w', NOW_MS + offset)))
+            await until(lambda: small.queueing or small.done == [offset + 1, 0])     # noqa: B023 - awaited at once
+        assert small.queueing
+        gate.set()
+        await until(lambda: [lane.done[0] for lane in (first, large, small)] == [2, 3, 2])
+
+
+@on_a_loop
+async def test_an_error_of_several_lanes_is_reported_once(stores: list[PartitionStore]):
+    class Failing(FakeKafka):
+        async def begin(self, topic: str, partition: int, records: list[Record]) -> Sending:
+            sending = await super().begin(topic, partition, records)
+            if topic != 'changelog':
+                return sending
+            future = asyncio.get_running_loop().create_future()
+            asyncio.get_running_loop().call_later(.01, future.set_exception, KafkaTimeoutError())
+            return Sending(future, topic)
+
+    reported: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
+    beats, lanes = lanes_on(Failing(2), stores)
+    async with running(beats) as task:
+        await until(lambda: all(lane.running for lane in lanes))
+        for number, lane in enumerate(lanes):
+            lane.admit(block(number, record(0, f'u{number}', NOW_MS)))
+        await until(task.done)
+        assert isinstance(task.exception(), KafkaError)
+    del beats, lane, task
+    lanes.clear()
+    await asyncio.sleep(0)
+    gc.collect()
+    await asyncio.sleep(.02)
+    assert reported == []
+
+
+@on_a_loop
+async def test_the_timer_of_a_write_may_ring_while_the_beats_end_with_an_error(
+        stores: list[PartitionStore], monkeypatch: pytest.MonkeyPatch):
+    reported: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
+    kafka, reading = FakeKafka(2), threading.Event()
+    monkeypatch.setattr(beat, 'READS_ON_LOOP_MAX', 0)
+    monkeypatch.setattr(beat, 'WRITE_DELAY_S', .1)
+    monkeypatch.setattr(stores[1], 'load', lambda users: reading.set() or time.sleep(.5) or {})
+    beats, (lane, slow) = lanes_on(kafka, stores)
+    async with running(beats) as task:
+        await until(lambda: lane.running and slow.running)
+        lane.admit(block(0, record(0, 'u', NOW_MS)))
+        await until(lambda: lane.done == [1, 0])        # the timer has begun
+        slow.admit(block(1, record(0, 'v', NOW_MS)))
+        await until(reading.is_set)
+        monkeypatch.setattr(lane, 'look_up', lambda: 1 / 0)
+        beats._scoring = 0
+        lane.admit(block(0, record(1, 'u', NOW_MS)))
+        await until(task.done)
+        assert isinstance(task.exception(), ZeroDivisionError)
+    assert reported == []
 
 
 @on_a_loop

@@ -11,9 +11,9 @@ from aiokafka.client import ConnectionGroup
 from aiokafka.consumer.fetcher import Fetcher
 from aiokafka.consumer.subscription_state import SubscriptionState
 
-from stream.kafka import fetcher as fetcher_module
 from stream.kafka.batch import RecordBatch
 from stream.kafka.fetcher import LightFetcher
+from stream.kafka.pace import BYTES_MANY, PAUSE_S_MIN
 
 TPS = [TopicPartition(topic, number) for topic in ('carts', 'clicks') for number in range(3)]
 NOT_LEADER, NO_TOPIC, OUT_OF_RANGE, NOT_ALLOWED, CORRUPT = 6, 3, 1, 29, 2
@@ -101,13 +101,13 @@ def test_a_fetch_that_brings_little_is_followed_by_a_pause_and_one_that_brings_m
     async def test(fetcher: Any, client: FakeClient, assignment: Any) -> None:
         client.answers.put_nowait((0, [part(TPS[0], data=records(b'1'))]))
         await fetcher.fetched_records([], 5)
-        assert fetcher._fetch_again_s > time.monotonic() - 1
-        first = fetcher._fetch_again_s
+        assert fetcher._pace.pause_s >= PAUSE_S_MIN
         many = records(*[bytes(10_000)] * 10, begin=11)
-        assert len(many) > fetcher_module.FETCH_BYTES_MANY
+        assert len(many) > BYTES_MANY
         client.answers.put_nowait((0, [part(TPS[0], data=many)]))
         assert len((await fetcher.fetched_records([], 5))[TPS[0]]) == 10
-        assert fetcher._fetch_again_s == first
+        assert fetcher._pace.pause_s == 0
+        assert fetcher._fetch_again_s <= time.monotonic()
     run(test)
 
 

@@ -399,6 +399,19 @@ def test_large_batches_go_in_several_requests():
     run(test)
 
 
+def test_what_nobody_waits_for_any_more_is_not_sent_unless_it_is_on_its_way():
+    async def test(producer: Producer, broker: FakeBroker, client: FakeClient) -> None:
+        broker.script['a', 0] = ['late']
+        dropped = producer.send('a', 0, [batch(b'1'), batch(b'2'), batch(b'3')])
+        after = producer.send('a', 0, [batch(b'4')])
+        await asyncio.sleep(0)
+        dropped.cancel()
+        broker.release()
+        assert await after == 2
+        assert broker.logs['a', 0] == [b'1', b'4']
+    run(test)
+
+
 def test_stop_sends_what_is_queued_and_takes_nothing_more():
     async def test(producer: Producer, broker: FakeBroker, client: FakeClient) -> None:
         sent = producer.send('a', 0, [batch(b'1'), batch(b'2')])

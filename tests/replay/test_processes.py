@@ -20,7 +20,7 @@ from stream.replay.shard import ShardRecipe
 from stream.replay.shard_messages import Share
 from stream.replay.sharded import ShardedReplay
 from stream.simulator.shop import SimulatorOptions, simulate, write
-from stream.state.replay_state import state_of_shard
+from stream.state.replay_state import MemoryState, state_of_shard
 from tests.replay.moody import BrokenScorer, MissingScorer, MoodyScorer
 from tests.replay.test_sharded import left, recording_of, whole
 
@@ -61,6 +61,22 @@ def test_processes_give_the_bytes_of_one(simulated: Path, tmp_path: Path):
             assert replayed(simulated, shards) == expected
         assert not any(map(is_running, shards.pids))
     assert sorted(path.name for path in (tmp_path / 'state').iterdir()) == ['shard-0', 'shard-1', 'shard-2']
+
+
+class SlowToClose(MemoryState):
+    """The state of a shard that has much to count at the end."""
+
+    def close(self) -> None:
+        time.sleep(2)
+
+
+def slow_if_last(shard: int) -> MemoryState:
+    return SlowToClose() if shard else MemoryState()
+
+
+def test_a_process_that_is_done_early_does_not_end_the_replay(simulated: Path):
+    with ShardProcesses(2, ShardRecipe(MoodyScorer, slow_if_last, RULES, None)) as shards:
+        assert replayed(simulated, shards) == whole(recording_of([simulated]), RULES)
 
 
 def test_a_killed_process_ends_the_replay(simulated: Path):

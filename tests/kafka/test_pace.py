@@ -1,7 +1,7 @@
 """The pause between fetches follows what they bring."""
 import pytest
 
-from stream.engine.pace import BYTES_AIM, BYTES_MANY, PAUSE_S_MAX, PAUSE_S_MIN, Pace
+from stream.kafka.pace import BYTES_AIM, BYTES_MANY, PAUSE_S_MAX, PAUSE_S_MIN, Pace
 
 
 def settled(bytes_per_s: float) -> float:
