@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from aiokafka import AIOKafkaProducer
+from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError as DriverError
 from aiokafka.errors import MessageSizeTooLargeError
 
@@ -82,11 +82,11 @@ class Publisher:
             partition %= await self._partitions_of(topic)
             batch = RecordBatch(BATCH_BYTES_MAX, int(time.time() * 1000))
             at = add(batch, 0)
-            if at == count:
+            if at == count and self._takes(topic, partition):
                 return Sending(await self._hand_over(batch, topic, partition), count, place)
         except DriverError as error:
             raise _failed(error, place) from error
-        # The producer takes the next batch of a partition only when the one before is on its way.
+        # Whoever begins must not wait here: lanes may share an output partition, and its leader may be away.
         return Sending(asyncio.create_task(self._send_all(topic, partition, count, batch, at, add)), 0, place)
 
     async def _send_all(self, topic: str, partition: int, count: int, batch: RecordBatch, at: int,
@@ -103,6 +103,11 @@ class Publisher:
                 sending.drop()
             raise
         return Sent(sent[-1].offset())
+
+    def _takes(self, topic: str, partition: int) -> bool:
+        """Whether the producer takes a batch of this partition now. It does once the one before is on its way."""
+        accumulator: Any = self._driver._message_accumulator
+        return not accumulator._batches.get(TopicPartition(topic, partition))
 
     async def _hand_over(self, batch: Any, topic: str, partition: int) -> asyncio.Future:
         batch.close()

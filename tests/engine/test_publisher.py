@@ -17,6 +17,8 @@ class OneAtATime:
     def __init__(self) -> None:
         self.taken: list[int] = []
         self.room = asyncio.Semaphore(1)
+        self._message_accumulator = self
+        self._batches = SimpleNamespace(get=lambda place: self.room.locked())
 
     async def partitions_for(self, topic: str) -> set[int]:
         return {0}
@@ -59,4 +61,17 @@ def test_what_is_dropped_is_not_handed_over_later():
         assert len(producer.taken) == 1
         with pytest.raises(asyncio.CancelledError):
             sending.offset()
+    asyncio.run(send())
+
+
+def test_two_lanes_that_share_a_partition_begin_without_waiting():
+    async def send() -> None:
+        producer = OneAtATime()
+        shared = publisher(producer)
+        async with asyncio.timeout(1):
+            first, second = [await shared.begin('alerts', number, RECORDS[:2]) for number in (0, 1)]
+        assert await first.end() == 2
+        assert not second.future.done()
+        producer.room.release()
+        assert await second.end() == 4
     asyncio.run(send())
