@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from stream.config import Settings
 from stream.engine.publisher import Publisher
 
 RECORDS: list[Any] = [(b'%d' % number, b'x' * 100_000, []) for number in range(20)]      # three batches
@@ -32,7 +31,8 @@ class OneAtATime:
 
 
 def publisher(producer: OneAtATime) -> Publisher:
-    made = Publisher(Settings())
+    settings: Any = None        # for `start` only
+    made = Publisher(settings)
     made._producer = producer       # type: ignore[assignment]
     return made
 
