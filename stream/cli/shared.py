@@ -104,7 +104,9 @@ def parsed(overrides: list[str] | None, flag: str = '--set', names: str = 'see `
 def processes_of(workers: str) -> int:
     """The number of processes that `--workers` asks for. Errors: UsageError if it is neither a number nor `auto`."""
     if workers == 'auto':
-        return min(len(os.sched_getaffinity(0)), PROCESSES_MAX)
+        # macOS cannot say which cores this process may use.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+        return min(cores, PROCESSES_MAX)
     if not (workers.isascii() and workers.isdigit() and 1 <= int(workers) <= PROCESSES_MAX):
         raise UsageError(f'--workers {workers} is not a number of processes.',
                          f'name a number from 1 to {PROCESSES_MAX}, or `auto` for one per core.')

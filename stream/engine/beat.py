@@ -98,7 +98,9 @@ class Beats:
         self._wake.set()
 
     async def stop(self, timeout_s: float) -> None:
-        """Finish the steps in flight and start no others. Steps that exceed the timeout are dropped and repeated later.
+        """Finish the runs that have begun, and start no others. What exceeds the timeout is dropped and repeated later.
+
+        A run is finished because the journal has one entry for all its steps.
 
         timeout_s   how long the steps may take
         """
@@ -162,8 +164,8 @@ class Beats:
     # ---- which lanes make a beat -----------------------------------------------------------------------------------
 
     async def _dispatch(self) -> None:
-        """Start a beat whenever lanes are ready, until told to stop."""
-        while not self._stopping.is_set():
+        """Start a beat whenever lanes are ready, until told to stop and all runs that have begun are finished."""
+        while not self._stopping.is_set() or any(lane.begun for lane in self._lanes):
             self._wake.clear()
             if self._write_now:
                 self._write_now = False
@@ -194,8 +196,11 @@ class Beats:
         if self._scoring and sum([lane.intake.events for lane in self._lanes if not lane.in_beat]) < BEAT_EVENTS:
             return []
         now_s, size, full, lanes = time.monotonic(), 0, False, []
+        stopping = self._stopping.is_set()
         for lane in self._lanes:
             lane.queueing = False
+            if stopping and not lane.begun:
+                continue
             if size < BEAT_EVENTS and lane.ready(now_s):
                 # One run is always admitted, even if it is larger than the limit. If a run has to wait for room, so do
                 # those behind it: small runs could take whatever room there is and keep it waiting for ever.
@@ -267,6 +272,8 @@ class Beats:
         try:
             published = await self._score(steps)
         except Stopped:
+            for step in steps:
+                step.lane.give_up()
             return
         finally:
             self._scoring -= 1
@@ -312,6 +319,8 @@ class Beats:
         try:
             reasons = await self._held(late, lambda: self._scorer.explain(judged, [*chain.from_iterable(rows)]), 0)
         except Stopped:
+            for step in late:
+                step.lane.give_up()
             return
         except ModelError:
             for alone in numbers:

@@ -5,9 +5,9 @@ leaves the active set while its records are delivered; positions advance althoug
 are cleared when flow resumes. A block may still get lost on its way through Faust's queues. The lane's contiguity guard
 detects the gap and seeks back. Only finished steps are committed.
 
-The consumer runs on the worker's event loop, and nothing in the worker blocks that loop. It polls the client whether
-lanes have room or not, so the worker stays in its group even while its lanes hold their events. This module does not
-know Faust. `Membership` hides what Faust does in a rebalance.
+The consumer runs on the worker's event loop, and nothing in the worker blocks that loop for long. It polls the client
+whether lanes have room or not, so the worker stays in its group even while its lanes hold their events. This module
+does not know Faust. `Membership` hides what Faust does in a rebalance.
 """
 import asyncio
 import logging

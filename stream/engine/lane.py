@@ -377,6 +377,10 @@ class Lane:
         finished = {self.intake.source(block.topic): block.stop for block in run.blocks}
         return StepOutput(self, step, journal, run.letters, oldest_ms, finished, run.size)
 
+    def give_up(self) -> None:
+        """The step under way is dropped, so the steps after it are too. The next owner takes all of them again."""
+        self._run = None
+
     def collect(self, output: StepOutput, scored: Scored) -> None:
         """Collect what the scored step sends and stores."""
         users = [entry.user for entry in output.step.touched]

@@ -51,14 +51,6 @@ class Publisher:
         """
         return await (await self.begin(topic, partition, records)).end() if records else 0
 
-    async def send_messages(self, topic: str, partition: int, messages: list[Message],
-                            source: bytes) -> int:
-        """Like `send`, for messages, which get CloudEvents headers.
-
-        source   the header of the CloudEvents source, from `batch.source_header`
-        """
-        return await (await self.begin_messages(topic, partition, messages, source)).end() if messages else 0
-
     async def begin(self, topic: str, partition: int, records: list[Record]) -> 'Sending':
         """Hand the records over to the producer, without waiting for the acknowledgements. There must be some.
 
