@@ -1,12 +1,14 @@
 """The fetcher of the group's consumer, with less work for each fetch than aiokafka's own.
 
-Relies on `Fetcher` of aiokafka 0.14: `_fetch_requests_routine` calls the two methods that are replaced here, and
-`fetched_records` takes from `_records` what they put there. It also relies on the fields of `TopicPartitionState`, on
-`ClusterMetadata._partitions`, on `AIOKafkaClient._conns`, and on what requests.py says. The project allows no later
-release. What differs:
+Relies on `Fetcher` of aiokafka 0.14: `_fetch_requests_routine` calls `_get_actions_per_node` and starts a task of
+`_proc_fetch_request` for each node; `fetched_records` takes from `_records` what they put there, and calls `_notify`.
+It also relies on the fields of `TopicPartitionState`, on `ClusterMetadata._partitions`, on `AIOKafkaClient._conns`, and
+on what requests.py says. The project allows no later release. What differs:
 
 - Records are returned as aiokafka's parser made them. A `ConsumerRecord` of each would take longer than folding it.
 - A fetch that brings little is followed by a pause, in which the records of all partitions gather: see pace.py.
+- A task goes on fetching from its node while all is as usual. So the routine, which looks at all partitions whenever a
+  fetch has ended or records were taken, sleeps.
 - Requests and responses are encoded and decoded in compiled code.
 - Leaders only are asked: the worker names no rack, so no broker names another replica.
 """
@@ -55,15 +57,15 @@ class LightFetcher(Fetcher):
     _fetch_again_s: float       # when the next request may be sent, in monotonic seconds
     _turn: int                  # the place in the list of partitions at which the next request begins
     _planned: list[_Planned]
-    _one_leader: bool           # of all planned partitions
+    _leaders: set[Any]          # the nodes of the planned partitions
     _planned_for: tuple[Any, Any]       # the assignment and the metadata
 
     @classmethod
     def adopt(cls, fetcher: Any) -> None:
         """Make this fetcher one of this class, before it fetches. A consumer makes its fetcher itself."""
         fetcher.__class__ = cls
-        fetcher._pace, fetcher._fetch_again_s = Pace(), 0.0
-        fetcher._turn, fetcher._planned, fetcher._planned_for = 0, [], (None, None)
+        fetcher._pace, fetcher._fetch_again_s, fetcher._turn = Pace(), 0.0, 0
+        fetcher._planned, fetcher._planned_for, fetcher._leaders = [], (None, None), {NO_LEADER}
 
     def _get_actions_per_node(self, assignment: Any) -> Any:
         """What to do next, as the method that it replaces."""
@@ -73,12 +75,7 @@ class LightFetcher(Fetcher):
         resets: dict[Any, list[TopicPartition]] = {}
         backoffs: dict[Any, float] = {}     # node -> the longest of its partitions' whose records nobody has taken
         resumes, leaderless = [], False
-        plan = self._plan(assignment)
-        if records and self._one_leader:
-            backoff = max([result.calculate_backoff() for result in records.values()])
-            if backoff:
-                return [], {}, backoff, False, []       # the usual case after a fetch: nobody has taken its records yet
-        for planned in plan:
+        for planned in self._plan(assignment):
             tp, state, node, _ = planned
             if records and tp in records:
                 if backoff := records[tp].calculate_backoff():
@@ -111,7 +108,7 @@ class LightFetcher(Fetcher):
                 node = cluster.leader_for_partition(tp)
                 self._planned.append((tp, assignment.state_value(tp), NO_LEADER if node is None else node,
                                       tp.topic.encode()))
-            self._one_leader = len({node for _, _, node, _ in self._planned}) == 1
+            self._leaders = {node for _, _, node, _ in self._planned}
         return self._planned
 
     def _request(self, partitions: list[_Planned]) -> _Fetch:
@@ -130,22 +127,44 @@ class LightFetcher(Fetcher):
         return _Fetch((self._fetch_max_wait_ms, self._fetch_min_bytes, self._fetch_max_bytes, self._isolation_level,
                        self._max_partition_fetch_bytes), topics, asked)
 
-    async def _proc_fetch_request(self, assignment: Any, node_id: Any, request: _Fetch) -> bool:
-        """Fetch, and keep what comes. Returns whether there is something for who waits."""
+    def _next(self, assignment: Any, node_id: Any) -> _Fetch | None:
+        """The next request to this node. None if the routine has to decide, as something is not as usual."""
+        if not assignment.active:
+            return None
+        records: Any = self._records
+        partitions = [planned for planned in self._plan(assignment) if planned[2] == node_id]
+        for tp, state, _, _ in partitions:
+            if state._position is None or state._paused or tp in records:
+                return None
+        return self._request(partitions) if partitions else None
+
+    async def _proc_fetch_request(self, assignment: Any, node_id: Any, request: _Fetch | None) -> bool:
+        """Fetch from a node again and again, as long as somebody takes the records during the pause."""
         try:
-            pause_s = self._fetch_again_s - time.monotonic()
-            if pause_s > 0:
-                await asyncio.sleep(pause_s)
-            response: Any = await self._answer(node_id, request)
+            await self._pause()
+            while request is not None:
+                response: Any = await self._answer(node_id, request)
+                if not assignment.active or not await self._keep(assignment, request, *response):
+                    break
+                await self._pause()
+                request = self._next(assignment, node_id)
         except KafkaError as error:
             log.error('Fetching from broker %s failed: %s', node_id, error)
             await asyncio.sleep(self._retry_backoff)
-            return False
         except asyncio.CancelledError:
-            return False        # as the method that this replaces: the fetcher is closed, or its partitions are revoked
-        if not assignment.active:
-            return False
-        return await self._keep(assignment, request, *response)
+            pass        # as the method that this replaces: the fetcher is closed, or its partitions are revoked
+        return False        # who waits has been told already
+
+    async def _pause(self) -> None:
+        pause_s = self._fetch_again_s - time.monotonic()
+        if pause_s > 0:
+            await asyncio.sleep(pause_s)
+
+    def _notify(self, future: Any) -> None:
+        # That records were taken is no news for the routine while it can ask nobody for more.
+        if future is self._wait_consume_future and self._leaders <= self._in_flight:
+            return
+        super()._notify(future)
 
     async def _answer(self, node_id: Any, request: _Fetch) -> Any:
         client: Any = self._client
@@ -161,27 +180,31 @@ class LightFetcher(Fetcher):
             timer.cancel()
 
     async def _keep(self, assignment: Any, request: _Fetch, failed: int, parts: list[Any]) -> bool:
+        """Keep what came, and tell who waits. Returns false if the next request must wait for the routine."""
         if failed:
             log.error('Fetching failed: %r', for_code(failed)())
             await asyncio.sleep(self._retry_backoff)
             return False
-        woken, fetched_bytes, now_ms, asked = False, 0, int(time.time() * 1000), request.asked
+        news, usual, fetched_bytes, now_ms, asked = False, True, 0, int(time.time() * 1000), request.asked
         for place, code, end, stable, aborted, data in parts:
             tp, state, offset = asked[place]
             if state._position != offset:
                 continue        # somebody has sought since
             if code:
-                woken |= self._failed(tp, state, offset, code)
+                usual = False
+                news |= self._failed(tp, state, offset, code)
                 continue
             state.highwater, state.lso, state.timestamp = end, stable, now_ms
             if data:
-                woken = True
+                news = True
                 fetched_bytes += len(data)
                 self._take(assignment, tp, state, offset, aborted, data)
-        if woken:
+        if news:
             self._pace.fetched(fetched_bytes)
             self._fetch_again_s = time.monotonic() + self._pace.pause_s
-        return woken
+            for waiter in self._fetch_waiters:
+                self._notify(waiter)
+        return usual
 
     def _take(self, assignment: Any, tp: TopicPartition, state: Any, offset: int, aborted: Any, data: bytes) -> None:
         """Keep the records of a topic partition for who asks for them."""

@@ -120,6 +120,33 @@ def test_while_records_of_a_partition_are_not_taken_the_others_wait_for_a_while_
     run(test)
 
 
+def test_one_task_goes_on_fetching_while_its_records_are_taken():
+    async def test(fetcher: Any, client: FakeClient, assignment: Any) -> None:
+        await requests(client, 1)
+        (task,) = fetcher._pending_tasks
+        for number in range(5):
+            client.answers.put_nowait((0, []))
+            client.answers.put_nowait((0, [part(TPS[0], data=records(b'1', begin=10 + number))]))
+            assert set(await fetcher.fetched_records([], 5)) == {TPS[0]}
+            await requests(client, 2 * number + 3)
+        assert fetcher._pending_tasks == {task}
+    run(test)
+
+
+def test_records_that_are_taken_late_are_followed_by_more():
+    """The task has ended by then, so the routine must notice."""
+    async def test(fetcher: Any, client: FakeClient, assignment: Any) -> None:
+        client.answers.put_nowait((0, [part(tp, data=records(b'1')) for tp in TPS]))
+        await requests(client, 1)
+        while fetcher._in_flight:
+            await asyncio.sleep(0.001)
+        assert len(client.requests) == 1
+        assert set(await fetcher.fetched_records([], 5)) == set(TPS)
+        await requests(client, 2)
+        assert client.requests[1] == (1, dict.fromkeys(TPS, 11))
+    run(test)
+
+
 def test_what_was_sought_during_the_fetch_is_dropped():
     async def test(fetcher: Any, client: FakeClient, assignment: Any) -> None:
         await requests(client, 1)
