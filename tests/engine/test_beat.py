@@ -21,7 +21,7 @@ from stream.core.outbox import Message
 from stream.core.partitioners import partition
 from stream.core.rules import StepRules
 from stream.core.user import Change, User, encode
-from stream.engine import beat
+from stream.engine import beat, writer
 from stream.engine.beat import Beats
 from stream.engine.blocks import Block
 from stream.engine.lane import Lane, LaneRules, Tools
@@ -549,6 +549,23 @@ async def test_no_beat_starts_while_too_much_is_unwritten(store: PartitionStore,
         assert lane.done == [1, 0]
         gate.set()
         await until(lambda: lane.done == [3, 0])
+
+
+@on_a_loop
+async def test_a_write_that_takes_long_is_not_asked_for_again_and_again(store: PartitionStore,
+                                                                      monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(writer, 'BYTES_SOON', 0)
+    gate, plain = threading.Event(), store.write
+    beats, lane = lane_on(FakeKafka(), store)
+    async with running(beats):
+        await until(lambda: lane.running)
+        monkeypatch.setattr(store, 'write', lambda changes, meta: (gate.wait(20), plain(changes, meta)))
+        for offset in range(30):
+            lane.admit(block(0, record(offset, 'u', NOW_MS + offset)))
+            await until(lambda: lane.done == [offset + 1, 0])       # noqa: B023 - awaited before the next turn
+        assert len(asyncio.all_tasks()) < 20
+        gate.set()
+    assert store.load(['u'])['u'].applied == 30
 
 
 @on_a_loop
