@@ -400,12 +400,14 @@ class Beats:
     async def _acknowledged(self, steps: list[StepOutput], stage: int) -> list[StepOutput]:
         """Wait for the acknowledgements of the steps' stage; return the steps that have them.
 
-        Steps whose acknowledgements are late go on without the others, from this stage on, whose number is `stage`.
+        Steps whose acknowledgements are late go on without the others, from this stage on, whose number is `stage`. A
+        step that waits for nothing counts as acknowledged.
         """
         pending = {future for step in steps for future in step.awaited if not future.done()}
         if pending:
+            nothing_has_come = not any(pending.isdisjoint(step.awaited) for step in steps)
             done, pending = await asyncio.wait(pending, timeout=LEAVE_S)
-            if pending and not done:
+            if pending and not done and nothing_has_come:
                 await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 _, pending = await asyncio.wait(pending, timeout=LEAVE_S)
         if not pending:

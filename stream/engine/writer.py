@@ -35,12 +35,13 @@ class Writer:
     """Belongs to one event loop.
 
     bytes    size of the records that wait
-    full     called once the waiting records are so large that they must be written now
+    full     called once the waiting records are so large that they must be written now; not again until they are taken
     """
 
     def __init__(self, full: Callable[[], None]) -> None:
         self.bytes = 0
         self._full = full
+        self._full_called = False
         self._pending: dict[PartitionStore, _Pending] = {}
         self._writing: dict[PartitionStore, _Pending] = {}
         self._turn = asyncio.Lock()
@@ -53,7 +54,8 @@ class Writer:
             pending.due_ms = due_ms
         pending.meta = meta
         self.bytes += grown
-        if self.bytes > BYTES_SOON:
+        if self.bytes > BYTES_SOON and not self._full_called:
+            self._full_called = True
             self._full()
 
     @property
@@ -71,7 +73,7 @@ class Writer:
         async with self._turn:
             if not self._pending:
                 return
-            self._writing, self._pending, self.bytes = self._pending, {}, 0
+            self._writing, self._pending, self.bytes, self._full_called = self._pending, {}, 0, False
             try:
                 await in_thread(_write, [(store, list(part.changes.values()), part.meta)
                                          for store, part in self._writing.items()])

@@ -36,6 +36,9 @@ from stream.kafka.pace import Pace
 from stream.kafka.requests import FetchRequest, post
 
 log = logging.getLogger(__name__)
+# How long records of one partition that nobody takes hold up fetches from its broker. With aiokafka's own tenth of a
+# second, a partition without room would delay the others.
+UNTAKEN_S = 0.005
 NO_LEADER = -1
 
 _Planned = tuple[TopicPartition, Any, Any, bytes]       # its state, the node of its leader, its topic
@@ -66,6 +69,7 @@ class LightFetcher(Fetcher):
         fetcher.__class__ = cls
         fetcher._pace, fetcher._fetch_again_s, fetcher._turn = Pace(), 0.0, 0
         fetcher._planned, fetcher._planned_for, fetcher._leaders = [], (None, None), {NO_LEADER}
+        fetcher._prefetch_backoff = UNTAKEN_S
 
     def _get_actions_per_node(self, assignment: Any) -> Any:
         """What to do next, as the method that it replaces."""

@@ -13,6 +13,7 @@ from collections import deque
 from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
+from multiprocessing.resource_tracker import ensure_running
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Self, cast
@@ -48,6 +49,7 @@ class ShardProcesses:
         self._processes = []
         self._ready: deque[Connection] = deque()
         context = get_context('spawn')
+        ensure_running()        # Python starts this helper before the first process, and unblocks SIGINT as it does so
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])     # a process inherits what is blocked
         try:
             for number in range(count):

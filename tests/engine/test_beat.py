@@ -21,7 +21,7 @@ from stream.core.outbox import Message
 from stream.core.partitioners import partition
 from stream.core.rules import StepRules
 from stream.core.user import Change, User, encode
-from stream.engine import beat
+from stream.engine import beat, writer
 from stream.engine.beat import Beats
 from stream.engine.blocks import Block
 from stream.engine.lane import Lane, LaneRules, Tools
@@ -279,6 +279,41 @@ async def test_a_slow_partition_leaves_the_beat_and_follows_later(stores: list[P
 
 
 @on_a_loop
+async def test_a_lane_with_no_step_under_way_does_not_wait_for_the_step_of_a_slow_one(stores: list[PartitionStore]):
+    kafka = FakeKafka(2)
+    gate = kafka.gates['changelog', 1] = asyncio.Event()
+    beats, (lane, slow) = lanes_on(kafka, stores)
+    async with running(beats):
+        await until(lambda: lane.running and slow.running)
+        slow.admit(block(1, record(0, 'u', NOW_MS)))
+        await until(lambda: kafka.places)
+        slow.admit(block(1, record(1, 'u', NOW_MS + 1)))
+        slow.admit(block(1, record(2, 'u', NOW_MS + 2)))    # so much waits that it takes part in the next beat
+        lane.admit(block(0, record(0, 'v', NOW_MS)))
+        await until(lambda: lane.done == [1, 0])
+        assert slow.done == [0, 0]
+        gate.set()
+        await until(lambda: slow.done == [3, 0])
+
+
+@on_a_loop
+async def test_a_step_that_sends_nothing_does_not_wait_for_the_outputs_of_a_slow_one(stores: list[PartitionStore]):
+    kafka, scorer = FakeKafka(2), Alerting()
+    gate = kafka.gates['alerts', 1] = asyncio.Event()
+    rules = replace(RULES, block_events_max=10, steps=StepRules(publish='changes', reasons_rows_max=0))
+    beats, (calm, slow) = lanes_on(kafka, stores, scorer, rules)
+    async with running(beats):
+        await until(lambda: calm.running and slow.running)
+        slow.admit(block(1, record(0, 'u', NOW_MS), record(1, 'u', NOW_MS + 1)))
+        calm.admit(block(0, record(0, 'v', NOW_MS)))
+        await until(lambda: calm.done == [1, 0])
+        assert scorer.asked == 1
+        assert slow.done == [0, 0]
+        gate.set()
+        await until(lambda: slow.done == [2, 0])
+
+
+@on_a_loop
 async def test_a_step_that_the_model_refuses_holds_up_its_own_lane_alone(stores: list[PartitionStore]):
     kafka, scorer = FakeKafka(2), Counting()
     scorer.refuses = lambda rows: rows > 1      # lane 0 has two users, lane 1 has one
@@ -514,6 +549,23 @@ async def test_no_beat_starts_while_too_much_is_unwritten(store: PartitionStore,
         assert lane.done == [1, 0]
         gate.set()
         await until(lambda: lane.done == [3, 0])
+
+
+@on_a_loop
+async def test_a_write_that_takes_long_is_not_asked_for_again_and_again(store: PartitionStore,
+                                                                      monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(writer, 'BYTES_SOON', 0)
+    gate, plain = threading.Event(), store.write
+    beats, lane = lane_on(FakeKafka(), store)
+    async with running(beats):
+        await until(lambda: lane.running)
+        monkeypatch.setattr(store, 'write', lambda changes, meta: (gate.wait(20), plain(changes, meta)))
+        for offset in range(30):
+            lane.admit(block(0, record(offset, 'u', NOW_MS + offset)))
+            await until(lambda: lane.done == [offset + 1, 0])       # noqa: B023 - awaited before the next turn
+        assert len(asyncio.all_tasks()) < 20
+        gate.set()
+    assert store.load(['u'])['u'].applied == 30
 
 
 @on_a_loop

@@ -8,9 +8,12 @@ from typing import Any
 
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete
+from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 
 from deploy.local.parts import Kafka, Triton
+from stream.config import Settings
 from stream.core.partitioners import partition
+from stream.engine.consumer import BlockConsumer
 from tests.integration.running import Shop, wait_for
 
 NOW_MS = 1_770_000_000_000
@@ -207,3 +210,36 @@ def test_records_that_were_deleted_unread_are_told_with_their_number(kafka: Kafk
         assert '130 records' in worker.said()
         assert worker.metric('stream_events_read_total') == 70
         assert worker.stop() == 0
+
+
+def test_a_partition_without_room_does_not_delay_the_others(kafka: Kafka, tmp_path: Path):
+    """Each time that it has taken some of its records, more are fetched, and they wait in the client."""
+    first, second = TopicPartition('crowded.clicks', 0), TopicPartition('crowded.clicks', 1)
+    with Shop(kafka.brokers, 'crowded', tmp_path) as shop:
+        shop.make_topics()
+
+        async def delays() -> list[float]:
+            consumer = BlockConsumer(Settings(brokers=shop.brokers, group='crowded-too'))
+            producer = AIOKafkaProducer(bootstrap_servers=shop.brokers, linger_ms=5)
+            await producer.start()
+            await asyncio.gather(*[await producer.send(first.topic, b'x' * 1000, partition=0) for _ in range(20_000)])
+            await consumer.start(RoundRobinPartitionAssignor)
+            try:
+                consumer.driver.assign([first, second])
+                consumer.driver.seek(first, 0)
+                consumer.driver.seek(second, 0)
+                found = []
+                for _ in range(15):
+                    while not await consumer.driver.getmany(first, timeout_ms=200):
+                        pass
+                    await asyncio.sleep(.02)        # more of the first one are fetched
+                    started = time.monotonic()
+                    await producer.send_and_wait(second.topic, b'y', partition=1)
+                    while not await consumer.driver.getmany(second, timeout_ms=200):
+                        pass
+                    found.append(time.monotonic() - started)
+                return found
+            finally:
+                await consumer.driver.stop()
+                await producer.stop()
+        assert sorted(asyncio.run(delays()))[7] < .05

@@ -54,6 +54,11 @@ def is_running(pid: int | None) -> bool:
         return False
 
 
+def blocks_sigint(pid: int) -> bool:
+    blocked = Path(f'/proc/{pid}/status').read_text().partition('SigBlk:')[2].split()[0]
+    return bool(int(blocked, 16) >> signal.SIGINT - 1 & 1)
+
+
 def test_processes_give_the_bytes_of_one(simulated: Path, tmp_path: Path):
     expected = whole(recording_of([simulated]), RULES)
     for count, state_dir in ((2, None), (3, tmp_path / 'state')):
@@ -138,11 +143,13 @@ if __name__ == '__main__':
         pids = [int(pid) for pid in process.stdout.readline().split()]
         assert all(map(is_running, pids))
         assert len(pids) == 2
+        blocking = list(map(blocks_sigint, pids))
         if number == signal.SIGINT:
             os.killpg(process.pid, number)      # as a terminal does
         else:
             process.send_signal(number)
         process.wait(60)
+    assert all(blocking)        # a terminal interrupts the replay only
     deadline = time.monotonic() + 30
     while any(map(is_running, pids)):
         assert time.monotonic() < deadline
