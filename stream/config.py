@@ -100,8 +100,9 @@ class Settings(BaseSettings):
     max_poll_interval_ms: Milliseconds = Field(
         300_000, description='time without a poll after which a worker leaves the group')
     commit_interval_ms: Milliseconds = Field(1_000, description='time between two commits of offsets')
-    send_timeout_ms: Milliseconds = Field(
-        120_000, description='time limit for Kafka to acknowledge a record; then the worker exits')
+    send_timeout_ms: int = Field(
+        120_000, ge=1_000, le=36_500 * DAY_MS,
+        description='time limit for Kafka to acknowledge a record; then the worker exits')
     drain_timeout_ms: Milliseconds = Field(
         20_000, description='time limit for finishing steps in flight when partitions are revoked or the worker stops')
     recovery_timeout_ms: Milliseconds = Field(

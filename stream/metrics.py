@@ -61,7 +61,7 @@ class Metrics:
         self.beats = Counter(
             'stream_beats_total', 'Beats: each takes one step of every lane that has something to do.', registry=at)
         self.steps = Counter(
-            'stream_steps_total', 'Steps of all lanes: runs of events and sweeps of timers.', registry=at)
+            'stream_steps_total', 'Steps of all lanes: of events, or of silence timers.', registry=at)
         self.timers_fired = Counter(
             'stream_timers_fired_total', 'Silence timers fired.', registry=at)
         self.reseeks = Counter(

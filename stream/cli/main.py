@@ -53,8 +53,8 @@ Model = Annotated[Path | None, typer.Option(metavar='DIR', help='Folder of a mod
 WithReport = Annotated[bool, typer.Option('--report/--no-report', help='Write the HTML report.')]
 Workers = Annotated[str, typer.Option(
     metavar='N|auto', help='Score in N processes, each with a part of the users. auto: one per core. The files are the '
-                           'same. Each process takes about a second to start, scores with one thread, and with '
-                           '--state-dir keeps its users in a folder of its own.')]
+                           'same as with one process. Each process takes about a second to start, and scores with one '
+                           'thread. With --state-dir, each keeps its users in a folder of its own.')]
 Publish = Annotated[str | None, typer.Option(
     metavar='changes|all|events', help='What is written (setting `publish`). changes: decisions only; all: also the '
                                        'scores of every scored user; events: also one output per event.')]

@@ -68,10 +68,10 @@ def print_seen(shoppers: int, days: int, outcome: ReplayOutcome) -> None:
 def print_summary(outcome: ReplayOutcome) -> None:
     """The account of the replay, and where its files are."""
     counts = outcome.counts
-    account = [f'{counts.read:,} rows in {outcome.seconds:.1f} s: {counts.applied:,} applied, '
-               f'{counts.duplicate:,} duplicate, {counts.late:,} late, {counts.dead:,} dead letters. '
-               f'{counts.users:,} user{"s" * (counts.users != 1)}, {counts.scored:,} scores, '
-               f'{counts.alerts:,} alert{"s" * (counts.alerts != 1)}.']
+    account = [f'{_counted(counts.read, "row")} in {outcome.seconds:.1f} s: {counts.applied:,} applied, '
+               f'{counts.duplicate:,} duplicate, {counts.late:,} late, {_counted(counts.dead, "dead letter")}. '
+               f'{_counted(counts.users, "user")}, {_counted(counts.scored, "score")}, '
+               f'{_counted(counts.alerts, "alert")}.']
     if outcome.refused_scores:
         account.append(f'{outcome.refused_scores:,} scores were refused (not numbers in range): check the model.')
     if 2 * counts.dead > counts.read:
@@ -84,6 +84,10 @@ def print_summary(outcome: ReplayOutcome) -> None:
     for name, path in files:
         if path is not None:
             console.print(f'{name}: {path}', soft_wrap=True)        # a broken path cannot be copied
+
+
+def _counted(number: int, what: str) -> str:
+    return f'{number:,} {what}{"s" * (number != 1)}'
 
 
 def _console() -> Console:

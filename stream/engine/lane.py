@@ -156,7 +156,7 @@ class Lane:
     in_beat     whether a beat folds or scores a step of this lane
     publishing  done when the newest scored step is published; None if there is none under way
     holding     why the scorer cannot score, as text; empty if it can
-    queueing    whether the lane waits for room in the worker's budget of events in flight
+    queueing    whether the lane waits because too many events are in unfinished runs
     done        the position up to which everything is durable, per source
     moved_at    time of the newest step, in monotonic seconds
     newest      the lane's record of the newest step that is done; None if there is none

@@ -11,12 +11,14 @@ import logging
 import signal
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
+T = TypeVar('T')
 
 
 @dataclass
@@ -85,6 +87,27 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     made.add_argument('--set', dest='settings', action='append', default=[], metavar='NAME=VALUE',
                       help='any setting of the worker')
     return made
+
+
+def several(kind: Callable[[str], T], allowed: Collection[T] = ()) -> Callable[[str], list[T]]:
+    """The type of an option whose values are separated by commas. `allowed` are its only values, if given."""
+    def parsed(text: str) -> list[T]:
+        try:
+            values = [kind(part) for part in text.split(',')]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f'{text} is not a list of numbers, such as 1,2') from None
+        if wrong := [str(value) for value in values if allowed and value not in allowed]:
+            raise argparse.ArgumentTypeError(f'no {", ".join(wrong)}; choose from {", ".join(map(str, allowed))}')
+        return values
+    return parsed
+
+
+def harness(text: str) -> Path:
+    """The type of an option that names the folder of the peers' harness."""
+    folder = Path(text).resolve()
+    if not (folder / 'kstreams').is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not the folder of the peers' harness: it has no folder kstreams")
+    return folder
 
 
 def main(bench: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> None:

@@ -62,9 +62,16 @@ def bench(options: argparse.Namespace) -> int:
 
 
 if __name__ == '__main__':
+    def share(text: str) -> float:
+        if not 0 < (value := float(text)) < 1:
+            raise argparse.ArgumentTypeError(f'{text} is not between 0 and 1')
+        return value
+
     made = parser(__doc__)
-    made.add_argument('--rate', type=float, default=1_000, help='events a second, the hot user included')
-    made.add_argument('--share', type=float, default=0.5, help="the hot user's share of the events")
-    made.add_argument('--runs', type=int, default=3)
+    made.add_argument('--rate', type=float, default=1_000,
+                      help='events a second, the hot user included (default: %(default)s)')
+    made.add_argument('--share', type=share, default=0.5,
+                      help="the hot user's share of the events, between 0 and 1 (default: %(default)s)")
+    made.add_argument('--runs', type=int, default=3, help='with and without the hot user (default: %(default)s)')
     add_load_options(made, seconds=30, warm_s=5)
     main(bench, made.parse_args())

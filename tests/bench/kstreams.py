@@ -40,7 +40,7 @@ from deploy.local.parts import SHIPPED
 from stream.core.features import COUNTERS
 from stream.core.scores import OUTPUT_NAMES
 from stream.scoring.artefact import load_artefact
-from tests.bench.figures import ROOT, Report, main, parser, say
+from tests.bench.figures import ROOT, Report, harness, main, parser, say, several
 from tests.bench.live import output_topics, wait_done
 from tests.bench.load import Shoppers
 from tests.bench.open_loop import Sent, read_outputs, records_of
@@ -165,7 +165,7 @@ class Found:
 def one_run(job: str, system: str, target: Path, options: argparse.Namespace, found: dict[tuple[str, float], Found],
             report: Report, seed: int) -> None:
     """One system at all rates of a job."""
-    rates = [float(text) for text in (options.rates if job == 'window' else options.triton_rates).split(',')]
+    rates: list[float] = options.rates if job == 'window' else options.triton_rates
     scorer = 'triton' if job == 'triton' else 'constant'
     # The harness's job begins without users. The model needs windows, of as many events for both.
     with restorable(options, options.users, options.window if job == 'triton' and system == OURS else 0, scorer,
@@ -216,9 +216,9 @@ async def _drive(of: Shop, pid: int, shoppers: Shoppers, rates: list[float], opt
 
 def bench(options: argparse.Namespace) -> int:
     report = Report('kstreams', options)
-    target = built(options.folder.resolve())
-    for job in options.jobs.split(','):
-        variants = [name for name in options.variants.split(',') if name in VARIANTS[job]]
+    target = built(options.folder)
+    for job in options.jobs:
+        variants = [name for name in options.variants if name in VARIANTS[job]]
         found: dict[tuple[str, float], Found] = defaultdict(Found)
         for run in range(options.runs):
             systems = [*variants, OURS]
@@ -242,13 +242,19 @@ def bench(options: argparse.Namespace) -> int:
 
 if __name__ == '__main__':
     made = parser(__doc__)
-    made.add_argument('folder', type=Path, help="the peers' harness")
-    made.add_argument('--jobs', default='window,triton')
-    made.add_argument('--variants', default='default,quick,async,async-4,async-2t', help='of Kafka Streams')
-    made.add_argument('--rates', default='1,100,500,2000', help='events a second of the job `window`')
-    made.add_argument('--triton-rates', default='500,1000', help='of the job `triton`')
-    made.add_argument('--warm-rate', type=float, default=500)
-    made.add_argument('--settle-s', type=float, default=5)
+    made.add_argument('folder', type=harness, help="the peers' harness")
+    made.add_argument('--jobs', type=several(str, VARIANTS), default='window,triton',
+                      help='separated by commas (default: %(default)s)')
+    made.add_argument('--variants', type=several(str, [name for of_job in VARIANTS.values() for name in of_job]),
+                      default='default,quick,async,async-4,async-2t', help='of Kafka Streams (default: %(default)s)')
+    made.add_argument('--rates', type=several(float), default='1,100,500,2000',
+                      help='events a second of the job `window` (default: %(default)s)')
+    made.add_argument('--triton-rates', type=several(float), default='500,1000',
+                      help='events a second of the job `triton` (default: %(default)s)')
+    made.add_argument('--warm-rate', type=float, default=500,
+                      help='events a second of the warm-up (default: %(default)s)')
+    made.add_argument('--settle-s', type=float, default=5,
+                      help='seconds at the beginning of each rate that do not count (default: %(default)s)')
     made.add_argument('--runs', type=int, default=3)
     add_load_options(made, seconds=20, warm_s=25)
     main(bench, made.parse_args())

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.bench.figures import ROOT, Report, main, parser, say
+from tests.bench.figures import ROOT, Report, harness, main, parser, say
 from tests.bench.live import broker
 
 STREAMS = ('kstreams-1t-nocache', 'kstreams-1t-cache', 'kstreams-2t-nocache', 'kstreams-2t-cache',
@@ -63,7 +63,7 @@ def rounds(copy: Path, brokers: str, peers: tuple[str, ...], events: int, runs: 
 
 def bench(options: argparse.Namespace) -> int:
     report = Report('peers', options)
-    copy = prepared(options.folder.resolve())
+    copy = prepared(options.folder)
     with broker() as (brokers, _):
         streams = options.streams.split(',')
         quick = rounds(copy, brokers, (*QUICK, *streams), options.events, options.runs)
@@ -95,7 +95,7 @@ def bench(options: argparse.Namespace) -> int:
 
 if __name__ == '__main__':
     made = parser(__doc__)
-    made.add_argument('folder', type=Path, help="the peers' harness")
+    made.add_argument('folder', type=harness, help="the peers' harness")
     made.add_argument('--events', type=int, default=400_000)
     made.add_argument('--slow-events', type=int, default=30_000, help='where Quix Streams and Faust take part')
     made.add_argument('--streams', default=','.join(STREAMS), help='variants of Kafka Streams')

@@ -11,7 +11,7 @@ how late it was; where these miss their bounds, the figures above them say littl
 import argparse
 import asyncio
 
-from tests.bench.figures import Report, main, parser, say
+from tests.bench.figures import Report, main, parser, say, several
 from tests.bench.live import memory_mib, output_topics, wait_done
 from tests.bench.open_loop import Sent, read_outputs
 from tests.bench.steady import Use, add_load_options, percentiles, restorable, sender, used, waited_ms
@@ -24,7 +24,7 @@ STEP_MS_MAX, STEP_ROWS = 0.6, 2.0
 
 def with_scorer(scorer: str, options: argparse.Namespace, report: Report) -> None:
     """All rates with one worker."""
-    rates = [float(text) for text in options.rates.split(',')]
+    rates: list[float] = options.rates
     found: dict[float, tuple[Sent, Use]] = {}
     with restorable(options, options.users, options.window, scorer) as (of, shoppers, _):
         worker = of.worker()
@@ -60,14 +60,16 @@ def with_scorer(scorer: str, options: argparse.Namespace, report: Report) -> Non
 
 def bench(options: argparse.Namespace) -> int:
     report = Report('rates', options)
-    for scorer in options.scorers.split(','):
+    for scorer in options.scorers:
         with_scorer(scorer, options, report)
     return report.end()
 
 
 if __name__ == '__main__':
     made = parser(__doc__)
-    made.add_argument('--scorers', default='constant,embedded,triton', help='by commas')
-    made.add_argument('--rates', default='100,500,1000,2000,2500', help='events a second, by commas')
+    made.add_argument('--scorers', type=several(str, ('constant', 'embedded', 'triton')),
+                      default='constant,embedded,triton', help='separated by commas (default: all three)')
+    made.add_argument('--rates', type=several(float), default='100,500,1000,2000,2500',
+                      help='events a second, separated by commas (default: %(default)s)')
     add_load_options(made, seconds=30, warm_s=5)
     main(bench, made.parse_args())

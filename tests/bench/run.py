@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.bench.figures import ROOT, say
+from tests.bench.figures import ROOT, harness, say
 
 BENCHES: dict[str, tuple[str, ...]] = {
     'rates': ('rates',),
@@ -34,12 +34,12 @@ BENCHES: dict[str, tuple[str, ...]] = {
 
 def main() -> int:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument('--peers', type=Path, help="folder of the peers' harness")
-    made.add_argument('--only', default='', help='names, by commas')
+    made.add_argument('--peers', type=harness, help="folder of the peers' harness")
+    made.add_argument('--only', default='', help='names, separated by commas')
     made.add_argument('--out', type=Path, default=ROOT / 'build' / 'bench', help='where each leaves its figures')
     options = made.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    peers = {name: (name, str(options.peers.resolve())) for name in ('peers', 'kstreams')} if options.peers else {}
+    peers = {name: (name, str(options.peers)) for name in ('peers', 'kstreams')} if options.peers else {}
     benches = peers | BENCHES
     if unknown := set(filter(None, options.only.split(','))) - benches.keys():
         made.error(f'no bench {", ".join(sorted(unknown))}; there are: {", ".join(benches)}')

@@ -9,13 +9,14 @@ and users alone. The scorer is the constant one, so a model's own CPU comes on t
 """
 import argparse
 import asyncio
+from collections.abc import Sequence
 
 import numpy as np
 
 from stream.config import Settings
 from stream.core.layout import ROW_DTYPE
 from stream.state.cache import OBJECT_BYTES
-from tests.bench.figures import MIB, Report, main, parser, say
+from tests.bench.figures import MIB, Report, main, parser, say, several
 from tests.bench.live import disk_bytes, memory_mib, wait_done
 from tests.bench.open_loop import SMOOTH_S
 from tests.bench.sizing import TERMS, Load, Model, Run, relative
@@ -30,7 +31,7 @@ UNITS = {'base': ('of a core', 1.0), 'partition': ('of a core', 1.0)}
 LEFT_OUT_MAX = HELD_OUT_MAX = 0.25
 
 
-def runs_of(partitions: int, users: int, publish: str, rates: tuple[int, ...],
+def runs_of(partitions: int, users: int, publish: str, rates: Sequence[int],
             options: argparse.Namespace) -> tuple[list[Run], dict[str, float]]:
     """One worker at one rate after another. Also bytes of memory and disk after that."""
     found, numbers = [], 0
@@ -54,10 +55,9 @@ def runs_of(partitions: int, users: int, publish: str, rates: tuple[int, ...],
 
 def bench(options: argparse.Namespace) -> int:
     report = Report('scale', options)
-    rates = tuple(int(text) for text in options.rates.split(','))
     runs, rest = [], {}
     for partitions, users, publish in DESIGN:
-        found, rest[partitions, users] = runs_of(partitions, users, publish, rates, options)
+        found, rest[partitions, users] = runs_of(partitions, users, publish, options.rates, options)
         runs += found
     cached = Settings.model_fields['users_cached_mib'].default * MIB / user_bytes(options.window)
     model = Model.of(runs, cached)
@@ -89,8 +89,10 @@ def user_bytes(events: int) -> float:
 
 if __name__ == '__main__':
     made = parser(__doc__)
-    made.add_argument('--rates', default=','.join(map(str, RATES)), help='events a second, by commas')
-    made.add_argument('--window', type=int, default=22, help='events of each user at the beginning')
-    made.add_argument('--seconds', type=float, default=10)
-    made.add_argument('--warm-s', type=float, default=3)
+    made.add_argument('--rates', type=several(int), default=','.join(map(str, RATES)),
+                      help='events a second, separated by commas (default: %(default)s)')
+    made.add_argument('--window', type=int, default=22,
+                      help='events of each user at the beginning (default: %(default)s)')
+    made.add_argument('--seconds', type=float, default=10, help='for each rate (default: %(default)s)')
+    made.add_argument('--warm-s', type=float, default=3, help='seconds of load before that (default: %(default)s)')
     main(bench, made.parse_args())

@@ -11,7 +11,7 @@ workers, the rate says little. The cost says what each event would cost with one
 """
 import argparse
 
-from tests.bench.figures import Report, main, parser, say
+from tests.bench.figures import Report, main, parser, say, several
 from tests.bench.live import broker, make_topics, shop, wait_balanced
 from tests.bench.load import Shoppers, Templates, drain_s
 from tests.bench.sizing import median_interval
@@ -19,7 +19,7 @@ from tests.bench.sizing import median_interval
 
 def bench(options: argparse.Namespace) -> int:
     report = Report('scaling', options)
-    counts = [int(text) for text in options.workers.split(',')]
+    counts: list[int] = options.workers
     costs: dict[int, list[float]] = {count: [] for count in counts}
     rates: dict[int, list[float]] = {count: [] for count in counts}
     for run in range(options.runs):
@@ -52,7 +52,8 @@ def bench(options: argparse.Namespace) -> int:
 
 if __name__ == '__main__':
     made = parser(__doc__)
-    made.add_argument('--workers', default='1,2,4')
+    made.add_argument('--workers', type=several(int, range(1, 9)), default='1,2,4',
+                      help='numbers of workers, separated by commas (default: %(default)s)')
     made.add_argument('--events', type=int, default=1_000_000)
     made.add_argument('--warm-events', type=int, default=100_000, help='before, so that users and caches are there')
     made.add_argument('--users', type=int, default=20_000)

@@ -3,7 +3,7 @@
     cores = base + partition * P + step * S + event * R + user * W + message * M + disk * D
 
 P partitions; R events, S steps, W users scored, M messages of scores and D users read from disk, all a second. S and W
-can be measured, or follow from R, P and the number of users: see `Beat`.
+can be measured, or follow from R, P and the number of users: see `Pacing`.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,11 +36,11 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Beat:
+class Pacing:
     """How many steps a second a load leads to.
 
-    A step takes at least `step_s`, and waits for an event. By lane, each partition has a beat of its own; else one
-    step serves all of them.
+    A step takes at least `step_s`, and waits for an event. With `by_lane`, each partition takes steps of its own; else
+    one step serves all of them.
     """
 
     step_s: float
@@ -59,18 +59,18 @@ class Beat:
         return steps * reach * -np.expm1(-load.rate / steps / reach)
 
     @staticmethod
-    def fitted(runs: Sequence[Run]) -> 'Beat':
+    def fitted(runs: Sequence[Run]) -> 'Pacing':
         """The one whose steps differ least, relatively, from the measured ones."""
         busy = [run for run in runs if run.load.rate and run.steps]
         if not busy:
-            return Beat(0.0, True)
+            return Pacing(0.0, True)
         measured = np.array([run.steps for run in busy])
 
-        def error(beat: Beat) -> float:
-            return float(np.sum(np.log(np.array([beat.steps(run.load) for run in busy]) / measured) ** 2))
+        def error(pacing: Pacing) -> float:
+            return float(np.sum(np.log(np.array([pacing.steps(run.load) for run in busy]) / measured) ** 2))
 
-        return min((Beat(float(step_s), by_lane) for step_s in np.geomspace(1e-5, 1, 500) for by_lane in (True, False)),
-                   key=error)
+        return min((Pacing(float(step_s), by_lane)
+                    for step_s in np.geomspace(1e-5, 1, 500) for by_lane in (True, False)), key=error)
 
 
 def terms(load: Load, steps: float, rows: float, cached_users: float) -> list[float]:
@@ -111,7 +111,7 @@ class Model:
     coefficients: np.ndarray
     interval: np.ndarray
     left_out: np.ndarray
-    beat: Beat
+    pacing: Pacing
     cached_users: float
 
     @staticmethod
@@ -125,24 +125,24 @@ class Model:
         draw = np.random.default_rng(seed)
         resampled = [fitted(factors[drawn], cores[drawn]) for drawn
                      in draw.integers(0, len(runs), (RESAMPLES, len(runs)))]
-        return Model(fitted(factors, cores), np.percentile(resampled, (5, 95), axis=0), left_out, Beat.fitted(runs),
+        return Model(fitted(factors, cores), np.percentile(resampled, (5, 95), axis=0), left_out, Pacing.fitted(runs),
                      cached_users)
 
     def cores(self, load: Load, steps: float | None = None, rows: float | None = None) -> float:
         """Of a load alone, or with the steps and users that were measured."""
-        steps = self.beat.steps(load) if steps is None else steps
-        rows = self.beat.rows(load) if rows is None else rows
+        steps = self.pacing.steps(load) if steps is None else steps
+        rows = self.pacing.rows(load) if rows is None else rows
         return float(np.dot(self.coefficients, terms(load, steps, rows, self.cached_users)))
 
     def formula(self) -> str:
         """The model in words, for sizing."""
         us = dict(zip(TERMS, self.coefficients * 1e6, strict=True))
-        lanes = ' / P' if self.beat.by_lane else ''
+        lanes = ' / P' if self.pacing.by_lane else ''
         return (f"cores = {us['base'] / 1e6:.4f} + {us['partition'] / 1e6:.5f} P + {us['step']:.0f}e-6 S + "
                 f"{us['event']:.1f}e-6 R + {us['user']:.1f}e-6 W + {us['message']:.1f}e-6 W (publish = all) + "
                 f"{us['disk']:.1f}e-6 W max(0, 1 - {self.cached_users:,.0f} / U)\n"
-                f'    with S = R / (1 + {self.beat.step_s:.5f} R{lanes}), and W = R unless few users have many events '
-                'in one step')
+                f'    with S = R / (1 + {self.pacing.step_s:.5f} R{lanes}), and W = R unless few users have many '
+                'events in one step')
 
 
 def median_interval(values: Sequence[float], seed: int = 1) -> tuple[float, float]:

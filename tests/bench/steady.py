@@ -148,9 +148,11 @@ def sender(report: Report, name: str, sent: Sent, seconds: float) -> None:
 def add_load_options(made: argparse.ArgumentParser, users: int | str = 100_000, window: int = 22, seconds: float = 60,
                      warm_s: float = 10, tick_ms: float = SMOOTH_S * 1000) -> None:
     """Options that every steady load has."""
-    made.add_argument('--users', type=type(users), default=users)
-    made.add_argument('--window', type=int, default=window, help='events of each user at the beginning')
-    made.add_argument('--seconds', type=float, default=seconds)
-    made.add_argument('--warm-s', type=float, default=warm_s, help='of load before')
+    made.add_argument('--users', type=type(users), default=users, help='(default: %(default)s)')
+    made.add_argument('--window', type=int, default=window,
+                      help='events of each user at the beginning (default: %(default)s)')
+    made.add_argument('--seconds', type=float, default=seconds, help='that are measured (default: %(default)s)')
+    made.add_argument('--warm-s', type=float, default=warm_s, help='seconds of load before that (default: %(default)s)')
     made.add_argument('--tick-ms', type=float, default=tick_ms,
-                      help=f'events of so long a time leave together; {BURST_S * 1000:.0f} gives bursts')
+                      help=f'the events of this many milliseconds are sent together; {BURST_S * 1000:.0f} gives bursts '
+                           '(default: %(default)s)')

@@ -1,6 +1,7 @@
 """The parts of the benches that calculate: arrivals, requests and their answers, latencies, readings of /proc, fits."""
 import os
 import struct
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from aiokafka.record.default_records import DefaultRecordBatch
 
 from stream.core.events import Decoder, Event, EventRules
+from tests.bench.figures import harness, several
 from tests.bench.kstreams import Update, update_latencies_ms
 from tests.bench.live import process_cpu_s, wake_ups
 from tests.bench.load import CARTS_SHARE, Shoppers
@@ -23,7 +25,7 @@ from tests.bench.open_loop import (
     moments_s,
     prepared,
 )
-from tests.bench.sizing import Beat, Load, Model, Run, median_interval
+from tests.bench.sizing import Load, Model, Pacing, Run, median_interval
 from tests.bench.steady import Reading, Use
 
 TOPICS = ('clicks', 'carts')
@@ -163,27 +165,27 @@ def test_use_is_per_second():
 COSTS = {'base': 0.01, 'partition': 0.001, 'step': 400e-6, 'event': 20e-6, 'user': 60e-6, 'message': 30e-6}
 
 
-def made_up(load: Load, beat: Beat, noise: float) -> Run:
-    steps, rows = beat.steps(load), beat.rows(load)
+def made_up(load: Load, pacing: Pacing, noise: float) -> Run:
+    steps, rows = pacing.steps(load), pacing.rows(load)
     core = (COSTS['base'] + COSTS['partition'] * load.partitions + COSTS['step'] * steps + COSTS['event'] * load.rate
             + COSTS['user'] * rows + COSTS['message'] * rows * load.publish)
     return Run(load, core * (1 + noise), steps, rows)
 
 
 def test_the_fit_finds_the_costs_and_says_how_sure_it_is():
-    beat, rng = Beat(0.02, True), np.random.default_rng(1)
-    runs = [made_up(Load(rate, partitions, users, publish), beat, rng.normal(0, 0.02))
+    pacing, rng = Pacing(0.02, True), np.random.default_rng(1)
+    runs = [made_up(Load(rate, partitions, users, publish), pacing, rng.normal(0, 0.02))
             for partitions, users, publish in ((2, 20, True), (8, 20_000, False), (8, 20, True), (24, 20_000, True),
                                                (24, 20, False))
             for rate in (0, 300, 1_000, 3_000)]
     model = Model.of(runs, cached_users=1e9)
-    assert model.beat.by_lane and model.beat.step_s == pytest.approx(0.02, rel=0.05)
+    assert model.pacing.by_lane and model.pacing.step_s == pytest.approx(0.02, rel=0.05)
     for value, cost in zip(model.coefficients, COSTS.values(), strict=False):
         assert value == pytest.approx(cost, rel=0.3)
     assert model.coefficients[-1] == 0      # nothing was read from disk
     assert np.median(np.abs(model.left_out)) < 0.05
     assert np.all(model.interval[0] <= model.coefficients + 1e-12)
-    held_out = made_up(Load(2_000, 12, 50_000, True), beat, 0)
+    held_out = made_up(Load(2_000, 12, 50_000, True), pacing, 0)
     assert model.cores(held_out.load) == pytest.approx(held_out.core, rel=0.05)
     assert 'cores = ' in model.formula()
 
@@ -195,14 +197,37 @@ def test_a_cost_is_never_negative():
 
 def test_few_users_share_a_step():
     load = Load(1_000, 1, 5, True)
-    beat = Beat(0.1, True)
-    assert beat.steps(load) == pytest.approx(1_000 / 101)
-    assert beat.rows(load) == pytest.approx(5 * beat.steps(load), rel=1e-3)
-    assert beat.rows(Load(1_000, 1, 10_000_000, True)) == pytest.approx(1_000, rel=1e-3)
-    assert beat.rows(Load(0, 1, 10, True)) == 0
+    pacing = Pacing(0.1, True)
+    assert pacing.steps(load) == pytest.approx(1_000 / 101)
+    assert pacing.rows(load) == pytest.approx(5 * pacing.steps(load), rel=1e-3)
+    assert pacing.rows(Load(1_000, 1, 10_000_000, True)) == pytest.approx(1_000, rel=1e-3)
+    assert pacing.rows(Load(0, 1, 10, True)) == 0
 
 
 def test_the_interval_holds_the_median():
     low, high = median_interval([1, 2, 3, 4, 5, 6, 7])
     assert 1 <= low < 4 < high <= 7
     assert median_interval([3.0] * 7) == (3.0, 3.0)
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def test_several_values_are_separated_by_commas():
+    assert several(float)('1,2.5') == [1.0, 2.5]
+    assert several(str, ('a', 'b'))('b') == ['b']
+
+
+@pytest.mark.parametrize(('kind', 'allowed', 'text', 'why'), [
+    (float, (), '1,x', '1,x is not a list of numbers'), (str, ('a', 'b'), 'a,c', 'no c; choose from a, b'),
+])
+def test_a_wrong_value_is_refused_in_words(kind: type, allowed: tuple[str, ...], text: str, why: str):
+    with pytest.raises(ArgumentTypeError, match=why):
+        several(kind, allowed)(text)
+
+
+def test_a_folder_without_the_peers_is_refused(tmp_path: Path):
+    with pytest.raises(ArgumentTypeError, match='it has no folder kstreams'):
+        harness(str(tmp_path))
+    (tmp_path / 'kstreams').mkdir()
+    assert harness(str(tmp_path)) == tmp_path

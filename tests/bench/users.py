@@ -65,6 +65,6 @@ def bench(options: argparse.Namespace) -> int:
 if __name__ == '__main__':
     made = parser(__doc__)
     add_load_options(made, users='1000000', tick_ms=BURST_S * 1000)
-    made.add_argument('--few', default='10000')
-    made.add_argument('--rate', type=float, default=1_000, help='events a second')
+    made.add_argument('--few', default='10000', help='users of the run to compare with (default: %(default)s)')
+    made.add_argument('--rate', type=float, default=1_000, help='events a second (default: %(default)s)')
     main(bench, made.parse_args())
