@@ -1,5 +1,6 @@
 """The command line. Each command is a thin shell: settings in, files in and out, a summary, an exit code."""
 import asyncio
+import errno
 import shutil
 import signal
 import sys
@@ -183,10 +184,28 @@ def main() -> None:
         say(f'stream: {error}')
         sys.exit(error.exit_code)
     except OSError as error:
-        say(f'stream: {error.strerror or error}: {error.filename}. Do: check the path, its rights and the disk.')
+        say(f'stream: {os_problem(error)}')
         sys.exit(StreamError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def os_problem(error: OSError) -> str:
+    """What the system has refused, and what to do. Not every such error is about a file."""
+    what = str(error.strerror or error)
+    if error.filename is not None:
+        what += f': {error.filename}'
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        do = 'raise the limit of open files (`ulimit -n`), or use fewer --workers.'
+    elif error.errno in (errno.ENOMEM, errno.EAGAIN):
+        do = 'give the process more memory and processes, or use fewer --workers.'
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+        do = 'make room on the disk.'
+    elif error.filename is not None:
+        do = 'check the path, its rights and the disk.'
+    else:
+        do = 'check the disk and the limits of the process (`ulimit -a`).'
+    return f'{what}. Do: {do}'
 
 
 def _stop(number: int, _frame: object) -> NoReturn:

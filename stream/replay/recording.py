@@ -13,6 +13,7 @@ in time order; rows of equal times keep the order of the file. The memory in use
 The times are in memory, so the order of all rows is known before the second pass. Sorted runs are merged without any
 comparison: the order says which run has the next row.
 """
+import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -110,6 +111,7 @@ class Recording:
         occurrences = Occurrences()
         peek = peek_order if self.records is None else _record_order(RecordTimes())
         for path in self._paths:
+            _refuse_stream(path)
             first_numbers.append(len(places))
             with closing(self._format.rows(path, occurrences)) as rows:
                 while chunk := list(islice(rows, _READ_ROWS)):
@@ -222,6 +224,13 @@ class Recording:
 def row_decoder(rules: EventRules, records: Inputs | None) -> Callable[[bytes], Event | Refusal]:
     """As `Recording.decoder`, for `Recording.records`."""
     return Decoder(rules) if records is None else topic_records.decoder(rules, records)
+
+
+def _refuse_stream(path: Path) -> None:
+    """Errors: InputError if the path can be read only once, as the second pass would find nothing or wait for ever."""
+    if path.is_fifo() or path.is_socket() or (path.is_char_device() and path != Path(os.devnull)):
+        raise InputError(f'{path} is not a file: it can be read only once, and a replay reads twice.',
+                         'save the rows as a file, and name that.')
 
 
 def _peek_places(rows: list[Row], peek: Callable[[bytes], int | None]) -> list[int | None]:

@@ -1,4 +1,5 @@
 """The installed command, as a person or a script would use it."""
+import errno
 import json
 import signal
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from stream.cli.main import os_problem
 from stream.errors import InputError, ModelError, StateError, StreamError, UsageError
 
 STREAM = Path(sys.executable).with_name('stream')
@@ -198,6 +200,18 @@ def test_errors_say_what_to_do_and_leave_nothing_half_done(folder: Path, argumen
                                      'worker', 'topics', 'check', 'publish', 'record'])
 def test_every_command_has_help(tmp_path: Path, command: str):
     assert f'stream {command}' in stream(tmp_path, command, '--help').stdout
+
+
+@pytest.mark.parametrize(('error', 'said'), [
+    (FileNotFoundError(errno.ENOENT, 'No such file or directory', 'x'), 'No such file or directory: x. Do: check the'),
+    (OSError(errno.ENOSPC, 'No space left on device'), 'No space left on device. Do: make room'),
+    (OSError(errno.EMFILE, 'Too many open files'), 'Too many open files. Do: raise the limit of open files'),
+    (OSError(errno.ENOMEM, 'Cannot allocate memory'), 'Cannot allocate memory. Do: give the process more memory'),
+    (OSError(errno.EIO, 'Input/output error'), 'Input/output error. Do: check the disk and the limits'),
+    (OSError('closed'), 'closed. Do: '),
+])
+def test_an_error_of_the_system_comes_with_advice_that_fits(error: OSError, said: str):
+    assert os_problem(error).startswith(said)
 
 
 def test_exit_codes_are_distinct():

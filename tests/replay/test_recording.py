@@ -267,3 +267,16 @@ def test_wrong_calls(tmp_path):
     for events_max, span_ms_max in ((0, 1), (1, -1)):
         with pytest.raises(ValueError, match='no room'):
             scanned(paths).chunks(events_max, span_ms_max)
+
+
+def test_a_pipe_is_refused_before_it_is_read(tmp_path: Path):
+    os.mkfifo(tmp_path / 'pipe')        # to open it would wait for a writer
+    with pytest.raises(InputError, match='pipe is not a file') as caught:
+        Recording([tmp_path / 'pipe'], 'events').scan()
+    assert caught.value.do.startswith('save the rows as a file')
+
+
+def test_the_null_device_is_an_empty_recording():
+    recording = Recording([Path(os.devnull)], 'events')
+    recording.scan()
+    assert recording.rows == 0
