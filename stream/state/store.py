@@ -149,12 +149,22 @@ class PartitionStore:
 
     @contextmanager
     def _marking_damage(self) -> Iterator[None]:
-        """Raise StateError if damage shows in use, and mark the directory, which the next start then sets aside."""
+        """Raise StateError if damage shows in use, and mark the directory, which the next start then sets aside.
+
+        A full or failing disk is a StateError too, but no damage: the next start opens the directory as it is.
+        """
         try:
             yield
         except Exception as error:      # rocksdict raises plain Exception
-            if isinstance(error, StreamError) or not _is_damage(str(error)):
+            text = str(error)
+            if isinstance(error, StreamError):
                 raise
+            if not _is_damage(text):
+                if not text.startswith('IO error'):
+                    raise
+                raise StateError(f'{self.directory} cannot be read or written: {text}.', 'check the disk, its free '
+                                 'space, the permissions and the limit on open files, then start again: no events '
+                                 'are lost.') from error
             (self.directory / DAMAGED).touch()
             raise StateError(f'{self.directory} is damaged: {error}.', 'start the worker again: it sets the directory '
                              'aside and restores the state from the changelog; check the disk.') from error

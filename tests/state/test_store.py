@@ -157,3 +157,18 @@ def test_write_buffers_are_bounded_over_all_partitions(tmp_path: Path):
     assert largest < 2 * (16 << 20)
     for store in stores:
         store.close()
+
+
+def test_a_full_disk_is_told_and_marks_no_damage(store: PartitionStore, monkeypatch: pytest.MonkeyPatch):
+    class FullDisk:
+        def write(self, batch: object) -> None:
+            raise Exception('IO error: No space left on device: While appending to file')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, '_db', FullDisk())
+        with pytest.raises(StateError, match='cannot be read or written: IO error: No space left') as caught:
+            store.write([change(user('u1'))], Meta())
+    assert 'free space' in caught.value.do
+    assert not (store.directory / 'DAMAGED').exists()
+    store.write([change(user('u1'))], Meta())
+    assert store.load(['u1'])['u1'].applied == 1
