@@ -6,7 +6,7 @@ all partitions gather. A busy shop's fetches bring enough by themselves, and a b
 """
 BYTES_AIM = 2 << 10         # a fetch should bring this much, about eight events
 BYTES_MANY = 64 << 10       # there is a backlog: no pause
-PAUSE_S_MIN, PAUSE_S_MAX = 0.004, 0.02
+PAUSE_S_MIN, PAUSE_S_MAX = 0.008, 0.03
 STEP = 1.25                 # by how much one fetch changes the pause
 
 
