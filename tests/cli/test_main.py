@@ -88,7 +88,9 @@ def test_several_workers_keep_their_state_apart(folder: Path):
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_replay_with_workers_leaves_nothing(tmp_path: Path, folder: Path, number: signal.Signals):
     with subprocess.Popen([STREAM, 'replay', folder / 'events.jsonl', '--workers', '2', '--no-report', '--model',
-                           str(MODEL)], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+                           str(MODEL)], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+                          # A shell ignores SIGINT in what it starts in the background, and so would this process.
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob('*.part')):
             assert time.monotonic() < deadline

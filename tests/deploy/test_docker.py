@@ -27,6 +27,7 @@ from stream.scoring.embedded import EmbeddedScorer
 from stream.scoring.repository import ENGINE_CACHE
 from stream.scoring.triton import TritonScorer
 from tests.contract.test_scorers import SHIPPED, made_up_batch
+from tests.integration.running import wait_for
 from tests.skips import skip_without
 
 ROOT = Path(__file__).parents[2]
@@ -230,7 +231,7 @@ def test_the_brokers_settings_start_a_real_broker(tmp_path: Path):
     kafka.port = ports['9092']
     with kafka:
         kafka.port = ports['19092']
-        assert kafka._answers()
+        wait_for(kafka._answers, 'the second listener')
 
 
 @pytest.fixture

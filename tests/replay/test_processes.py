@@ -129,6 +129,7 @@ from stream.replay.processes import ShardProcesses
 from stream.replay.shard_messages import Share
 if __name__ == '__main__':
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(7))
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell ignores it in what it starts in the background
     with ShardProcesses(2, recipe()) as shards:
         for shard in range(2):
             shards.send(shard, Share(1, 0))
