@@ -43,6 +43,7 @@ from stream.state.store import LANE_KEY, Meta
 
 log = logging.getLogger(__name__)
 T = TypeVar('T')
+Stage = Callable[[list[StepOutput]], Awaitable[list[StepOutput]]]       # returns the steps that go on together
 BEAT_EVENTS = 128           # a beat of so many events takes no more lanes, and does not wait for the beat before it
 LEAVE_S = 0.02              # how much later than the first acknowledgement of a beat those of its other lanes may come
 WRITE_DELAY_S = 0.25        # how long a finished step waits for the write to the store
@@ -82,10 +83,9 @@ class Beats:
 
     # ---- life ------------------------------------------------------------------------------------------------------
 
-    @property
-    def wake(self) -> Callable[[], None]:
+    def wake(self) -> None:
         """To be called when a lane may have become ready."""
-        return self._wake.set
+        self._wake.set()
 
     def start(self) -> asyncio.Task[None]:
         """Start the task, which ends with the first error."""
@@ -344,8 +344,7 @@ class Beats:
         counts   as how many beats in `_scoring` the call counts, while it is not held up
         Errors   Stopped if told to stop; ModelError if the model refuses several steps
         """
-        held = False
-        numbers = ', '.join(str(step.lane.number) for step in steps)
+        held, numbers = False, ''
         try:
             while True:
                 try:
@@ -355,6 +354,7 @@ class Beats:
                     if len(steps) > 1 and not isinstance(error, ScorerUnavailable):
                         raise
                     if not held:
+                        numbers = ', '.join(str(step.lane.number) for step in steps)
                         log.warning('lanes %s are holding their events: %s', numbers, error)
                         self._tools.metrics.scorer_holds.inc()
                         self._scoring -= counts     # other lanes need not wait for this beat
@@ -382,11 +382,11 @@ class Beats:
 
     # ---- publishing ------------------------------------------------------------------------------------------------
 
-    async def _publish(self, steps: list[StepOutput], first: int = 0) -> None:
-        """Take the steps through the stages from number `first` on."""
-        stages = (self._predecessor, self._journal, self._changelog, self._outputs)
+    async def _publish(self, steps: list[StepOutput], first: Stage | None = None) -> None:
+        """Take the steps through the stages, from `first` on if it is given."""
+        stages: list[Stage] = [self._predecessor, self._journal, self._changelog, self._outputs]
         try:
-            for stage in stages[first:]:
+            for stage in stages[stages.index(first):] if first else stages:
                 if steps:
                     steps = await stage(steps)
         except BaseException:
@@ -397,11 +397,11 @@ class Beats:
         if steps:
             self._done(steps)
 
-    async def _acknowledged(self, steps: list[StepOutput], stage: int) -> list[StepOutput]:
+    async def _acknowledged(self, steps: list[StepOutput], stage: Stage) -> list[StepOutput]:
         """Wait for the acknowledgements of the steps' stage; return the steps that have them.
 
-        Steps whose acknowledgements are late go on without the others, from this stage on, whose number is `stage`. A
-        step that waits for nothing counts as acknowledged.
+        Steps whose acknowledgements are late go on without the others, from this stage on. A step that waits for
+        nothing counts as acknowledged.
         """
         pending = {future for step in steps for future in step.awaited if not future.done()}
         if pending:
@@ -421,7 +421,7 @@ class Beats:
         for step in steps:
             if step.lane.publishing is not None:
                 step.awaited = [step.lane.publishing]
-        steps = await self._acknowledged(steps, 0)
+        steps = await self._acknowledged(steps, self._predecessor)
         for step in steps:
             step.end()
             step.lane.publishing = asyncio.get_running_loop().create_future()
@@ -435,7 +435,7 @@ class Beats:
             if not step.begun and step.journal:
                 records: list[Record] = [(b'%d' % step.lane.number, entry, []) for entry in step.journal]
                 step.begin([await self._tools.publisher.begin(self._rules.journal, step.lane.number, records)])
-        steps = await self._acknowledged(steps, 1)
+        steps = await self._acknowledged(steps, self._journal)
         for step in steps:
             step.end()
         return steps
@@ -448,7 +448,7 @@ class Beats:
                 records: list[Record] = [(change.user_id, change.record, []) for change in step.changes]
                 records.append((LANE_KEY, msgspec.json.encode(step.lane.sign(step)), []))
                 step.begin([await self._tools.publisher.begin(self._rules.changelog, step.lane.number, records)])
-        steps = await self._acknowledged(steps, 2)
+        steps = await self._acknowledged(steps, self._changelog)
         for step in steps:
             for offset in step.end():
                 step.changelog = offset
@@ -465,7 +465,7 @@ class Beats:
                     sendings.append(await self._tools.publisher.begin(
                         self._rules.dead_letters, step.lane.number, step.letters))
                 step.begin(sendings)
-        steps = await self._acknowledged(steps, 3)
+        steps = await self._acknowledged(steps, self._outputs)
         now_s = time.time()
         for step in steps:
             if step.end() and step.oldest_ms:
