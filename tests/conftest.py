@@ -14,11 +14,13 @@ for _variable in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'):
     os.environ.setdefault(_variable, '1')
 
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
 
 from deploy.local.parts import Kafka, Triton
+from stream.state.store import Memory, PartitionStore
 from tests.skips import may_skip
 
 # The time of an example depends on how busy the machine is, so it has no limit.
@@ -50,3 +52,15 @@ def triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
     """`.address` is host:port of its gRPC service, with the shipped model. It is shared: leave it running."""
     with Triton(tmp_path_factory.mktemp('parts') / 'triton') as part:
         yield part
+
+
+@pytest.fixture(scope='module')
+def memory() -> Memory:
+    """Cache and write buffers of a module's stores."""
+    return Memory(16, 16)
+
+
+@pytest.fixture
+def store(tmp_path: Path, memory: Memory) -> PartitionStore:
+    """The empty store of partition 0."""
+    return PartitionStore(tmp_path / 'users-0', memory)

@@ -121,9 +121,11 @@ def lane_on(kafka: Any, store: PartitionStore, scorer: ConstantScorer | None = N
 
 
 @asynccontextmanager
-async def running(beats: Beats) -> AsyncIterator[asyncio.Task]:
+async def running(beats: Beats, *awaited: Lane) -> AsyncIterator[asyncio.Task]:
+    """Started beats. Waits until the lanes that are given take part."""
     task = beats.start()
     try:
+        await until(lambda: all(lane.running for lane in awaited))
         yield task
     finally:
         if task.done():
@@ -136,16 +138,6 @@ async def until(condition: Callable[[], Any]) -> None:
     async with asyncio.timeout(20):
         while not condition():
             await asyncio.sleep(.005)
-
-
-@pytest.fixture(scope='module')
-def memory() -> Memory:
-    return Memory(16, 16)
-
-
-@pytest.fixture
-def store(tmp_path: Path, memory: Memory) -> PartitionStore:
-    return PartitionStore(tmp_path / 'users-0', memory)
 
 
 def on_a_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
@@ -248,8 +240,7 @@ class Counting(ConstantScorer):
 async def test_one_beat_scores_the_lanes_together_and_sends_for_all_before_it_waits(stores: list[PartitionStore]):
     kafka, scorer = FakeKafka(2), Counting()
     beats, lanes = lanes_on(kafka, stores, scorer)
-    async with running(beats):
-        await until(lambda: all(lane.running for lane in lanes))
+    async with running(beats, *lanes):
         for number, lane in enumerate(lanes):
             lane.admit(block(number, record(0, f'u{number}', NOW_MS)))
         await until(lambda: [lane.done for lane in lanes] == [[1, 0], [1, 0]])
@@ -263,8 +254,7 @@ async def test_a_slow_partition_leaves_the_beat_and_follows_later(stores: list[P
     kafka = FakeKafka(2)
     gate = kafka.gates['changelog', 1] = asyncio.Event()
     beats, (lane, slow) = lanes_on(kafka, stores)
-    async with running(beats):
-        await until(lambda: lane.running and slow.running)
+    async with running(beats, lane, slow):
         for number in (0, 1):
             (lane, slow)[number].admit(block(number, record(0, f'u{number}', NOW_MS)))
         await until(lambda: lane.done == [1, 0])
@@ -283,8 +273,7 @@ async def test_a_lane_with_no_step_under_way_does_not_wait_for_the_step_of_a_slo
     kafka = FakeKafka(2)
     gate = kafka.gates['changelog', 1] = asyncio.Event()
     beats, (lane, slow) = lanes_on(kafka, stores)
-    async with running(beats):
-        await until(lambda: lane.running and slow.running)
+    async with running(beats, lane, slow):
         slow.admit(block(1, record(0, 'u', NOW_MS)))
         await until(lambda: kafka.places)
         slow.admit(block(1, record(1, 'u', NOW_MS + 1)))
@@ -302,8 +291,7 @@ async def test_a_step_that_sends_nothing_does_not_wait_for_the_outputs_of_a_slow
     gate = kafka.gates['alerts', 1] = asyncio.Event()
     rules = replace(RULES, block_events_max=10, steps=StepRules(publish='changes', reasons_rows_max=0))
     beats, (calm, slow) = lanes_on(kafka, stores, scorer, rules)
-    async with running(beats):
-        await until(lambda: calm.running and slow.running)
+    async with running(beats, calm, slow):
         slow.admit(block(1, record(0, 'u', NOW_MS), record(1, 'u', NOW_MS + 1)))
         calm.admit(block(0, record(0, 'v', NOW_MS)))
         await until(lambda: calm.done == [1, 0])
@@ -318,8 +306,7 @@ async def test_a_step_that_the_model_refuses_holds_up_its_own_lane_alone(stores:
     kafka, scorer = FakeKafka(2), Counting()
     scorer.refuses = lambda rows: rows > 1      # lane 0 has two users, lane 1 has one
     beats, (poisoned, lane) = lanes_on(kafka, stores, scorer, replace(RULES, block_events_max=10))
-    async with running(beats):
-        await until(lambda: lane.running and poisoned.running)
+    async with running(beats, lane, poisoned):
         poisoned.admit(block(0, record(0, 'u', NOW_MS), record(1, 'v', NOW_MS)))
         lane.admit(block(1, record(0, 'w', NOW_MS)))
         await until(lambda: lane.done == [1, 0] and poisoned.holding)
@@ -373,8 +360,7 @@ async def test_only_the_lanes_with_an_alert_wait_for_reasons(stores: list[Partit
     kafka, scorer = FakeKafka(2), Alerting()
     rules = replace(RULES, block_events_max=10, steps=StepRules(publish='changes'))
     beats, (alerting, lane) = lanes_on(kafka, stores, scorer, rules)
-    async with running(beats):
-        await until(lambda: lane.running and alerting.running)
+    async with running(beats, lane, alerting):
         alerting.admit(block(0, record(0, 'u', NOW_MS), record(1, 'u', NOW_MS + 1)))
         lane.admit(block(1, record(0, 'w', NOW_MS)))
         await until(lambda: lane.done == [1, 0] and scorer.asked == 2)
@@ -407,8 +393,7 @@ async def test_a_lane_whose_reasons_are_refused_holds_up_no_other(stores: list[P
     kafka, scorer = FakeKafka(2), Unreasonable()
     rules = replace(RULES, block_events_max=10, steps=StepRules(publish='changes'))
     beats, (alerting, lane) = lanes_on(kafka, stores, scorer, rules)
-    async with running(beats):
-        await until(lambda: lane.running and alerting.running)
+    async with running(beats, lane, alerting):
         alerting.admit(block(0, record(0, 'u', NOW_MS), record(1, 'u', NOW_MS + 1)))
         await until(lambda: alerting.holding)
         for offset in range(3):
@@ -426,8 +411,7 @@ async def test_reasons_that_are_refused_for_two_lanes_are_asked_for_one_by_one(s
     scorer.refuses = lambda rows: asked.append(rows) or rows == max(asked) > 2     # the call for both has the most rows
     rules = replace(RULES, block_events_max=10, steps=StepRules(publish='changes'))
     beats, lanes = lanes_on(kafka, stores, scorer, rules)
-    async with running(beats):
-        await until(lambda: all(lane.running for lane in lanes))
+    async with running(beats, *lanes):
         for number, lane in enumerate(lanes):
             lane.admit(block(number, record(0, f'u{number}', NOW_MS), record(1, f'u{number}', NOW_MS + 1)))
         await until(lambda: [lane.done for lane in lanes] == [[2, 0], [2, 0]])
@@ -445,8 +429,7 @@ async def test_small_runs_do_not_overtake_one_that_waits_for_room_again_and_agai
     beats, (first, large, small) = lanes_on(
         kafka, [*stores, PartitionStore(tmp_path / 'users-12', memory)],
         rules=replace(RULES, block_events_max=10, events_in_flight_max=4))
-    async with running(beats):
-        await until(lambda: first.running and large.running and small.running)
+    async with running(beats, first, large, small):
         first.admit(block(0, record(0, 'u', NOW_MS), record(1, 'u', NOW_MS + 1)))
         await until(lambda: kafka.sends)
         large.admit(block(1, *[record(offset, 'v', NOW_MS + offset) for offset in range(3)]))
@@ -472,8 +455,7 @@ async def test_an_error_of_several_lanes_is_reported_once(stores: list[Partition
 
     async def fail() -> None:
         beats, lanes = lanes_on(Failing(2), stores)
-        async with running(beats) as task:
-            await until(lambda: all(lane.running for lane in lanes))
+        async with running(beats, *lanes) as task:
             for number, lane in enumerate(lanes):
                 lane.admit(block(number, record(0, f'u{number}', NOW_MS)))
             await until(task.done)
@@ -497,8 +479,7 @@ async def test_the_timer_of_a_write_may_ring_while_the_beats_end_with_an_error(
     monkeypatch.setattr(beat, 'WRITE_DELAY_S', .1)
     monkeypatch.setattr(stores[1], 'load', lambda users: reading.set() or time.sleep(.5) or {})
     beats, (lane, slow) = lanes_on(kafka, stores)
-    async with running(beats) as task:
-        await until(lambda: lane.running and slow.running)
+    async with running(beats, lane, slow) as task:
         lane.admit(block(0, record(0, 'u', NOW_MS)))
         await until(lambda: lane.done == [1, 0])        # the timer has begun
         slow.admit(block(1, record(0, 'v', NOW_MS)))
@@ -557,8 +538,7 @@ async def test_a_write_that_takes_long_is_not_asked_for_again_and_again(store: P
     monkeypatch.setattr(writer, 'BYTES_SOON', 0)
     gate, plain = threading.Event(), store.write
     beats, lane = lane_on(FakeKafka(), store)
-    async with running(beats):
-        await until(lambda: lane.running)
+    async with running(beats, lane):
         monkeypatch.setattr(store, 'write', lambda changes, meta: (gate.wait(20), plain(changes, meta)))
         for offset in range(30):
             lane.admit(block(0, record(offset, 'u', NOW_MS + offset)))
@@ -589,8 +569,7 @@ async def test_a_run_that_has_begun_is_finished_before_the_end(store: PartitionS
     kafka.topics['journal'] = []
     gate = kafka.gates['changelog'] = asyncio.Event()
     beats, lane = lane_on(kafka, store, rules=replace(RULES, journal='journal'))
-    async with running(beats):
-        await until(lambda: lane.running)
+    async with running(beats, lane):
         lane.admit(block(0, record(0, 'u', NOW_MS), record(1, 'u', NOW_MS + 2 * DAY_MS)))      # a timer in between
         lane.admit(block(0, record(2, 'u', NOW_MS + 2 * DAY_MS)))
         await until(lambda: 'changelog' in kafka.sends)

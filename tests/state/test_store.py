@@ -9,16 +9,6 @@ from stream.errors import StateError
 from stream.state.store import LANE_KEY, LaneRecord, Memory, Meta, PartitionStore
 
 
-@pytest.fixture(scope='module')
-def memory() -> Memory:
-    return Memory(16, 16)
-
-
-@pytest.fixture
-def store(tmp_path: Path, memory: Memory) -> PartitionStore:
-    return PartitionStore(tmp_path / 'users-0', memory)
-
-
 def user(user_id: str, due_ms: int = 0, step: int = 1, outbox: bytes = b'') -> User:
     made = User(user_id)
     made.due_ms, made.step, made.outbox, made.applied = due_ms, step, outbox, 1
